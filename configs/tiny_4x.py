@@ -1,0 +1,51 @@
+"""The demo: a million parameters from nothing to 4x, on two CPU cores.
+
+Command   python -m dmc_jax.train --config=configs/tiny_4x.py
+"""
+
+from dmc_jax.config import (
+    CompressionConfig,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    to_config_dict,
+)
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.model.presets import PRESETS
+
+
+def get_config():
+    """The run."""
+    return to_config_dict(
+        RunConfig(
+            name="tiny_4x",
+            model=PRESETS["tiny"],
+            dmc=DMCSettings(window=12, temperature=0.3, offset=2.0, eps=2**-7),
+            compression=CompressionConfig(
+                ratio=4.0,
+                weight=2.0,
+                per_layer=True,
+                decision_multiplier=3.0,
+                distillation=0.0,
+                calibration_windows=64,
+            ),
+            data=DataConfig(path="data/stdlib", length=256, batch=8),
+            stages="pretrain,zero_out,retrofit,finetune",
+            pretrain=StageConfig(
+                steps=2000, learning_rate=3e-3, final_learning_rate=3e-4, shape="cosine", warmup=100
+            ),
+            zero_out=StageConfig(steps=20, learning_rate=2e-3, warmup=20),
+            retrofit=StageConfig(steps=150, learning_rate=2e-3),
+            finetune=StageConfig(
+                steps=600, learning_rate=2e-3, final_learning_rate=2e-4, shape="cosine"
+            ),
+            optimizer=OptimizerConfig(),
+            compute_dtype="bfloat16",
+            remat="none",
+            attention_block=128,
+            log_every=50,
+            save_every=500,
+            eval_windows=128,
+        )
+    )

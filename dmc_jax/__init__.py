@@ -1,0 +1,1 @@
+"""Dynamic Memory Compression for Llama in JAX."""

@@ -1,0 +1,281 @@
+"""Everything that a run needs, as frozen dataclasses; the one place that validates and rejects.
+
+Field comments are the reference documentation of `--config.FIELD`. A file in `configs/` builds a
+`RunConfig`; `to_config_dict` turns it into what the command line can override, `from_dict` turns
+that back, checked.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import config_dict
+
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.rope import Llama3Scaling
+from dmc_jax.errors import UserError
+
+STAGES = ("pretrain", "zero_out", "retrofit", "finetune")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a Llama; named sets are in `dmc_jax.model.presets`."""
+
+    vocab_size: int  # V
+    width: int  # D
+    layers: int  # L
+    heads: int  # N, query heads
+    kv_heads: int | tuple[int, ...]  # K; a tuple gives every layer its own
+    head_dim: int  # H
+    mlp_width: int  # F
+    rope_theta: float
+    norm_eps: float
+    max_length: int  # tokens the model was trained on
+    tied_embeddings: bool
+    rope_scaling: Llama3Scaling | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "layers", "heads", "head_dim", "mlp_width"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name} must be at least 1, got {value}")
+        _require(
+            self.head_dim % 2 == 0,
+            f"model.head_dim must be even (rotary embedding pairs channels), got {self.head_dim}",
+        )
+        _require(
+            len(self.kv_heads_by_layer) == self.layers,
+            f"model.kv_heads names {len(self.kv_heads_by_layer)} layers, the model has "
+            f"{self.layers}; give one number per layer, or one for all",
+        )
+        for layer, kv_heads in enumerate(self.kv_heads_by_layer):
+            _require(
+                kv_heads >= 1 and self.heads % kv_heads == 0,
+                f"model.kv_heads: {self.heads} query heads cannot share {kv_heads} KV heads in "
+                f"layer {layer}; choose a divisor of {self.heads}",
+            )
+
+    @property
+    def kv_heads_by_layer(self) -> tuple[int, ...]:
+        """K of every layer."""
+        if isinstance(self.kv_heads, int):
+            return (self.kv_heads,) * self.layers
+        return tuple(self.kv_heads)
+
+    @property
+    def kv_rows(self) -> int:
+        """R: all (layer, KV head) pairs; each has a cache length of its own."""
+        return sum(self.kv_heads_by_layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    path: str = "data/stdlib"  # folder(s) made by prepare_data, comma-separated
+    weights: str = ""  # mixing weights of the folders, comma-separated; empty: by their tokens
+    length: int = 4096  # tokens per window
+    batch: int = 1024  # windows per step, over all devices
+
+    def __post_init__(self):
+        _require(self.length >= 2, f"data.length must be at least 2 tokens, got {self.length}")
+        _require(self.batch >= 1, f"data.batch must be at least 1, got {self.batch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a run."""
+
+    steps: int
+    learning_rate: float  # peak
+    final_learning_rate: float = 0.0  # at the end of a cosine or linear stage
+    shape: str = "constant"  # constant | cosine | linear
+    warmup: int = 0  # steps
+
+    def __post_init__(self):
+        _require(self.steps >= 1, f"stage.steps must be at least 1, got {self.steps}")
+        _require(self.warmup >= 0, f"stage.warmup must not be negative, got {self.warmup}")
+        _require(
+            self.shape in ("constant", "cosine", "linear"),
+            f"stage.shape is {self.shape!r}; expected constant, cosine or linear",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionConfig:
+    """How hard and by what means the model is made to compress."""
+
+    ratio: float = 4.0  # wanted tokens per slot
+    weight: float = 1.0  # of the compression loss beside the language-modelling loss
+    per_layer: bool = False  # a hinge per layer instead of one over the whole model (the paper's)
+    decision_multiplier: float = 1.0  # on the update of the decision rows of W_q and W_k
+    distillation: float = 0.0  # weight of KL(model at the start of the run || model), per token
+    calibration_windows: int = 0  # training windows that set the inference threshold; 0: off
+
+    def __post_init__(self):
+        _require(
+            self.ratio >= 1.0,
+            f"compression.ratio must be at least 1 (tokens per slot), got {self.ratio}",
+        )
+        for name in ("weight", "distillation", "decision_multiplier", "calibration_windows"):
+            value = getattr(self, name)
+            _require(value >= 0, f"compression.{name} must not be negative, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the paper."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    weight_decay: float = 0.1  # on matrices only
+    clip: float = 1.0  # global norm of the gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; their product is the number of devices, -1 takes what is left."""
+
+    data: int = -1  # batch
+    fsdp: int = 1  # batch and parameters
+    tensor: int = 1  # heads and MLP width
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run: `python -m dmc_jax.train --config=FILE`."""
+
+    name: str
+    model: ModelConfig
+    dmc: DMCSettings
+    compression: CompressionConfig
+    pretrain: StageConfig
+    zero_out: StageConfig
+    retrofit: StageConfig
+    finetune: StageConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    stages: str = "zero_out,retrofit,finetune"  # comma-separated, in order
+    init_from: str = ""  # checkpoint to start from; empty: fresh weights or this run's own
+    output: str = "runs"  # the run is written to OUTPUT/NAME
+    seed: int = 0
+    compute_dtype: str = "bfloat16"  # float32 | bfloat16; parameters are always float32
+    remat: str = "full"  # none | full | dots: what the backward pass recomputes
+    attention_block: int = 256  # tokens per block of the attention
+    accumulation: int = 1  # gradient accumulation: parts of a batch
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps between validation losses; 0: at the end of each stage only
+    eval_windows: int = 64  # validation windows
+    save_every: int = 500  # steps
+    keep: int = 2  # checkpoints kept per stage
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self):
+        names = self.stage_names
+        for stage in names:
+            _require(
+                stage in STAGES, f"stages: {stage!r} is not one of {', '.join(STAGES)} ({names})"
+            )
+        _require(
+            len(names) > 0 and list(names) == sorted(set(names), key=STAGES.index),
+            f"stages must be some of {','.join(STAGES)}, each once and in this order; got "
+            f"{self.stages!r}",
+        )
+        _require(
+            self.compute_dtype in ("float32", "bfloat16"),
+            f"compute_dtype is {self.compute_dtype!r}; expected float32 or bfloat16",
+        )
+        _require(
+            self.remat in ("none", "full", "dots"),
+            f"remat is {self.remat!r}; expected none, full or dots",
+        )
+        for name in ("accumulation", "log_every", "save_every", "keep", "attention_block"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.data.batch % self.accumulation == 0,
+            f"data.batch ({self.data.batch}) must be a multiple of accumulation "
+            f"({self.accumulation})",
+        )
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages to run, in order."""
+        return tuple(s.strip() for s in self.stages.split(",") if s.strip())
+
+    def stage(self, name: str) -> StageConfig:
+        """Settings of one stage."""
+        return getattr(self, name)
+
+
+def to_dict(config: Any) -> dict:
+    """A config dataclass as plain JSON-able dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def to_config_dict(config: RunConfig) -> config_dict.ConfigDict:
+    """What `get_config()` of a config file returns: every field can be overridden by a flag."""
+
+    def convert(value: Any, annotation: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            hints = typing.get_type_hints(type(value))
+            fields = {n: convert(getattr(value, n), hint) for n, hint in hints.items()}
+            return config_dict.ConfigDict(fields)
+        if value is None and annotation == int | None:
+            return config_dict.placeholder(int)
+        return value
+
+    return convert(config, RunConfig)
+
+
+def from_dict(cls: type, values: Mapping) -> Any:
+    """Build a config dataclass from (possibly nested) mappings, checked.
+
+    Args:
+        cls: the dataclass, for instance `RunConfig`.
+        values: its fields; absent ones take their defaults.
+
+    Raises:
+        UserError: an unknown or missing field, or a value of another type or out of range.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(hints)}")
+    arguments = {name: _coerce(hints[name], values[name], name) for name in hints if name in values}
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{cls.__name__}: {error}") from error
+
+
+def _coerce(annotation: Any, value: Any, name: str) -> Any:
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return from_dict(option, value)
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            return tuple(int(v) for v in value)
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(option, type) and type(value) is option:
+            return value
+    raise UserError(f"field {name!r}: expected {annotation}, got {value!r}")
+
+
+jax.tree_util.register_static(ModelConfig)

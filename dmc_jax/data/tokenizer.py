@@ -1,0 +1,259 @@
+"""Text to token ids and back, on SentencePiece: own models without loss, Llama 2's as they are."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int32
+
+from dmc_jax.errors import UserError
+
+_SPACE = "\u2581"  # SentencePiece writes a space as this character inside its pieces
+_UNKNOWN_BYTE = "\ufffd"  # and decodes a byte that belongs to no character as this one
+_CHUNK = 2048  # characters a training sentence; the trainer drops those beyond 4,192 bytes
+_STREAM_TAIL = 8  # tokens of context kept when a streaming decode moves on
+_STREAM_LIMIT = 64  # tokens decoded at most, normally, for each new token
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, without BOS or EOS."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`; control tokens stand for nothing."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model behind the `Tokenizer` protocol; make one with `load_tokenizer`.
+
+    Attributes:
+        vocab_size: number of ids.
+        bos_id: beginning of a document.
+        eos_id: end of a document.
+        pad_id: fills unused places; EOS where a model (such as Llama 2's) defines none, which is
+            harmless because padded places never count.
+        dummy_prefix: True if the model puts a space before every text, as Llama 2's does.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+        self.processor = processor
+        self.vocab_size = processor.get_piece_size()
+        self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.dummy_prefix = "".join(processor.encode("a", out_type=str)).startswith(_SPACE)
+        space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        # A literal U+2581 would come back as a space. Its three bytes come back as themselves; but
+        # cutting the text there would earn a model with a dummy prefix a space for every part.
+        exact = not self.dummy_prefix and all(map(processor.is_byte, space_bytes))
+        self._space_bytes = space_bytes if exact else None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, without BOS or EOS."""
+        if self._space_bytes is None or _SPACE not in text:
+            return self.processor.encode(text)
+        first, *rest = text.split(_SPACE)
+        ids = self.processor.encode(first)
+        for part in rest:
+            ids += self._space_bytes + self.processor.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`; control tokens stand for nothing."""
+        return self.processor.decode([int(token) for token in ids])
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, path: str | os.PathLike, *, threads: int = 2
+) -> None:
+    """Trains a lossless byte-fallback BPE model: `decode(encode(x)) == x` for any text.
+
+    Ids 0 to 3 are unknown, BOS, EOS and padding, then 256 bytes, then merges and characters.
+
+    Args:
+        texts: documents, or a sample of them; whitespace is kept and learnt as it stands.
+        vocab_size: number of ids, the 260 fixed ones included.
+        path: file to write.
+        threads: for counting pairs.
+
+    Raises:
+        UserError: no text, or a vocabulary too small or too large for it.
+    """
+    chunks = (text[at : at + _CHUNK] for text in texts for at in range(0, len(text), _CHUNK))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=chunks,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            # Identity everywhere: whatever the text holds, the tokens hold.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * _CHUNK,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"a tokenizer of {vocab_size} ids cannot be trained on this text: choose another "
+            f"vocabulary size or give more text (SentencePiece says: {_reason(error)})"
+        ) from None
+    Path(path).write_bytes(model.getvalue())
+
+
+def load_tokenizer(path: str | os.PathLike) -> SentencePieceTokenizer:
+    """Loads a SentencePiece model: one of `train_sentencepiece`, Llama 2's, or another.
+
+    Args:
+        path: a SentencePiece model file (`tokenizer.model`).
+
+    Returns:
+        The tokenizer. With a dummy prefix (Llama 2), decoding an encoding gives the text back;
+        `token_bytes` is then approximate.
+
+    Raises:
+        UserError: no such file, not a SentencePiece model, or one without BOS and EOS.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"tokenizer {path} does not exist: give a SentencePiece model file")
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(Path(path).read_bytes())
+    except RuntimeError:
+        raise UserError(
+            f"tokenizer {path} is not a SentencePiece model: expected a file such as Llama 2's "
+            "tokenizer.model (tokenizer.json and tiktoken files are not supported)"
+        ) from None
+    if min(processor.bos_id(), processor.eos_id()) < 0:
+        raise UserError(
+            f"tokenizer {path} has no BOS or no EOS token, which mark the ends of documents: "
+            "use a model trained with both"
+        )
+    return SentencePieceTokenizer(processor)
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encodes a whole document: `encode_prompt`, then EOS.
+
+    Args:
+        tokenizer: any `Tokenizer`.
+        text: the document.
+
+    Returns:
+        Ids, at least two.
+    """
+    return [*encode_prompt(tokenizer, text), tokenizer.eos_id]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encodes the beginning of a document: BOS, then its tokens. The only place that adds BOS.
+
+    Args:
+        tokenizer: any `Tokenizer`.
+        text: the beginning of a document, possibly empty.
+
+    Returns:
+        Ids, at least one.
+    """
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def token_bytes(tokenizer: SentencePieceTokenizer) -> Int32[np.ndarray, "V"]:
+    """Counts the UTF-8 bytes of text that each token stands for.
+
+    Summed over `encode(x)` this is `len(x.encode())`: exactly so for a model without a dummy
+    prefix; a model with one (Llama 2) counts one byte more a text, for the space it adds.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+
+    Returns:
+        Bytes by id: 0 for control, unknown and unused tokens, 1 for byte tokens.
+    """
+    processor = tokenizer.processor
+    sizes = np.zeros(tokenizer.vocab_size, np.int32)
+    for token in range(tokenizer.vocab_size):
+        if processor.is_byte(token):
+            sizes[token] = 1
+        elif not (
+            processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token)
+        ):
+            sizes[token] = len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
+    return sizes
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Returns the hexadecimal SHA-256 of a file.
+
+    Args:
+        path: a tokenizer model, or any file.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Decodes tokens as they come; the parts join to `decode` of them all.
+
+    A token's text depends on its neighbours (leading spaces, characters spread over byte tokens),
+    so each part is the difference of two decodes of a common prefix, and the bytes of a character
+    that is not complete yet are held back.
+
+    Args:
+        tokenizer: any `Tokenizer`.
+        ids: tokens, possibly endless.
+
+    Yields:
+        Non-empty text, as early as it is certain.
+    """
+    held: list[int] = []
+    text, shown = "", 0
+    for token in ids:
+        held.append(token)
+        text = tokenizer.decode(held)
+        # An incomplete character is at most 3 bytes, each decoded as one replacement character.
+        certain = len(text)
+        while text[certain - 1 : certain] == _UNKNOWN_BYTE and len(text) - certain < 3:
+            certain -= 1
+        if certain > shown:
+            yield text[shown:certain]
+            shown = certain
+        if len(held) >= _STREAM_LIMIT and certain == len(text):
+            # Keep the cost of a token constant. What follows a complete character decodes the same
+            # after any context that is not empty.
+            tail = tokenizer.decode(held[-_STREAM_TAIL:])
+            if tail:
+                held, text, shown = held[-_STREAM_TAIL:], tail, len(tail)
+    if len(text) > shown:
+        yield text[shown:]
+
+
+def _reason(error: Exception) -> str:
+    """Cuts the C++ file and condition from a SentencePiece message."""
+    return str(error).rsplit("] ", 1)[-1].strip() or "no text"

@@ -1,0 +1,50 @@
+"""How this project says no: one exception for mistakes the user can mend, one way to report it."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+
+class UserError(Exception):
+    """A mistake the user can mend; doors print it as one line and exit 2."""
+
+
+class RunFailure(Exception):
+    """Work that could not go on, such as a loss that is not a number; doors exit 1."""
+
+
+def run_door(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
+    """Runs a command's `main` under absl; expected failures become one line and an exit code.
+
+    Exit codes: what `main` returns (None is 0); 2 for a `UserError`, an unknown or illegal flag or
+    a stray argument; 1 for a `RunFailure` or an `OSError` such as a full disk; 130 for Ctrl-C.
+    Anything else is a defect of this program and keeps its traceback.
+
+    Args:
+        main: takes nothing (flags are read from `absl.flags.FLAGS`), returns an exit code or None.
+        argv: the command line, program name first; `sys.argv` when None.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    try:
+        app.run(lambda _: main(), argv=argv, flags_parser=_parse_flags)
+    except (UserError, flags.Error) as error:
+        code, message = 2, str(error)
+    except (RunFailure, OSError) as error:
+        code, message = 1, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
+    left = flags.FLAGS(argv)
+    if len(left) > 1:
+        raise UserError(
+            f"unexpected argument {left[1]!r}: this command takes --flag=value only; see --help"
+        )
+    return left

@@ -1,0 +1,173 @@
+"""Loss, perplexity, bits per byte and achieved compression ratio on held-out windows."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.losses import token_cross_entropy
+from dmc_jax.data.loader import evaluation_batches
+from dmc_jax.data.prepared import PreparedData
+from dmc_jax.data.tokenizer import load_tokenizer, token_bytes
+from dmc_jax.errors import UserError
+from dmc_jax.model import modes
+from dmc_jax.model.llama import Llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one split; a ratio is tokens per cache slot, 1 for a dense model."""
+
+    loss: float  # nats a token
+    perplexity: float
+    bits_per_byte: float
+    tokens: int  # predicted
+    windows: int
+    ratio: float  # all tokens over all slots
+    ratio_by_layer: tuple[float, ...]
+    ratio_by_head: tuple[tuple[float, ...], ...]  # [layer][KV head]
+
+    def cache_bytes(self, config: ModelConfig, tokens: int, bytes_per_number: int = 2) -> float:
+        """Bytes of keys and values that `tokens` tokens take at the measured ratio."""
+        return 2 * config.kv_rows * config.head_dim * bytes_per_number * tokens / self.ratio
+
+
+def evaluate(
+    params: Any,
+    config: ModelConfig,
+    data: PreparedData,
+    split: str,
+    *,
+    settings: DMCSettings | None,
+    length: int,
+    batch: int,
+    threshold: float = 0.0,
+    limit: int | None = None,
+    dtype: str = "float32",
+    block: int = 256,
+) -> Evaluation:
+    """Run a model over a split with the decisions it makes at inference.
+
+    Args:
+        params: of the model.
+        config: its sizes.
+        data: from `open_data`.
+        split: "train", "validation" or "test".
+        settings: DMC settings for hard decisions; None: dense attention.
+        length: tokens per window; a window's first token always opens a slot.
+        batch: windows at a time.
+        threshold: of hard decisions.
+        limit: windows to read at most.
+        dtype: of the forward pass.
+        block: tokens per block of the attention.
+
+    Raises:
+        UserError: the data has another vocabulary than the model.
+    """
+    if data.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{data.path} was tokenized with {data.vocab_size} ids, the model has "
+            f"{config.vocab_size}: use data prepared with the model's tokenizer"
+        )
+    batches = evaluation_batches(data, split, length=length, batch=batch, limit=limit)
+    bytes_of = token_bytes(load_tokenizer(data.tokenizer_path))
+    run = functools.partial(_evaluate_batch, config, settings, dtype, block)
+    nats = tokens = real_bytes = positions = windows = 0.0
+    merges = None
+    for numpy_batch in batches:
+        on_device = {
+            name: numpy_batch[name]
+            for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+        }
+        batch_nats, batch_merges = jax.device_get(run(params, on_device, threshold))
+        mask = numpy_batch["loss_mask"]
+        nats += float(batch_nats)
+        tokens += float(mask.sum())
+        real_bytes += float((mask * bytes_of[numpy_batch["targets"]]).sum())
+        positions += float((numpy_batch["segment_ids"] > 0).sum())
+        windows += int((numpy_batch["window"] >= 0).sum())
+        merges = batch_merges if merges is None else jax.tree.map(np.add, merges, batch_merges)
+    slots = [positions - layer for run_merges in merges for layer in np.asarray(run_merges)]
+    return Evaluation(
+        loss=nats / tokens,
+        perplexity=math.exp(nats / tokens),
+        bits_per_byte=nats / math.log(2) / real_bytes,
+        tokens=int(tokens),
+        windows=int(windows),
+        ratio=float(positions * sum(len(s) for s in slots) / sum(s.sum() for s in slots)),
+        ratio_by_layer=tuple(float(positions * len(s) / s.sum()) for s in slots),
+        ratio_by_head=tuple(tuple(float(positions / slot) for slot in s) for s in slots),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _evaluate_batch(config, settings, dtype, block, params, batch, threshold):
+    """Summed loss in nats, and merged tokens per KV head, one [layers, K] array per run."""
+    where = batch["positions"], batch["segment_ids"]
+    if settings is None:
+        attend = modes.dense(config, *where, block=block)
+    else:
+        attend = modes.compressed(config, settings, *where, threshold=threshold, block=block)
+    output = Llama(config, dtype=jnp.dtype(dtype)).apply(
+        {"params": params}, batch["tokens"], attend=attend
+    )
+    nats = jnp.sum(batch["loss_mask"] * token_cross_entropy(output.logits, batch["targets"]))
+    if settings is None:
+        return nats, [jnp.zeros((1, k)) for k in config.kv_heads_by_layer]
+    real = (batch["segment_ids"] > 0).astype(jnp.float32)
+    return nats, modes.merged_tokens(output, real)
+
+
+def calibrate_threshold(
+    params: Any,
+    config: ModelConfig,
+    data: PreparedData,
+    *,
+    settings: DMCSettings,
+    ratio: float,
+    windows: int,
+    length: int,
+    batch: int,
+    dtype: str = "float32",
+    block: int = 256,
+    steps: int = 12,
+) -> float:
+    """Threshold on the merge logit with which a model compresses by `ratio` on training text.
+
+    Decisions of a layer depend on those below it, so the whole model is run at each of `steps`
+    bisections. A higher threshold merges less.
+
+    Args:
+        params, config, data, settings, length, batch, dtype, block: as in `evaluate`.
+        ratio: wanted tokens per slot.
+        windows: training windows to measure on.
+        steps: bisections of the bracket [-offset, offset], in which an untrained channel lies too.
+
+    Returns:
+        The threshold whose measured ratio is the smallest that is at least `ratio`; the bracket's
+        end where the model cannot reach it.
+    """
+    low, high = -settings.offset, settings.offset  # low merges more
+    for _ in range(steps):
+        middle = 0.5 * (low + high)
+        measured = evaluate(
+            params,
+            config,
+            data,
+            "train",
+            settings=settings,
+            length=length,
+            batch=batch,
+            threshold=middle,
+            limit=windows,
+            dtype=dtype,
+            block=block,
+        ).ratio
+        low, high = (middle, high) if measured >= ratio else (low, middle)
+    return low

@@ -1,0 +1,74 @@
+"""Our own checkpoints, read without the config file that made them."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dmc_jax.config import ModelConfig, from_dict
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.errors import UserError
+from dmc_jax.model.llama import init_params
+from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, load_params
+from dmc_jax.training.sharding import with_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    ref: CheckpointRef
+    config: ModelConfig
+    params: Any
+    settings: DMCSettings | None  # None: a dense model
+    threshold: float  # of hard decisions, calibrated at the end of the retrofit
+    data: Path  # prepared folder it was trained on
+    tokenizer: Path
+    metadata: dict
+
+
+def find_checkpoint(path: str | os.PathLike) -> CheckpointRef:
+    """The newest complete checkpoint of a run directory, a stage of it, or a step itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    ref = latest(path)
+    if ref is None:
+        raise UserError(
+            f"no complete checkpoint in {path}; expected a run directory, a stage of one "
+            "(RUN/finetune) or a step of that (RUN/finetune/600)"
+        )
+    return ref
+
+
+def load_model(path: str | os.PathLike, mesh: Mesh | None = None) -> LoadedModel:
+    """Load sizes, parameters and DMC settings of a checkpoint.
+
+    Args:
+        path: as in `find_checkpoint`.
+        mesh: devices to spread the parameters over; None: the first device.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged one.
+    """
+    ref = find_checkpoint(path)
+    metadata = load_metadata(ref)
+    config = from_dict(ModelConfig, metadata["run"]["model"])
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    if mesh is not None:
+        shapes = with_shardings(shapes, mesh)
+    settings = from_dict(DMCSettings, metadata["run"]["dmc"])
+    return LoadedModel(
+        ref=ref,
+        config=config,
+        params=load_params(ref, shapes),
+        settings=settings if metadata["mode"] == "dmc" else None,
+        threshold=metadata["threshold"],
+        data=Path(metadata["data"]),
+        tokenizer=Path(metadata["tokenizer"]),
+        metadata=metadata,
+    )

@@ -1,0 +1,1 @@
+"""The Llama: thin Flax modules that hold parameters and call `core`."""

@@ -1,0 +1,189 @@
+"""A Llama in Flax Linen whose attention is an argument.
+
+`Llama.apply(variables, tokens, attend=...)`: the same parameters serve the dense model, the three
+ways of DMC training and evaluation, and decoding from a cache; `dmc_jax.model.modes` has the
+attention functions. Layers of equal shape are stacked [run, ...] and scanned.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dmc_jax.config import ModelConfig
+
+# Llama's initialisation: normal, the projections into the residual stream scaled down by depth.
+_INIT_STD = 0.02
+
+
+class Attend(Protocol):
+    """An attention function: (q, k, v, layer, state) -> (out, state, record).
+
+    q [B, T, N, H], k and v [B, T, K, H] come before rotation. `layer` is the index of the layer,
+    traced. `state` is threaded from layer to layer (a cache in decoding, None in training);
+    `record` is returned stacked over the layers of a run.
+    """
+
+    def __call__(
+        self, q: Array, k: Array, v: Array, layer: Array, state: Any
+    ) -> tuple[Array, Any, Any]:
+        """Attend in one layer."""
+
+
+class ModelOutput(NamedTuple):
+    """Result of a forward pass; `records` has one entry per run of equal layers."""
+
+    logits: Float[Array, "B T V"]
+    state: Any
+    records: tuple[Any, ...]
+
+
+def layer_runs(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
+    """Runs of consecutive layers with equal KV heads: (first layer, layers, KV heads) each."""
+    runs, first = [], 0
+    for kv_heads, group in itertools.groupby(config.kv_heads_by_layer):
+        length = len(list(group))
+        runs.append((first, length, kv_heads))
+        first += length
+    return tuple(runs)
+
+
+def _init(std: float = _INIT_STD) -> Callable:
+    return nn.initializers.normal(std)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Normalised `x`, in its dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """A bias-free matrix between axes given by an einsum, in the dtype of its input."""
+
+    equation: str
+    shape: tuple[int, ...]
+    std: float = _INIT_STD
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """The product of `x` and the kernel."""
+        kernel = self.param("kernel", _init(self.std), self.shape)
+        return jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU MLP, each behind an RMSNorm, around the residual stream."""
+
+    config: ModelConfig
+    kv_heads: int
+    attend: Attend
+    sharding: jax.sharding.Sharding | None
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, Any], layer: Int[Array, ""]) -> tuple[tuple, Any]:
+        """Carry (x [B, T, D], state) through the layer; also return what `attend` records."""
+        c, (x, state) = self.config, carry
+        D, N, K, H, F = c.width, c.heads, self.kv_heads, c.head_dim, c.mlp_width
+        out_std = _INIT_STD * (2 * c.layers) ** -0.5
+
+        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        q = Projection("BTD,DNH->BTNH", (D, N, H), name="q")(y)
+        k = Projection("BTD,DKH->BTKH", (D, K, H), name="k")(y)
+        v = Projection("BTD,DKH->BTKH", (D, K, H), name="v")(y)
+        out, state, record = self.attend(q, k, v, layer, state)
+        x += Projection("BTNH,NHD->BTD", (N, H, D), out_std, name="o")(out.astype(x.dtype))
+
+        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        gate = Projection("BTD,DF->BTF", (D, F), name="gate")(y)
+        up = Projection("BTD,DF->BTF", (D, F), name="up")(y)
+        x += Projection("BTF,FD->BTD", (F, D), out_std, name="down")(nn.silu(gate) * up)
+        if self.sharding is not None:
+            x = jax.lax.with_sharding_constraint(x, self.sharding)
+        return (x, state), record
+
+
+_REMAT_POLICIES = {
+    "full": None,  # recompute the whole layer
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Llama(nn.Module):
+    """Token ids to logits (Touvron et al. 2023, arXiv 2302.13971).
+
+    Attributes:
+        config: sizes.
+        dtype: of activations and products; parameters stay float32.
+        remat: none | full | dots, what the backward pass recomputes.
+        sharding: of the residual stream [B, T, D], where several devices share the work.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    sharding: jax.sharding.Sharding | None = None
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], *, attend: Attend, state: Any = None
+    ) -> ModelOutput:
+        """Logits for every token.
+
+        Args:
+            tokens: ids in [0, V).
+            attend: the attention function, which knows positions and documents.
+            state: threaded through the layers' `attend`.
+
+        Returns:
+            Logits in float32, the final state, and the records of each run [layers of run, ...].
+        """
+        c = self.config
+        embedding = self.param("embedding", _init(), (c.vocab_size, c.width))
+        x = embedding.astype(self.dtype)[tokens]
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
+        records = []
+        for index, (first, length, kv_heads) in enumerate(layer_runs(c)):
+            stack = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
+            )(c, kv_heads, attend, self.sharding, name=f"run_{index}")
+            (x, state), record = stack((x, state), first + jnp.arange(length))
+            records.append(record)
+        x = RMSNorm(c.norm_eps, name="final_norm")(x)
+        if c.tied_embeddings:
+            head = embedding.T
+        else:
+            head = self.param("head", _init(), (c.width, c.vocab_size))
+        logits = jnp.einsum(
+            "BTD,DV->BTV", x, head.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        return ModelOutput(logits, state, tuple(records))
+
+
+def init_params(config: ModelConfig, key: Array) -> dict:
+    """Fresh float32 parameters; `jax.eval_shape` of it gives the shapes alone."""
+
+    def attend(q, k, v, layer, state):  # shapes are all that initialisation needs
+        return q, state, None
+
+    return Llama(config).init(key, jnp.zeros((1, 1), jnp.int32), attend=attend)["params"]
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, without making any."""
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

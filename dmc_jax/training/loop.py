@@ -1,0 +1,274 @@
+"""The retrofit from top to bottom: stages, steps, metrics, checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from dmc_jax.config import RunConfig, to_dict
+from dmc_jax.data.loader import longest_document, training_batches
+from dmc_jax.data.prepared import PreparedData, open_data
+from dmc_jax.errors import RunFailure, UserError
+from dmc_jax.model.llama import count_parameters
+from dmc_jax.training import checkpoint, metrics, stages
+from dmc_jax.training.optimizer import make_optimizer
+from dmc_jax.training.checkpoint import latest, load_metadata, write_metadata
+from dmc_jax.training.sharding import batch_sharding, make_mesh
+from dmc_jax.training.step import make_train_step
+
+# What may change between the parts of an interrupted run; everything else would make it another.
+_MAY_CHANGE = {"stages", "output", "mesh", "log_every", "eval_every", "eval_windows", "save_every"}
+_MAY_CHANGE |= {"keep", "tensorboard", "wandb", "init_from"}
+
+_TO_DEVICE = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+
+
+def train(run: RunConfig, *, quiet: bool = False) -> Path:
+    """Run the stages of a config in order; go on where an interrupted run of it stopped.
+
+    Args:
+        run: the configuration.
+        quiet: nothing on the screen.
+
+    Returns:
+        The run's directory, `output/name`: checkpoints in `STAGE/STEP`, `metrics.jsonl`.
+
+    Raises:
+        UserError: the config does not fit the data, the devices, the checkpoint or the directory.
+        RunFailure: a loss that is not a finite number.
+        KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint was written.
+    """
+    checkpoint.quiet_orbax()
+    directory = Path(run.output) / run.name
+    datas = open_datas(run)
+    stages.initial_checkpoint(run)
+    mesh = make_mesh(run.mesh)
+    _check_batch(run, mesh)
+    _claim_directory(directory, run)
+    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+
+    offset = 0
+    for index, stage in enumerate(run.stage_names):
+        steps = run.stage(stage).steps
+        done = latest(directory / stage)
+        if done is not None and done.step >= steps and "validation" in load_metadata(done):
+            offset += steps
+            continue
+        logging.info("stage %s: %d steps", stage, steps)
+        state, resumed = stages.start_of_stage(run, stage, optimizer, mesh)
+        teacher, teacher_params = None, None
+        if stage != "pretrain" or run.init_from:
+            teacher, teacher_params = stages.load_teacher(run, mesh)
+        step_function = make_train_step(run, stage, mesh, optimizer, teacher)
+        batches = iter(
+            training_batches(
+                datas,
+                length=run.data.length,
+                batch=run.data.batch,
+                seed=run.seed + index,
+                host_index=jax.process_index(),
+                host_count=jax.process_count(),
+            )
+        )
+        first = 0
+        if resumed is not None:
+            batches.set_state(checkpoint.load_data_state(resumed))
+            first = resumed.step
+            logging.info("resuming %s at step %d", stage, first)
+        with (
+            checkpoint.open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
+            _open_metrics(run, directory, offset, first, quiet) as log,
+            _stop_requests() as stopping,
+        ):
+            recent = _Recent(run, stage, offset, log, saver)
+            for step in range(first, steps):
+                batch = next(batches)
+                state, step_metrics = step_function(state, _to_devices(batch, mesh), teacher_params)
+                recent.add(step, step_metrics, batch)
+                taken = step + 1
+                if taken % run.log_every == 0 or taken == steps:
+                    recent.log()
+                if run.eval_every and taken % run.eval_every == 0 and taken < steps:
+                    measured = stages.assess(run, stage, state.params, datas[0][0])["validation"]
+                    logging.info("step %d: validation loss %.4f", taken, measured["loss"])
+                interrupted = bool(stopping) and taken < steps
+                if taken == steps:
+                    state = stages.finish_stage(stage, state)
+                if taken % run.save_every == 0 or taken == steps or interrupted:
+                    recent.log()  # a state is saved only after its losses were seen to be finite
+                    about = stages.describe(run, stage, taken, datas[0][0])
+                    saver.save(taken, state, batches.get_state(), about)
+                if interrupted:
+                    raise KeyboardInterrupt
+        # The end of a stage is measured after it is safe on disk; the figures join its metadata.
+        ref = latest(directory / stage)
+        about = stages.describe(run, stage, steps, datas[0][0])
+        write_metadata(ref, about | stages.assess(run, stage, state.params, datas[0][0]))
+        del state
+        offset += steps
+    return directory
+
+
+def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
+    """The prepared folders of a config with their mixing weights, checked against the model.
+
+    Raises:
+        UserError: another vocabulary, a window longer than any document, or weights that do not
+            match the folders.
+    """
+    datas = [open_data(path.strip()) for path in run.data.path.split(",")]
+    weights = [float(len(data.tokens["train"])) for data in datas]
+    if run.data.weights:
+        try:
+            weights = [float(w) for w in run.data.weights.split(",")]
+        except ValueError as error:
+            raise UserError(f"data.weights: {error}; expected numbers, comma-separated") from error
+    if len(weights) != len(datas):
+        raise UserError(f"data.weights names {len(weights)} corpora, data.path {len(datas)}")
+    for data in datas:
+        if data.vocab_size != run.model.vocab_size:
+            raise UserError(
+                f"{data.path} was tokenized with {data.vocab_size} ids, model.vocab_size is "
+                f"{run.model.vocab_size}: use the model's tokenizer (prepare_data --tokenizer=...) "
+                "or set --config.model.vocab_size"
+            )
+        longest = longest_document(data, "train")
+        if run.data.length > longest:
+            raise UserError(
+                f"data.length is {run.data.length} tokens, but the longest document in "
+                f"{data.path} has {longest}: no window would hold one document; shorten it"
+            )
+    return list(zip(datas, weights, strict=True))
+
+
+def _check_batch(run: RunConfig, mesh) -> None:
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if (run.data.batch // run.accumulation) % shares:
+        raise UserError(
+            f"data.batch / accumulation = {run.data.batch // run.accumulation} windows cannot be "
+            f"split over {shares} devices (mesh data x fsdp); choose a multiple of {shares}"
+        )
+
+
+def _claim_directory(directory: Path, run: RunConfig) -> None:
+    """Write config.json, or check that the one there describes the same run."""
+    file = directory / "config.json"
+    ours = json.loads(json.dumps(to_dict(run)))
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        changed = [n for n in ours if n not in _MAY_CHANGE and ours[n] != theirs.get(n)]
+        if changed:
+            raise UserError(
+                f"{directory} holds a run with another {', '.join(changed)}; choose another "
+                "--config.name, or remove that directory to start afresh"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ours, indent=1) + "\n")
+
+
+def _to_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in _TO_DEVICE
+    }
+
+
+def _open_metrics(run: RunConfig, directory: Path, offset: int, first: int, quiet: bool):
+    return metrics.open_metrics(
+        directory,
+        total_steps=sum(run.stage(name).steps for name in run.stage_names),
+        first_step=offset + first + 1,
+        quiet=quiet,
+        tensorboard=run.tensorboard,
+        wandb=run.wandb,
+    )
+
+
+@dataclasses.dataclass
+class _Recent:
+    """Steps since the last log line: their metrics stay on the device until they are asked for."""
+
+    run: RunConfig
+    stage: str
+    offset: int
+    sink: metrics.MetricsLogger
+    saver: checkpoint.Saver
+    steps: list[tuple[int, Any, np.ndarray]] = dataclasses.field(default_factory=list)
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def add(self, step: int, values: Any, batch: dict[str, np.ndarray]) -> None:
+        """Remember a step, its metrics and which documents its batch came from."""
+        self.steps.append((step, values, batch["documents"]))
+
+    def log(self) -> None:
+        """Log the newest step, with rates over all of them; stop at the first bad number."""
+        if not self.steps:
+            return
+        fetched = jax.device_get([values for _, values, _ in self.steps])
+        seconds = time.perf_counter() - self.since
+        for (step, _, documents), values in zip(self.steps, fetched, strict=True):
+            if not stages.finite(values):
+                self._diverged(step, values, documents)
+        values = dict(fetched[-1])
+        merged = values.pop("merged", None)
+        if merged is not None:
+            values["ratio"] = 1 / (1 - merged.mean())
+            values |= {f"ratio_layer_{i:02d}": 1 / (1 - m) for i, m in enumerate(merged)}
+        rate = len(self.steps) * self.run.data.batch * self.run.data.length / seconds
+        values["tokens_per_second"] = rate
+        model = self.run.model
+        table = 0 if model.tied_embeddings else model.vocab_size * model.width
+        per_token = metrics.train_flops_per_token(
+            params_without_embedding=count_parameters(model) - table,
+            layers=model.layers,
+            heads=model.heads,
+            head_dim=model.head_dim,
+            length=self.run.data.length,
+        )
+        peak = metrics.peak_flops(jax.devices()[0].device_kind)
+        utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
+        if utilisation is not None:
+            values["mfu"] = utilisation
+        self.sink.log(self.offset + self.steps[-1][0] + 1, values)
+        self.steps.clear()
+        self.since = time.perf_counter()
+
+    def _diverged(self, step: int, values: Any, documents: np.ndarray) -> None:
+        directory = Path(self.run.output) / self.run.name / self.stage
+        self.saver.wait()
+        good = latest(directory) or latest(directory.parent)
+        raise RunFailure(
+            f"stage {self.stage}, step {step}: "
+            + ", ".join(f"{n} = {v}" for n, v in values.items() if not np.isfinite(v).all())
+            + f". Last good checkpoint: {good.path if good else 'none'}. The batch's windows cover "
+            f"training documents {documents.tolist()}. Look at them, or lower the learning rate."
+        )
+
+
+@contextlib.contextmanager
+def _stop_requests():
+    """A list that fills when SIGINT or SIGTERM asks to stop; the second SIGINT stops at once."""
+    asked: list[int] = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        logging.info("stopping after this step; the run can be resumed")
+
+    try:
+        previous = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: a notebook's worker, for instance
+        previous = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

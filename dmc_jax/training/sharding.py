@@ -1,0 +1,99 @@
+"""Where every array lives: one table of named rules over the mesh `data x fsdp x tensor`."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dmc_jax.config import MeshConfig
+from dmc_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Parameter (end of its path) -> mesh axis of each of its last dimensions. Optimizer moments have
+# the same paths below their own prefix, so they follow. What no rule names is replicated.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embedding", ("tensor", "fsdp")),  # [V, D]
+    (r"head", ("fsdp", "tensor")),  # [D, V]
+    (r"[qkv]/kernel", ("fsdp", "tensor", None)),  # [D, heads, H]
+    (r"o/kernel", ("tensor", None, "fsdp")),  # [N, H, D]
+    (r"(gate|up)/kernel", ("fsdp", "tensor")),  # [D, F]
+    (r"down/kernel", ("tensor", "fsdp")),  # [F, D]
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Arrange the devices in the mesh that the config asks for.
+
+    Args:
+        config: devices per axis; one axis may be -1 and takes what is left.
+        devices: all of JAX's by default.
+
+    Raises:
+        UserError: the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    if sizes.count(-1) == 1:
+        known = int(np.prod([s for s in sizes if s != -1]))
+        if known > 0 and len(devices) % known == 0:
+            sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+        raise UserError(
+            f"mesh {asked} does not fit {len(devices)} devices: the product must be "
+            f"{len(devices)}; one axis may be -1 to take what is left"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The rule for one array; an axis that does not divide its dimension is left out of it.
+
+    So two KV heads on four tensor devices are replicated rather than refused.
+
+    Args:
+        path: slash-separated path of the leaf.
+        shape: of the array; leading dimensions beyond the rule (stacked layers) are replicated.
+        mesh: gives the axis sizes.
+    """
+    for pattern, axes in RULES:
+        if re.search(rf"(^|/){pattern}$", path) and len(shape) >= len(axes):
+            leading = len(shape) - len(axes)
+            fitting = [
+                axis if axis and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(axes, shape[leading:], strict=True)
+            ]
+            return PartitionSpec(*[None] * leading, *fitting)
+    return PartitionSpec()
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for every leaf of a tree of arrays or shapes."""
+
+    def of(path, leaf):
+        name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def with_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree, with where each leaf belongs."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings(abstract, mesh),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches [B, ...] are split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device in full."""
+    return NamedSharding(mesh, PartitionSpec())

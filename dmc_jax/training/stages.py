@@ -1,0 +1,151 @@
+"""Where a stage starts, and what is done when it ends."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+
+from dmc_jax.config import ModelConfig, RunConfig, to_dict
+from dmc_jax.data.prepared import PreparedData
+from dmc_jax.errors import UserError
+from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
+from dmc_jax.interop.native import find_checkpoint, load_model
+from dmc_jax.training import checkpoint
+from dmc_jax.training.optimizer import zero_decision_rows
+from dmc_jax.training.checkpoint import CheckpointRef, latest
+from dmc_jax.training.state import TrainState, abstract_state, init_state, state_of
+
+MERGING = ("retrofit", "finetune")  # the stages whose model merges
+
+
+def initial_checkpoint(run: RunConfig) -> CheckpointRef | None:
+    """The checkpoint that `init_from` names, None where the run starts from nothing.
+
+    Raises:
+        UserError: there is none, or the first stage needs one and none is named.
+    """
+    if not run.init_from:
+        if run.stage_names[0] != "pretrain":
+            raise UserError(
+                f"stage {run.stage_names[0]} continues a trained model: name its checkpoint with "
+                "--config.init_from=DIR, or start with --config.stages=pretrain,..."
+            )
+        return None
+    return find_checkpoint(run.init_from)
+
+
+def start_of_stage(
+    run: RunConfig, stage: str, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, CheckpointRef | None]:
+    """State to begin or go on with, and the checkpoint of this stage that it came from, if any.
+
+    In order of preference: this stage's newest checkpoint; the end of the stage before it in this
+    run, with its optimizer state; the parameters of `init_from`; fresh ones.
+
+    Raises:
+        UserError: a checkpoint of another shape.
+    """
+    directory = Path(run.output) / run.name
+    wanted = abstract_state(run.model, optimizer, mesh)
+    own = latest(directory / stage)
+    if own is not None:
+        return checkpoint.load_state(own, wanted), own
+    position = run.stage_names.index(stage)
+    if position > 0:
+        before = latest(directory / run.stage_names[position - 1])
+        state = checkpoint.load_state(before, wanted)
+        return dataclasses.replace(state, step=0 * state.step), None
+    ref = initial_checkpoint(run)
+    if ref is None:
+        return init_state(run.model, optimizer, mesh, run.seed), None
+    logging.info("starting %s from %s", stage, ref.path)
+    return state_of(checkpoint.load_params(ref, wanted.params), optimizer), None
+
+
+def load_teacher(run: RunConfig, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
+    """Sizes and parameters of the distillation teacher, the model that the retrofit starts from.
+
+    It is `init_from`, or the end of this run's own pretraining; (None, None) where distillation
+    is off or there is no such model yet.
+    """
+    if run.compression.distillation == 0:
+        return None, None
+    source = Path(run.init_from or Path(run.output, run.name, "pretrain"))
+    if latest(source) is None:
+        return None, None
+    teacher = load_model(source, mesh)
+    return teacher.config, teacher.params
+
+
+def finish_stage(stage: str, state: TrainState) -> TrainState:
+    """What happens to the state after the last step: zero_out empties the decision channel."""
+    if stage != "zero_out":
+        return state
+    return dataclasses.replace(
+        state,
+        params=zero_decision_rows(state.params),
+        optimizer=zero_decision_rows(state.optimizer),
+    )
+
+
+def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> dict:
+    """Metadata of any checkpoint: enough to load and run it without its config file."""
+    return {
+        "format": "dmc_jax",
+        "stage": stage,
+        "step": step,
+        "mode": "dmc" if stage in MERGING else "dense",
+        "threshold": 0.0,
+        "run": to_dict(run),
+        "data": str(data.path),
+        "tokenizer": str(data.tokenizer_path),
+        "tokenizer_sha256": data.manifest["tokenizer_sha256"],
+    }
+
+
+def assess(run: RunConfig, stage: str, params: Any, data: PreparedData) -> dict:
+    """Measurements at the end of a stage: calibrated threshold and validation figures.
+
+    Returns:
+        Metadata entries `threshold` and `validation`.
+    """
+    settings = run.dmc if stage in MERGING else None
+    rows = min(run.data.batch // run.accumulation, run.eval_windows)
+    common = {
+        "length": run.data.length,
+        "batch": max(1, rows),
+        "dtype": run.compute_dtype,
+        "block": run.attention_block,
+    }
+    threshold = 0.0
+    if settings is not None and run.compression.calibration_windows:
+        threshold = calibrate_threshold(
+            params,
+            run.model,
+            data,
+            settings=settings,
+            ratio=run.compression.ratio,
+            windows=run.compression.calibration_windows,
+            **common,
+        )
+    measured = evaluate(
+        params,
+        run.model,
+        data,
+        "validation",
+        settings=settings,
+        threshold=threshold,
+        limit=run.eval_windows,
+        **common,
+    )
+    return {"threshold": threshold, "validation": dataclasses.asdict(measured)}
+
+
+def finite(values: Any) -> bool:
+    """Whether every number of a fetched pytree is finite."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values))

@@ -1,0 +1,51 @@
+"""What training carries from step to step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.model.llama import init_params
+from dmc_jax.training.sharding import shardings, with_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Float32 parameters and optimizer state after `step` steps of the current stage."""
+
+    step: Int[Array, ""]
+    params: Any
+    optimizer: Any
+
+
+def state_of(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around given parameters."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of a state; what a checkpoint is restored into."""
+    shapes = jax.eval_shape(
+        lambda key: state_of(init_params(config, key), optimizer), jax.random.key(0)
+    )
+    return with_shardings(shapes, mesh)
+
+
+def init_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> TrainState:
+    """Fresh parameters and optimizer state, made where they belong: no device holds them all."""
+
+    def make(key):
+        return state_of(init_params(config, key), optimizer)
+
+    key = jax.random.key(seed)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
