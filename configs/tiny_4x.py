@@ -41,8 +41,8 @@ def get_config():
                 steps=600, learning_rate=2e-3, final_learning_rate=2e-4, shape="cosine"
             ),
             optimizer=OptimizerConfig(),
-            compute_dtype="bfloat16",
-            remat="none",
+            compute_dtype="float32",
+            remat="dots",
             attention_block=128,
             log_every=50,
             save_every=500,

@@ -19,6 +19,9 @@ from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies, rotate
 # The released models use the last channel of each head (the paper's text says the first).
 DECISION_CHANNEL = -1
 
+# Tokens per block of the banded product that pools them.
+_POOL_BLOCK = 16
+
 # Log-weight of a superseded state under hard decisions; exp of it is 0 in float32.
 _SUPERSEDED = -50_000.0
 
@@ -134,8 +137,9 @@ def pool(
         coef(i, j) = alpha_{j+1} ... alpha_i
         y_i = sum_j coef(i, j) omega_j x_j / sum_j coef(i, j) omega_j      over the last W tokens j
 
-    Cost O(S W); with an unlimited window O(S log S) by an associative scan of the recurrence
-    `s_i = alpha_i s_{i-1} + omega_i x_i`.
+    That is a weighted mean of the last W tokens with weights [B, S, K, W], so a banded matrix
+    product at cost O(S W); with an unlimited window O(S log S), by an associative scan of the
+    recurrence `s_i = alpha_i s_{i-1} + omega_i x_i`.
 
     Args:
         x: keys or values before rotation.
@@ -147,28 +151,55 @@ def pool(
     Returns:
         The pooled states in the dtype of `x`, computed in float32.
     """
-    weighted = omega[..., None] * x.astype(jnp.float32)
+    if window == 1:
+        return x
     alpha = jnp.where(jnp.arange(x.shape[1])[:, None] == 0, 0.0, alpha)
     if not window:
+        weighted = omega[..., None] * x.astype(jnp.float32)
         total, weighted = _running_sum(alpha, omega), _running_sum(alpha[..., None], weighted)
         return (weighted / total[..., None]).astype(x.dtype)
-    window = min(window, x.shape[1])
-    # One padding of W - 1 zeros in front, then W static slices: slice m holds token i - m.
-    past_weighted, past_omega, past_alpha = (
-        jnp.pad(a, [(0, 0), (window - 1, 0)] + [(0, 0)] * (a.ndim - 2))
-        for a in (weighted, omega, alpha)
-    )
+    weights = _pooling_weights(alpha, omega, min(window, x.shape[1]))
+    return _banded_product(weights, x.astype(jnp.float32)).astype(x.dtype)
 
-    def earlier(padded: Array, m: int) -> Array:
-        return jax.lax.slice_in_dim(padded, window - 1 - m, window - 1 - m + x.shape[1], axis=1)
 
-    coef = jnp.ones_like(alpha)
-    numerator, denominator = weighted, omega
+def _pooling_weights(alpha: Array, omega: Array, window: int) -> Float[Array, "B S K W"]:
+    """Weight of token i - W + 1 + w in the state of token i; they add up to 1 over w."""
+    S = alpha.shape[1]
+    past_alpha, past_omega = (jnp.pad(a, [(0, 0), (window - 1, 0), (0, 0)]) for a in (alpha, omega))
+
+    def ago(padded: Array, m: int) -> Array:  # entry i of the result is entry i - m of the original
+        return jax.lax.slice_in_dim(padded, window - 1 - m, window - 1 - m + S, axis=1)
+
+    coef, weights = jnp.ones_like(alpha), [omega]
     for m in range(1, window):
-        coef = coef * earlier(past_alpha, m - 1)
-        numerator += coef[..., None] * earlier(past_weighted, m)
-        denominator += coef * earlier(past_omega, m)
-    return (numerator / denominator[..., None]).astype(x.dtype)
+        coef = coef * ago(past_alpha, m - 1)
+        weights.insert(0, coef * ago(past_omega, m))
+    stacked = jnp.stack(weights, axis=-1)
+    return stacked / stacked.sum(axis=-1, keepdims=True)
+
+
+def _banded_product(weights: Float[Array, "B S K W"], x: Float[Array, "B S K H"]) -> Array:
+    """`y_i = sum_w weights[i, w] x[i - W + 1 + w]`, as small dense products.
+
+    Blocks of b >= W - 1 tokens read themselves and the end of the block before. Measured on a
+    2-core CPU at S = 2048, K = 8, H = 128: 13 ms forward and backward, against 263 ms for W shifted
+    multiply-adds.
+    """
+    B, S, K, W = weights.shape
+    b = max(_POOL_BLOCK, W - 1)
+    pad = [(0, 0), (0, -S % b), (0, 0), (0, 0)]
+    weights, x = jnp.pad(weights, pad), jnp.pad(x, pad)
+    n = x.shape[1] // b
+    x = x.reshape(B, n, b, K, -1)
+    before = jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])[:, :-1, b - W + 1 :]
+    seen = jnp.concatenate([before, x], axis=2)  # [B, n, W-1+b, K, H]
+    # Row t of a block's band holds its W weights from column t on: pad each row to W + b and read
+    # the same memory in rows of one less, which moves every row right by one more.
+    band = weights.reshape(B, n, b, K, W).transpose(0, 1, 3, 2, 4)
+    band = jnp.pad(band, [(0, 0)] * 4 + [(0, b)]).reshape(B, n, K, b * (W + b))
+    band = band[..., : b * (W + b - 1)].reshape(B, n, K, b, W + b - 1)
+    y = jnp.einsum("BnKts,BnsKH->BntKH", band, seen, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(B, n * b, K, -1)[:, :S]
 
 
 def _running_sum(decay: Array, x: Array) -> Array:
@@ -323,8 +354,8 @@ def dmc_attention(
         merged = hard * may_merge
 
     alpha = alpha * may_merge
-    pooled_k = pool(k, alpha, omega, settings.window)
-    pooled_v = pool(v, alpha, omega, settings.window)
+    both = pool(jnp.concatenate([k, v], axis=-1), alpha, omega, settings.window)
+    pooled_k, pooled_v = both[..., :H], both[..., H:]
     # The next token's decision supersedes a state; nothing supersedes the last one.
     key_bias = jnp.pad((log_keep * may_merge)[:, 1:], [(0, 0), (0, 1), (0, 0)])
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
@@ -136,7 +137,7 @@ def calibrate_threshold(
     batch: int,
     dtype: str = "float32",
     block: int = 256,
-    steps: int = 12,
+    steps: int = 14,
 ) -> float:
     """Threshold on the merge logit with which a model compresses by `ratio` on training text.
 
@@ -147,13 +148,14 @@ def calibrate_threshold(
         params, config, data, settings, length, batch, dtype, block: as in `evaluate`.
         ratio: wanted tokens per slot.
         windows: training windows to measure on.
-        steps: bisections of the bracket [-offset, offset], in which an untrained channel lies too.
+        steps: bisections.
 
     Returns:
-        The threshold whose measured ratio is the smallest that is at least `ratio`; the bracket's
-        end where the model cannot reach it.
+        The threshold, to within the last bisection, at which the ratio still is at least `ratio`;
+        0, with a warning, where even merging nearly everything falls short of it.
     """
-    low, high = -settings.offset, settings.offset  # low merges more
+    bracket = settings.offset + 10.0  # beyond it sigmoid is 0 or 1 to four digits
+    low, high = -bracket, bracket  # low merges more
     for _ in range(steps):
         middle = 0.5 * (low + high)
         measured = evaluate(
@@ -170,4 +172,7 @@ def calibrate_threshold(
             block=block,
         ).ratio
         low, high = (middle, high) if measured >= ratio else (low, middle)
+    if low == -bracket:
+        logging.warning("no threshold reaches a ratio of %g (last measured: %g)", ratio, measured)
+        return 0.0
     return low

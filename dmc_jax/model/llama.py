@@ -5,6 +5,7 @@ ways of DMC training and evaluation, and decoding from a cache; `dmc_jax.model.m
 attention functions. Layers of equal shape are stacked [run, ...] and scanned.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -70,6 +71,37 @@ class RMSNorm(nn.Module):
         return (wide * scale).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(equation: str, x: Array, kernel: Array) -> Array:
+    """`einsum(equation, x, kernel)` in the dtype of `x`.
+
+    Its gradient for the kernel is accumulated and kept in float32, and asked for as
+    `x^T dy`: the order that autodiff chooses, `(dy^T x)^T`, takes 2 to 3 times as long on a CPU
+    (5.3 against 1.6 ms at 2,048 tokens, 128 x 384).
+    """
+    return jnp.einsum(equation, x, kernel.astype(x.dtype))
+
+
+def _project_forward(equation, x, kernel):
+    return _project(equation, x, kernel), (x, kernel)
+
+
+def _project_backward(equation, residuals, dy):
+    x, kernel = residuals
+    (x_axes, kernel_axes), y_axes = equation.split("->")[0].split(","), equation.split("->")[1]
+    dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy.astype(x.dtype), kernel.astype(x.dtype))
+    dkernel = jnp.einsum(
+        f"{x_axes},{y_axes}->{kernel_axes}",
+        x,
+        dy.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return dx, dkernel.astype(kernel.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 class Projection(nn.Module):
     """A bias-free matrix between axes given by an einsum, in the dtype of its input."""
 
@@ -81,7 +113,7 @@ class Projection(nn.Module):
     def __call__(self, x: Array) -> Array:
         """The product of `x` and the kernel."""
         kernel = self.param("kernel", _init(self.std), self.shape)
-        return jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        return _project(self.equation, x, kernel)
 
 
 class Block(nn.Module):
@@ -165,13 +197,11 @@ class Llama(nn.Module):
             records.append(record)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tied_embeddings:
-            head = embedding.T
+            logits = _project("BTD,VD->BTV", x, embedding)
         else:
             head = self.param("head", _init(), (c.width, c.vocab_size))
-        logits = jnp.einsum(
-            "BTD,DV->BTV", x, head.astype(x.dtype), preferred_element_type=jnp.float32
-        )
-        return ModelOutput(logits, state, tuple(records))
+            logits = _project("BTD,DV->BTV", x, head)
+        return ModelOutput(logits.astype(jnp.float32), state, tuple(records))
 
 
 def init_params(config: ModelConfig, key: Array) -> dict:

@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
-from dmc_jax.config import RunConfig, to_dict
+from dmc_jax.config import STAGES, RunConfig, to_dict
 from dmc_jax.data.loader import longest_document, training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import checkpoint, metrics, stages
-from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.checkpoint import latest, load_metadata, write_metadata
+from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.sharding import batch_sharding, make_mesh
 from dmc_jax.training.step import make_train_step
 
@@ -52,68 +53,81 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
     mesh = make_mesh(run.mesh)
     _check_batch(run, mesh)
     _claim_directory(directory, run)
-    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
-
-    offset = 0
-    for index, stage in enumerate(run.stage_names):
-        steps = run.stage(stage).steps
-        done = latest(directory / stage)
-        if done is not None and done.step >= steps and "validation" in load_metadata(done):
-            offset += steps
+    for stage in run.stage_names:
+        if _is_finished(directory, run, stage):
             continue
-        logging.info("stage %s: %d steps", stage, steps)
-        state, resumed = stages.start_of_stage(run, stage, optimizer, mesh)
-        teacher, teacher_params = None, None
-        if stage != "pretrain" or run.init_from:
-            teacher, teacher_params = stages.load_teacher(run, mesh)
-        step_function = make_train_step(run, stage, mesh, optimizer, teacher)
-        batches = iter(
-            training_batches(
-                datas,
-                length=run.data.length,
-                batch=run.data.batch,
-                seed=run.seed + index,
-                host_index=jax.process_index(),
-                host_count=jax.process_count(),
-            )
-        )
-        first = 0
-        if resumed is not None:
-            batches.set_state(checkpoint.load_data_state(resumed))
-            first = resumed.step
-            logging.info("resuming %s at step %d", stage, first)
-        with (
-            checkpoint.open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
-            _open_metrics(run, directory, offset, first, quiet) as log,
-            _stop_requests() as stopping,
-        ):
-            recent = _Recent(run, stage, offset, log, saver)
-            for step in range(first, steps):
-                batch = next(batches)
-                state, step_metrics = step_function(state, _to_devices(batch, mesh), teacher_params)
-                recent.add(step, step_metrics, batch)
-                taken = step + 1
-                if taken % run.log_every == 0 or taken == steps:
-                    recent.log()
-                if run.eval_every and taken % run.eval_every == 0 and taken < steps:
-                    measured = stages.assess(run, stage, state.params, datas[0][0])["validation"]
-                    logging.info("step %d: validation loss %.4f", taken, measured["loss"])
-                interrupted = bool(stopping) and taken < steps
-                if taken == steps:
-                    state = stages.finish_stage(stage, state)
-                if taken % run.save_every == 0 or taken == steps or interrupted:
-                    recent.log()  # a state is saved only after its losses were seen to be finite
-                    about = stages.describe(run, stage, taken, datas[0][0])
-                    saver.save(taken, state, batches.get_state(), about)
-                if interrupted:
-                    raise KeyboardInterrupt
+        params = _train_stage(run, stage, datas, mesh, quiet)
         # The end of a stage is measured after it is safe on disk; the figures join its metadata.
-        ref = latest(directory / stage)
-        about = stages.describe(run, stage, steps, datas[0][0])
-        write_metadata(ref, about | stages.assess(run, stage, state.params, datas[0][0]))
-        del state
-        offset += steps
+        ref, data = latest(directory / stage), datas[0][0]
+        measured = stages.assess(run, stage, params, data)
+        write_metadata(ref, stages.describe(run, stage, ref.step, data) | measured)
     return directory
+
+
+def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
+    done = latest(directory / stage)
+    return (
+        done is not None
+        and done.step >= run.stage(stage).steps
+        and "validation" in load_metadata(done)
+    )
+
+
+def _train_stage(run: RunConfig, stage: str, datas: list, mesh: Mesh, quiet: bool) -> Any:
+    """Take the steps of one stage, from its newest checkpoint on; returns the parameters."""
+    directory, steps = Path(run.output) / run.name, run.stage(stage).steps
+    logging.info("stage %s: %d steps", stage, steps)
+    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+    state, resumed = stages.start_of_stage(run, stage, optimizer, mesh)
+    teacher, teacher_params = stages.load_teacher(run, stage, mesh)
+    take_step = make_train_step(run, stage, mesh, optimizer, teacher)
+    batches = _batches(run, stage, datas)
+    first = 0
+    if resumed is not None:
+        first = resumed.step
+        batches.set_state(checkpoint.load_data_state(resumed))
+        logging.info("resuming %s at step %d", stage, first)
+
+    with (
+        checkpoint.open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
+        _open_metrics(run, stage, first, quiet) as sink,
+        _stop_requests() as stopping,
+    ):
+        recent = _Recent(run, stage, sink, saver)
+        for step in range(first, steps):
+            batch = next(batches)
+            state, values = take_step(state, _to_devices(batch, mesh), teacher_params)
+            recent.add(step, values, batch)
+            taken = step + 1
+            last, interrupted = taken == steps, bool(stopping)
+            if last:
+                state = stages.finish_stage(stage, state)
+            if taken % run.log_every == 0 or last:
+                recent.log()
+            if run.eval_every and taken % run.eval_every == 0 and not last:
+                measured = stages.assess(run, stage, state.params, datas[0][0], calibrate=False)
+                logging.info("step %d: validation loss %.4f", taken, measured["validation"]["loss"])
+            if taken % run.save_every == 0 or last or interrupted:
+                recent.log()  # a state is saved only after its losses were seen to be finite
+                about = stages.describe(run, stage, taken, datas[0][0])
+                saver.save(taken, state, batches.get_state(), about)
+            if interrupted:
+                raise KeyboardInterrupt
+    return state.params
+
+
+def _batches(run: RunConfig, stage: str, datas: list):
+    """The stage's own endless stream of training batches, this host's rows of them."""
+    return iter(
+        training_batches(
+            datas,
+            length=run.data.length,
+            batch=run.data.batch,
+            seed=run.seed + STAGES.index(stage),
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+    )
 
 
 def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
@@ -148,7 +162,7 @@ def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
     return list(zip(datas, weights, strict=True))
 
 
-def _check_batch(run: RunConfig, mesh) -> None:
+def _check_batch(run: RunConfig, mesh: Mesh) -> None:
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if (run.data.batch // run.accumulation) % shares:
         raise UserError(
@@ -173,18 +187,26 @@ def _claim_directory(directory: Path, run: RunConfig) -> None:
     file.write_text(json.dumps(ours, indent=1) + "\n")
 
 
-def _to_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in _TO_DEVICE
     }
 
 
-def _open_metrics(run: RunConfig, directory: Path, offset: int, first: int, quiet: bool):
+def _steps_before(run: RunConfig, stage: str) -> int:
+    """Steps of the stages that come before in this run's directory: metrics count over them all."""
+    directory = Path(run.output) / run.name
+    before = STAGES[: STAGES.index(stage)]
+    there = [name for name in before if name in run.stage_names or latest(directory / name)]
+    return sum(run.stage(name).steps for name in there)
+
+
+def _open_metrics(run: RunConfig, stage: str, first: int, quiet: bool):
     return metrics.open_metrics(
-        directory,
-        total_steps=sum(run.stage(name).steps for name in run.stage_names),
-        first_step=offset + first + 1,
+        Path(run.output) / run.name,
+        total_steps=_steps_before(run, run.stage_names[-1]) + run.stage(run.stage_names[-1]).steps,
+        first_step=_steps_before(run, stage) + first + 1,
         quiet=quiet,
         tensorboard=run.tensorboard,
         wandb=run.wandb,
@@ -197,7 +219,6 @@ class _Recent:
 
     run: RunConfig
     stage: str
-    offset: int
     sink: metrics.MetricsLogger
     saver: checkpoint.Saver
     steps: list[tuple[int, Any, np.ndarray]] = dataclasses.field(default_factory=list)
@@ -219,24 +240,10 @@ class _Recent:
         values = dict(fetched[-1])
         merged = values.pop("merged", None)
         if merged is not None:
-            values["ratio"] = 1 / (1 - merged.mean())
+            values["ratio"] = 1 / (1 - np.average(merged, weights=self.run.model.kv_heads_by_layer))
             values |= {f"ratio_layer_{i:02d}": 1 / (1 - m) for i, m in enumerate(merged)}
-        rate = len(self.steps) * self.run.data.batch * self.run.data.length / seconds
-        values["tokens_per_second"] = rate
-        model = self.run.model
-        table = 0 if model.tied_embeddings else model.vocab_size * model.width
-        per_token = metrics.train_flops_per_token(
-            params_without_embedding=count_parameters(model) - table,
-            layers=model.layers,
-            heads=model.heads,
-            head_dim=model.head_dim,
-            length=self.run.data.length,
-        )
-        peak = metrics.peak_flops(jax.devices()[0].device_kind)
-        utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
-        if utilisation is not None:
-            values["mfu"] = utilisation
-        self.sink.log(self.offset + self.steps[-1][0] + 1, values)
+        values |= _speed(self.run, len(self.steps), seconds)
+        self.sink.log(_steps_before(self.run, self.stage) + self.steps[-1][0] + 1, values)
         self.steps.clear()
         self.since = time.perf_counter()
 
@@ -250,6 +257,23 @@ class _Recent:
             + f". Last good checkpoint: {good.path if good else 'none'}. The batch's windows cover "
             f"training documents {documents.tolist()}. Look at them, or lower the learning rate."
         )
+
+
+def _speed(run: RunConfig, steps: int, seconds: float) -> dict[str, float]:
+    """Tokens per second and, where the device's peak is known, model FLOP/s utilisation."""
+    model = run.model
+    rate = steps * run.data.batch * run.data.length / seconds
+    table = 0 if model.tied_embeddings else model.vocab_size * model.width
+    per_token = metrics.train_flops_per_token(
+        params_without_embedding=count_parameters(model) - table,
+        layers=model.layers,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        length=run.data.length,
+    )
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
+    return {"tokens_per_second": rate} | ({} if utilisation is None else {"mfu": utilisation})
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
 from dmc_jax.interop.native import find_checkpoint, load_model
 from dmc_jax.training import checkpoint
-from dmc_jax.training.optimizer import zero_decision_rows
 from dmc_jax.training.checkpoint import CheckpointRef, latest
+from dmc_jax.training.optimizer import zero_decision_rows
 from dmc_jax.training.state import TrainState, abstract_state, init_state, state_of
 
 MERGING = ("retrofit", "finetune")  # the stages whose model merges
@@ -67,17 +67,18 @@ def start_of_stage(
     return state_of(checkpoint.load_params(ref, wanted.params), optimizer), None
 
 
-def load_teacher(run: RunConfig, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
+def load_teacher(run: RunConfig, stage: str, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
     """Sizes and parameters of the distillation teacher, the model that the retrofit starts from.
 
-    It is `init_from`, or the end of this run's own pretraining; (None, None) where distillation
-    is off or there is no such model yet.
+    It is `init_from`, or the end of this run's own pretraining; (None, None) where distillation is
+    off or the stage is that pretraining.
+
+    Raises:
+        UserError: there is no such checkpoint.
     """
-    if run.compression.distillation == 0:
+    if run.compression.distillation == 0 or (stage == "pretrain" and not run.init_from):
         return None, None
     source = Path(run.init_from or Path(run.output, run.name, "pretrain"))
-    if latest(source) is None:
-        return None, None
     teacher = load_model(source, mesh)
     return teacher.config, teacher.params
 
@@ -99,22 +100,25 @@ def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> dict:
         "format": "dmc_jax",
         "stage": stage,
         "step": step,
-        "mode": "dmc" if stage in MERGING else "dense",
+        # After zero_out no head merges yet, but the decision channel has left attention.
+        "mode": "dense" if stage == "pretrain" else "dmc",
         "threshold": 0.0,
         "run": to_dict(run),
-        "data": str(data.path),
-        "tokenizer": str(data.tokenizer_path),
+        "data": str(data.path.absolute()),
+        "tokenizer": str(data.tokenizer_path.absolute()),
         "tokenizer_sha256": data.manifest["tokenizer_sha256"],
     }
 
 
-def assess(run: RunConfig, stage: str, params: Any, data: PreparedData) -> dict:
+def assess(
+    run: RunConfig, stage: str, params: Any, data: PreparedData, *, calibrate: bool = True
+) -> dict:
     """Measurements at the end of a stage: calibrated threshold and validation figures.
 
     Returns:
         Metadata entries `threshold` and `validation`.
     """
-    settings = run.dmc if stage in MERGING else None
+    settings = None if stage == "pretrain" else run.dmc
     rows = min(run.data.batch // run.accumulation, run.eval_windows)
     common = {
         "length": run.data.length,
@@ -123,7 +127,7 @@ def assess(run: RunConfig, stage: str, params: Any, data: PreparedData) -> dict:
         "block": run.attention_block,
     }
     threshold = 0.0
-    if settings is not None and run.compression.calibration_windows:
+    if calibrate and stage in MERGING and run.compression.calibration_windows:
         threshold = calibrate_threshold(
             params,
             run.model,

@@ -70,7 +70,7 @@ def make_train_step(
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        metrics |= {"learning_rate": rate, "gradient_norm": optax.global_norm(grads)}
+        metrics |= {"learning_rate": rate, "gradient_norm": optax.tree.norm(grads)}
         state = TrainState(state.step + 1, params, optimizer_state)
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 

@@ -1,0 +1,1 @@
+"""What DMC is compared with."""

@@ -1,0 +1,155 @@
+"""Measure a model on held-out text: `python -m dmc_jax.evaluate --checkpoint=DIR`.
+
+Loss, perplexity, bits per byte and tokens per cache slot, with the decisions of inference; beside a
+retrofitted model stands the dense one that it came from. Exit codes: 0 done, 2 bad input or flags,
+1 a failure.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags, logging
+
+from dmc_jax.data.prepared import PreparedData, open_data
+from dmc_jax.errors import UserError, run_door
+from dmc_jax.evaluation.perplexity import Evaluation, evaluate
+from dmc_jax.evaluation.report import head_table
+from dmc_jax.interop.native import LoadedModel, load_model
+from dmc_jax.training.checkpoint import latest, load_metadata
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's directory, a stage of it, or a step.", required=True
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "Folder made by prepare_data; default: what the model was trained on."
+)
+_SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
+_WINDOWS = flags.DEFINE_integer("windows", None, "Windows to read at most; default: all.")
+_LENGTH = flags.DEFINE_integer("length", None, "Tokens per window; default: as in training.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Windows at a time.")
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "Merge logit above which to merge; default: the checkpoint's."
+)
+_DENSE = flags.DEFINE_string(
+    "dense", None, "Dense checkpoint to compare with; default: the one before the retrofit."
+)
+_JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of text.")
+
+
+def main() -> None:
+    """Measure what the flags name and print it."""
+    logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
+    model = load_model(_CHECKPOINT.value)
+    if _THRESHOLD.value is not None:
+        if model.settings is None:
+            raise UserError(
+                f"--threshold: {model.ref.path} is a dense model, which decides nothing; leave the "
+                "flag out or name a checkpoint of the retrofit or finetune stage"
+            )
+        model = dataclasses.replace(model, threshold=_THRESHOLD.value)
+    data = open_data(_DATA.value or model.data)
+    length = _LENGTH.value
+    if length is None:
+        length = model.metadata["run"]["data"]["length"]
+    dense_path = _dense_checkpoint(model)
+    measured = _measure(model, data, length)
+    about = _about(model, data, length, measured)
+    del model  # two models at a time would not fit where one just does
+    dense = None
+    if dense_path is not None:
+        reference = load_model(dense_path)
+        if reference.settings is not None:
+            raise UserError(f"--dense: {reference.ref.path} merges; name a dense checkpoint")
+        dense = {
+            "checkpoint": str(reference.ref.path),
+            "evaluation": dataclasses.asdict(_measure(reference, data, length)),
+        }
+    about["dense"] = dense
+    print(json.dumps(about) if _JSON.value else _as_text(about))
+
+
+def _dense_checkpoint(model: LoadedModel) -> Path | None:
+    """The model before the retrofit: this run's pretraining, else what the run started from."""
+    if _DENSE.value:
+        return Path(_DENSE.value)
+    if model.settings is None:
+        return None
+    start = model.metadata["run"]["init_from"]
+    for place in (model.ref.path.parent.parent / "pretrain", *([start] if start else [])):
+        ref = latest(place)
+        if ref is not None and load_metadata(ref)["mode"] == "dense":
+            return ref.path
+    return None
+
+
+def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
+    """Evaluate as the end of a stage does: in the precision of training."""
+    if data.manifest["tokenizer_sha256"] != model.metadata["tokenizer_sha256"]:
+        raise UserError(
+            f"{data.path} was made with another tokenizer than {model.ref.path} was trained with: "
+            f"prepare the text with that one (prepare_data --tokenizer={model.tokenizer})"
+        )
+    run = model.metadata["run"]
+    return evaluate(
+        model.params,
+        model.config,
+        data,
+        _SPLIT.value,
+        settings=model.settings,
+        length=length,
+        batch=_BATCH.value,
+        threshold=model.threshold,
+        limit=_WINDOWS.value,
+        dtype=run["compute_dtype"],
+        block=run["attention_block"],
+    )
+
+
+def _about(model: LoadedModel, data: PreparedData, length: int, measured: Evaluation) -> dict:
+    return {
+        "checkpoint": str(model.ref.path),
+        "stage": model.metadata["stage"],
+        "step": model.metadata["step"],
+        "mode": model.metadata["mode"],
+        "threshold": model.threshold,
+        "data": str(data.path),
+        "split": _SPLIT.value,
+        "length": length,
+        "evaluation": dataclasses.asdict(measured),
+    }
+
+
+def _as_text(about: dict) -> str:
+    ours, dense = about["evaluation"], about["dense"]
+    columns = [("this model", ours)]
+    if dense is not None:
+        columns.append(("dense before", dense["evaluation"]))
+    rows = [
+        ("loss (nats a token)", "loss", ".4f"),
+        ("perplexity", "perplexity", ".3f"),
+        ("bits per byte", "bits_per_byte", ".4f"),
+        ("tokens per slot", "ratio", ".2f"),
+    ]
+    merging = about["mode"] == "dmc"
+    lines = [
+        f"{about['checkpoint']} ({about['stage']}, step {about['step']}"
+        + (f", merging above {about['threshold']:.4g})" if merging else ", dense)"),
+        f"{about['data']}, {about['split']}: {ours['windows']:,} windows of {about['length']:,} "
+        f"tokens, {ours['tokens']:,} predicted",
+        "",
+        f"{'':<20}" + "".join(f"{name:>14}" for name, _ in columns),
+    ]
+    lines += [
+        f"{label:<20}" + "".join(f"{figures[key]:>14{form}}" for _, figures in columns)
+        for label, key, form in rows
+    ]
+    if merging:
+        where = dense and f"dense before the retrofit: {dense['checkpoint']}"
+        absent = "the dense model from before the retrofit is not there; name it with --dense=DIR"
+        lines += ["", where or absent, "", "tokens per slot", "", head_table(ours)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_door(main)

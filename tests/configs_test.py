@@ -1,0 +1,76 @@
+"""Every config builds, is accepted, and its training steps trace on abstract arrays."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dmc_jax.config import MeshConfig, RunConfig, from_dict, to_config_dict
+from dmc_jax.core.schedules import compression_target
+from dmc_jax.training.optimizer import make_optimizer
+from dmc_jax.training.sharding import batch_sharding, make_mesh
+from dmc_jax.training.state import abstract_state
+from dmc_jax.training.step import make_train_step
+
+FILES = sorted(
+    p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem[0] not in "_c"
+)
+STEPS = {"7b_2x": 6_000, "7b_4x": 18_000, "7b_8x": 42_000, "13b_4x": 18_000, "13b_8x": 42_000}
+STEPS |= {"70b_4x": 18_000, "llama3_8b_4x": 18_000}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("config_" + path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def every_named_config_is_there_test():
+    assert {*STEPS, "tiny_4x"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def config_survives_the_command_line_form_test(path):
+    run = from_dict(RunConfig, load(path).to_dict())
+    assert from_dict(RunConfig, to_config_dict(run).to_dict()) == run
+
+
+@pytest.mark.parametrize("name", STEPS)
+def recipe_is_the_papers_test(name):
+    run = from_dict(RunConfig, load(Path(__file__).parents[1] / f"configs/{name}.py").to_dict())
+    o, c = run.optimizer, run.compression
+    assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.clip) == (0.9, 0.95, 1e-5, 0.1, 1.0)
+    assert (run.data.batch, run.data.length) == (1024, 4096)
+    assert (run.dmc.window, run.dmc.temperature, run.dmc.offset) == (12, 0.1, 5.0)
+    assert (c.weight, c.per_layer, c.decision_multiplier, c.calibration_windows) == (1, False, 1, 0)
+    rate = 1.5e-5 if name.startswith("70b") else 3e-5
+    assert run.zero_out.learning_rate == run.retrofit.learning_rate == rate
+    assert (run.zero_out.steps, run.finetune.steps) == (250, 2_000)
+    assert run.finetune.final_learning_rate == 3e-6
+    assert run.retrofit.steps == STEPS[name]
+    # 6,000 steps for every +1 of ratio
+    assert compression_target(6_000, run.retrofit.steps, c.ratio)[0] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def every_stage_traces_abstractly_test(path):
+    run = from_dict(RunConfig, load(path).to_dict())
+    run = dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(run.mesh)
+    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+    state = abstract_state(run.model, optimizer, mesh)
+    shape = (run.data.batch, run.data.length)
+    ids = ("tokens", "targets", "positions", "segment_ids")
+    batch = {n: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh)) for n in ids}
+    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+    for stage in run.stage_names:
+        step = make_train_step(run, stage, mesh, optimizer)
+        after, metrics = jax.eval_shape(step, state, batch, None)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        assert metrics["loss"].shape == ()
+        if stage in ("retrofit", "finetune"):
+            assert metrics["merged"].shape == (run.model.layers,)

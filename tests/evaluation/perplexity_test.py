@@ -1,0 +1,119 @@
+"""Measured figures against cases counted by hand."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from dmc_jax.core.dmc import DECISION_CHANNEL, DMCSettings
+from dmc_jax.data.loader import windows
+from dmc_jax.errors import UserError
+from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
+from dmc_jax.model import modes
+from dmc_jax.model.llama import Llama, init_params
+
+SETTINGS = DMCSettings(window=4, offset=2.0)
+SIZES = {"length": 32, "batch": 4}
+
+
+@pytest.fixture(scope="module")
+def spread_params(model_config):
+    """Random weights whose merge logits spread by several units around -2."""
+    rng = np.random.default_rng(0)
+
+    def weights(path, shape):
+        values = rng.normal(0, 0.2, shape.shape).astype(np.float32)
+        if path[-1].key == "scale":
+            return np.ones_like(values)
+        if path[-1].key == "kernel" and path[-2].key == "k":
+            values[..., DECISION_CHANNEL] *= 6
+        return values
+
+    shapes = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(weights, shapes)
+
+
+def a_model_without_preference_loses_log_v_and_counts_every_byte_test(
+    data, model_config, spread_params
+):
+    uniform = {**spread_params, "embedding": 0 * spread_params["embedding"]}
+    measured = evaluate(uniform, model_config, data, "validation", settings=None, **SIZES)
+    facts = data.manifest["splits"]["validation"]
+    # Of every document all tokens are predicted but its BOS; together they are its text and EOS.
+    predicted = facts["tokens"] - facts["documents"]
+    assert measured.tokens == predicted
+    assert measured.windows == -(-(facts["tokens"] - 1) // 32)
+    assert measured.loss == pytest.approx(math.log(320), rel=1e-5)
+    assert measured.perplexity == pytest.approx(320, rel=1e-4)
+    assert measured.bits_per_byte == pytest.approx(
+        predicted * math.log2(320) / facts["bytes"], rel=1e-5
+    )
+    assert measured.ratio == 1.0
+    assert measured.ratio_by_head == ((1.0, 1.0), (1.0,))
+    assert measured.cache_bytes(model_config, 10) == 10 * 3 * 8 * 2 * 2
+
+
+def ratios_are_tokens_over_slots_counted_one_by_one_test(data, model_config, spread_params):
+    threshold = -1.5
+    options = {"settings": SETTINGS, "threshold": threshold, **SIZES}
+    measured = evaluate(spread_params, model_config, data, "validation", **options)
+
+    @jax.jit
+    def merges(params, window):
+        where = window["positions"][None], window["segment_ids"][None]
+        attend = modes.compressed(model_config, SETTINGS, *where, threshold=threshold)
+        output = Llama(model_config).apply(
+            {"params": params}, window["tokens"][None], attend=attend
+        )
+        return [record.merged for record in output.records]
+
+    tokens, slots = 0, [[0, 0], [0]]
+    for window in windows(data, "validation", 32, pad_last=True):
+        merged = jax.device_get(
+            merges(spread_params, window)
+        )  # one run per layer: their KV heads differ
+        for t in range(32):
+            if window["segment_ids"][t] == 0:
+                continue
+            tokens += 1
+            for layer, heads in enumerate(slots):
+                for head in range(len(heads)):
+                    heads[head] += 1 - int(merged[layer][0, 0, t, head])
+    assert 1.5 < measured.ratio < 4
+    assert measured.ratio == pytest.approx(3 * tokens / sum(map(sum, slots)))
+    assert measured.ratio_by_layer == pytest.approx(
+        [len(heads) * tokens / sum(heads) for heads in slots]
+    )
+    for ratios, heads in zip(measured.ratio_by_head, slots, strict=True):
+        assert ratios == pytest.approx([tokens / n for n in heads])
+
+
+def a_calibrated_threshold_gives_the_wanted_ratio_test(data, model_config, spread_params):
+    common = {"settings": SETTINGS, **SIZES}
+    threshold = calibrate_threshold(
+        spread_params, model_config, data, ratio=1.5, windows=12, **common
+    )
+    assert -2 < threshold < 2
+    ratio = {
+        t: evaluate(
+            spread_params, model_config, data, "train", threshold=t, limit=12, **common
+        ).ratio
+        for t in (threshold, threshold + 0.01)
+    }
+    # Equal words merge alike in the first layer, so the ratio moves in small jumps.
+    assert ratio[threshold + 0.01] < 1.5 <= ratio[threshold] < 1.6
+
+
+def a_ratio_out_of_reach_gives_the_end_of_the_bracket_test(data, model_config, spread_params):
+    threshold = calibrate_threshold(
+        spread_params, model_config, data, settings=SETTINGS, ratio=50.0, windows=4, **SIZES
+    )
+    assert threshold == -SETTINGS.offset
+
+
+def data_with_another_vocabulary_is_refused_test(data, model_config, spread_params):
+    larger = dataclasses.replace(model_config, vocab_size=400)
+    with pytest.raises(UserError, match="320 ids, the model has 400"):
+        evaluate(spread_params, larger, data, "validation", settings=None, **SIZES)

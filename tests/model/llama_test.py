@@ -1,0 +1,222 @@
+"""The model against a slow NumPy Llama; sizes; modes; layers of different shapes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.rope import Llama3Scaling
+from dmc_jax.errors import UserError
+from dmc_jax.model import modes
+from dmc_jax.model.llama import Llama, count_parameters, init_params, layer_runs
+from dmc_jax.model.presets import PRESETS
+
+SMALL = ModelConfig(
+    vocab_size=17,
+    width=12,
+    layers=3,
+    heads=4,
+    kv_heads=(2, 2, 1),
+    head_dim=6,
+    mlp_width=20,
+    rope_theta=100.0,
+    norm_eps=1e-5,
+    max_length=64,
+    tied_embeddings=False,
+)
+POSITIONS = jnp.arange(9)[None].repeat(2, axis=0)
+TOKENS = jax.random.randint(jax.random.key(5), (2, 9), 0, 17)
+
+
+def spread(params, scale=8.0):
+    """Parameters large enough that every part of the model matters."""
+    return jax.tree.map(lambda p: scale * p if p.ndim > 2 else p, params)
+
+
+@functools.cache
+def small_params(config=SMALL):
+    return spread(init_params(config, jax.random.key(1)))
+
+
+def logits_of(config, attend, params=None, **kwargs):
+    params = small_params(config) if params is None else params
+    model = Llama(config, **kwargs)
+    return jax.jit(lambda p: model.apply({"params": p}, TOKENS, attend=attend).logits)(params)
+
+
+def slow_llama(config, params, tokens):
+    """The formulas of the Llama paper in NumPy, token by token, layer by layer."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
+
+    def turn(vector, position):
+        half = config.head_dim // 2
+        angle = position * config.rope_theta ** (-np.arange(half) / half)
+        turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * angle)
+        return np.concatenate([turned.real, turned.imag])
+
+    x = p["embedding"][tokens]
+    for run, (_, length, kv_heads) in enumerate(layer_runs(config)):
+        for i in range(length):
+            w = jax.tree.map(lambda a, i=i: a[i], p[f"run_{run}"])
+            y = norm(x, w["attention_norm"]["scale"])
+            q, k, v = (np.einsum("td,dnh->tnh", y, w[n]["kernel"]) for n in "qkv")
+            out = np.zeros_like(q)
+            for t in range(len(tokens)):
+                for n in range(config.heads):
+                    group = n // (config.heads // kv_heads)
+                    scores = [
+                        turn(q[t, n], t) @ turn(k[s, group], s) / np.sqrt(config.head_dim)
+                        for s in range(t + 1)
+                    ]
+                    weights = np.exp(scores - np.max(scores))
+                    out[t, n] = (weights / weights.sum()) @ v[: t + 1, group]
+            x = x + np.einsum("tnh,nhd->td", out, w["o"]["kernel"])
+            y = norm(x, w["mlp_norm"]["scale"])
+            gate, up = y @ w["gate"]["kernel"], y @ w["up"]["kernel"]
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ w["down"]["kernel"]
+    return norm(x, p["final_norm"]["scale"]) @ p["head"]
+
+
+def dense_model_equals_the_formulas_test():
+    actual = logits_of(SMALL, modes.dense(SMALL, POSITIONS))
+    expected = [slow_llama(SMALL, small_params(), row) for row in np.asarray(TOKENS)]
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "preset, count",
+    [("7b", 6_738_415_616), ("13b", 13_015_864_320), ("70b", 68_976_648_192)]
+    + [("llama3_8b", 8_030_261_248), ("deci_6b", 5_717_102_592), ("tiny", 984_192)],
+)
+def parameter_counts_are_the_published_ones_test(preset, count):
+    assert count_parameters(PRESETS[preset]) == count
+
+
+def deci_has_its_own_kv_heads_in_every_layer_test():
+    assert layer_runs(PRESETS["deci_6b"]) == ((0, 1, 4), (1, 9, 2), (10, 20, 1), (30, 2, 4))
+    assert PRESETS["deci_6b"].kv_rows == 4 + 18 + 20 + 8
+
+
+def every_mode_is_the_same_model_test():
+    """Channel faded out, or merging impossible: the modes agree where their formulas do."""
+    settings = DMCSettings(offset=1e4)  # nobody merges
+    faded = logits_of(SMALL, modes.dense(SMALL, POSITIONS, channel_scale=0.0))
+    hard = logits_of(SMALL, modes.compressed(SMALL, settings, POSITIONS))
+    relaxed = logits_of(
+        SMALL, modes.compressed(SMALL, settings, POSITIONS, noise_key=jax.random.key(0))
+    )
+    np.testing.assert_allclose(hard, faded, atol=1e-4)
+    np.testing.assert_allclose(relaxed, faded, atol=1e-4)
+    untouched = logits_of(SMALL, modes.dense(SMALL, POSITIONS, channel_scale=1.0))
+    np.testing.assert_allclose(
+        untouched, logits_of(SMALL, modes.dense(SMALL, POSITIONS)), atol=1e-5
+    )
+    assert np.abs(untouched - faded).max() > 0.01
+
+
+def noise_depends_on_key_and_layer_test():
+    settings = DMCSettings(offset=0.0)
+
+    @jax.jit
+    def run(key):
+        attend = modes.compressed(SMALL, settings, POSITIONS, noise_key=key)
+        output = Llama(SMALL).apply({"params": small_params()}, TOKENS, attend=attend)
+        return [record.decisions for record in output.records], modes.decision_means(output)
+
+    first, means = run(jax.random.key(0))
+    again, other = run(jax.random.key(0))[0], run(jax.random.key(1))[0]
+    np.testing.assert_array_equal(first[0], again[0])
+    assert (first[0] != other[0]).any()
+    assert (first[0][0] != first[0][1]).any()
+    expected = np.concatenate([d.mean(axis=(2, 3)) for d in first])
+    np.testing.assert_allclose(means, expected, atol=1e-6)
+
+
+def recomputation_changes_no_gradient_test():
+    def gradient(remat):
+        def loss(params):
+            attend = modes.compressed(
+                SMALL, DMCSettings(offset=0.0), POSITIONS, noise_key=jax.random.key(0)
+            )
+            return jnp.sum(jnp.sin(logits_of(SMALL, attend, params, remat=remat)))
+
+        return jax.jit(jax.grad(loss))(small_params())
+
+    wanted = gradient("none")
+    for remat in ("full", "dots"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            gradient(remat),
+            wanted,
+        )
+
+
+def gradients_equal_finite_differences_test():
+    def loss(params):
+        return jnp.sum(jnp.sin(logits_of(SMALL, modes.dense(SMALL, POSITIONS), params)))
+
+    loss = jax.jit(loss)
+    params = small_params()
+    gradient = jax.jit(jax.grad(loss))(params)
+    keys = iter(jax.random.split(jax.random.key(9), 100))
+    direction = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)))
+    h = 3e-3
+    ahead, behind = (
+        loss(jax.tree.map(lambda p, d, s=s: p + s * h * d, params, direction)) for s in (1, -1)
+    )
+    np.testing.assert_allclose((ahead - behind) / (2 * h), along, rtol=0.02)
+
+
+def tied_head_is_the_embedding_test():
+    tied = dataclasses.replace(SMALL, tied_embeddings=True)
+    params = dict(small_params())
+    params["head"] = params["embedding"].T
+    untied = logits_of(SMALL, modes.dense(SMALL, POSITIONS), params)
+    del params["head"]
+    assert jax.tree.structure(params) == jax.tree.structure(init_params(tied, jax.random.key(0)))
+    actual = logits_of(tied, modes.dense(tied, POSITIONS), params)
+    np.testing.assert_allclose(actual, untied, atol=1e-5)
+
+
+def theta_and_scaling_reach_the_attention_test():
+    base = logits_of(SMALL, modes.dense(SMALL, POSITIONS))
+    theta = dataclasses.replace(SMALL, rope_theta=50.0)
+    scaling = Llama3Scaling(factor=4.0, low_freq_factor=1, high_freq_factor=4, original_length=16)
+    scaled = dataclasses.replace(SMALL, rope_scaling=scaling)
+    settings = DMCSettings(offset=1e4)
+    for config in (theta, scaled):
+        for attend in (
+            modes.dense(config, POSITIONS),
+            modes.compressed(config, settings, POSITIONS),
+        ):
+            assert np.abs(logits_of(SMALL, attend) - base).max() > 1e-3
+
+
+def bfloat16_compute_keeps_float32_logits_and_parameters_test():
+    narrow = logits_of(SMALL, modes.dense(SMALL, POSITIONS), dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.float32
+    wide = logits_of(SMALL, modes.dense(SMALL, POSITIONS))
+    assert 0 < np.abs(narrow - wide).max() < 0.1 * np.abs(wide).max()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kv_heads": 3}, "4 query heads cannot share 3 KV heads"),
+        ({"kv_heads": (1, 2)}, "names 2 layers, the model has 3"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"layers": 0, "kv_heads": 1}, "layers must be at least 1"),
+    ],
+)
+def impossible_sizes_are_refused_test(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(SMALL, **change)

@@ -1,0 +1,235 @@
+"""Whole runs: resumed equals unbroken, stages follow each other, mistakes get one clear line."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, RunConfig, from_dict
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.errors import RunFailure, UserError
+from dmc_jax.interop.native import load_model
+from dmc_jax.training import loop, stages
+from dmc_jax.training.checkpoint import latest, load_metadata
+from dmc_jax.training.loop import train
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The mesh of one: the others have their own tests."""
+    make_mesh = loop.make_mesh
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+def metrics_of(directory):
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").open()]
+    timing = {"tokens_per_second"}
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def interrupted_at(monkeypatch, number):
+    """Ctrl-C arrives while the given step of the process is being taken."""
+    taken = 0
+    to_devices = loop._to_devices
+
+    def interrupting(batch, mesh):
+        nonlocal taken
+        taken += 1
+        if taken == number:
+            signal.raise_signal(signal.SIGINT)
+        return to_devices(batch, mesh)
+
+    monkeypatch.setattr(loop, "_to_devices", interrupting)
+
+
+def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, monkeypatch):
+    unbroken = train(dataclasses.replace(tiny_run, name="unbroken"), quiet=True)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 11)  # the third step of retrofit
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_run, quiet=True)
+    assert latest(Path(tiny_run.output) / "run").stage == "retrofit"
+    assert latest(Path(tiny_run.output) / "run").step == 3
+    resumed = train(tiny_run, quiet=True)
+
+    assert metrics_of(resumed) == metrics_of(unbroken)
+    assert [line["step"] for line in metrics_of(resumed)] == list(range(1, 19))
+    for stage in tiny_run.stage_names:
+        ours, theirs = load_model(resumed / stage), load_model(unbroken / stage)
+        assert_same(ours.params, theirs.params)
+        assert ours.metadata["validation"] == theirs.metadata["validation"]
+    before = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
+    train(tiny_run, quiet=True)  # nothing is left to do
+    after = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
+    changed = {p.name for p in before if before[p] != after[p]}
+    assert set(before) == set(after) and changed <= {"config.json"}
+
+
+def each_stage_can_start_from_the_checkpoint_of_the_one_before_test(tiny_run):
+    whole = train(tiny_run, quiet=True)
+    later = dataclasses.replace(
+        tiny_run, name="later", stages="retrofit,finetune", init_from=str(whole / "zero_out")
+    )
+    directory = train(later, quiet=True)
+    assert not (directory / "pretrain").exists()
+    assert latest(directory).stage == "finetune"
+    model = load_model(directory)
+    assert model.settings == tiny_run.dmc
+    assert load_model(whole / "zero_out").settings is None
+    kernel = load_model(whole / "zero_out").params["run_0"]["k"]["kernel"]
+    np.testing.assert_array_equal(kernel[..., -1], 0)
+    assert load_metadata(latest(directory))["validation"]["ratio"] >= 1.0
+
+
+def calibrated_threshold_meets_the_ratio_and_is_stored_test(tiny_run):
+    compression = dataclasses.replace(tiny_run.compression, calibration_windows=16, ratio=2.0)
+    run = dataclasses.replace(
+        tiny_run,
+        compression=compression,
+        dmc=dataclasses.replace(tiny_run.dmc, offset=0.5),
+        retrofit=dataclasses.replace(tiny_run.retrofit, steps=30, learning_rate=1e-2),
+    )
+    metadata = load_metadata(latest(train(run, quiet=True)))
+    assert metadata["threshold"] != 0
+    assert metadata["validation"]["ratio"] == pytest.approx(2.0, rel=0.25)
+
+
+def a_loss_that_is_not_a_number_stops_the_run_test(tiny_run):
+    run = dataclasses.replace(
+        tiny_run,
+        stages="pretrain",
+        log_every=3,
+        pretrain=dataclasses.replace(tiny_run.pretrain, steps=9, learning_rate=1e30),
+    )
+    with pytest.raises(RunFailure) as failure:
+        train(run, quiet=True)
+    message = str(failure.value)
+    assert "stage pretrain, step" in message and "loss = nan" in message
+    assert "Last good checkpoint: none" in message and "training documents [[" in message
+    assert latest(Path(run.output) / "run") is None
+
+
+def sigterm_saves_and_handlers_are_restored_test(tiny_run, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.0, lambda: None)
+    original = loop._to_devices
+
+    def terminate(batch, mesh):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loop, "_to_devices", terminate)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run, quiet=True)
+    timer.cancel()
+    assert latest(Path(tiny_run.output) / "run").step == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def documents_longer_than_the_window_are_required_test(tiny_run):
+    run = dataclasses.replace(tiny_run, data=dataclasses.replace(tiny_run.data, length=5000))
+    with pytest.raises(UserError, match="longest document in .* has"):
+        train(run, quiet=True)
+
+
+def another_vocabulary_is_refused_test(tiny_run):
+    run = dataclasses.replace(tiny_run, model=dataclasses.replace(tiny_run.model, vocab_size=301))
+    with pytest.raises(UserError, match=r"300 ids, model.vocab_size is 301"):
+        train(run, quiet=True)
+
+
+def a_directory_is_not_taken_over_by_another_run_test(tiny_run):
+    run = dataclasses.replace(tiny_run, stages="pretrain")
+    directory = train(run, quiet=True)
+    held = (directory / "config.json").read_text()
+    with pytest.raises(UserError, match="holds a run with another dmc, seed"):
+        train(dataclasses.replace(run, seed=1, dmc=DMCSettings(window=7)), quiet=True)
+    assert (directory / "config.json").read_text() == held
+
+
+def a_checkpoint_of_another_shape_is_refused_test(tiny_run):
+    directory = train(dataclasses.replace(tiny_run, stages="pretrain"), quiet=True)
+    wider = dataclasses.replace(
+        tiny_run,
+        name="wider",
+        stages="zero_out",
+        init_from=str(directory),
+        model=dataclasses.replace(tiny_run.model, mlp_width=48),
+    )
+    with pytest.raises(UserError, match="another shape"):
+        train(wider, quiet=True)
+    assert latest(Path(tiny_run.output) / "wider") is None
+
+
+def a_stage_that_needs_a_model_asks_for_one_test(tiny_run):
+    with pytest.raises(UserError, match="init_from=DIR"):
+        train(dataclasses.replace(tiny_run, stages="retrofit"), quiet=True)
+    nowhere = dataclasses.replace(tiny_run, stages="retrofit", init_from="nowhere")
+    with pytest.raises(UserError, match="no complete checkpoint in nowhere"):
+        train(nowhere, quiet=True)
+
+
+def a_batch_that_the_mesh_cannot_split_is_refused_test(tiny_run, monkeypatch):
+    monkeypatch.undo()
+    run = dataclasses.replace(
+        tiny_run,
+        mesh=dataclasses.replace(tiny_run.mesh, data=8),
+        data=dataclasses.replace(tiny_run.data, batch=12),
+    )
+    with pytest.raises(UserError, match="12 windows cannot be split over 8 devices"):
+        train(run, quiet=True)
+
+
+def the_teacher_is_the_model_the_run_starts_from_test(tiny_run):
+    mesh = loop.make_mesh(tiny_run.mesh)
+    assert stages.load_teacher(tiny_run, "retrofit", mesh) == (None, None)
+    compression = dataclasses.replace(tiny_run.compression, distillation=1.0)
+    run = dataclasses.replace(tiny_run, compression=compression)
+    directory = train(run, quiet=True)
+    assert stages.load_teacher(run, "pretrain", mesh) == (None, None)
+    config, params = stages.load_teacher(run, "retrofit", mesh)
+    assert config == run.model
+    assert_same(params, load_model(directory / "pretrain").params)
+    assert any("distillation" in line for line in metrics_of(directory)[4:])
+
+
+@pytest.mark.parametrize(
+    "cls, values, message",
+    [
+        (CompressionConfig, {"ratio": 0.5}, "ratio must be at least 1"),
+        (CompressionConfig, {"ratoi": 2.0}, "no field 'ratoi'"),
+        (DataConfig, {"batch": "many"}, "field 'batch': expected"),
+        (DMCSettings, {"window": -3}, "window must be >= 1"),
+        (ModelConfig, {"width": 4}, "missing"),
+    ],
+)
+def bad_fields_get_one_clear_message_test(cls, values, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(cls, values)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stages": "retrofit,pretrain"}, "in this order"),
+        ({"stages": "anneal"}, "'anneal' is not one of"),
+        ({"stages": ""}, "each once"),
+        ({"remat": "some"}, "expected none, full or dots"),
+        ({"compute_dtype": "float8"}, "expected float32 or bfloat16"),
+        ({"accumulation": 3}, "multiple of accumulation"),
+    ],
+)
+def impossible_runs_are_refused_test(tiny_run, change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(tiny_run, **change)
+    assert isinstance(tiny_run, RunConfig)

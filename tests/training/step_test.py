@@ -1,0 +1,222 @@
+"""Sharded, accumulated and plain steps agree; the optimizer treats each parameter as it should."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dmc_jax.config import MeshConfig, OptimizerConfig
+from dmc_jax.data.loader import training_batches
+from dmc_jax.data.prepared import open_data
+from dmc_jax.errors import UserError
+from dmc_jax.model.llama import init_params
+from dmc_jax.training.optimizer import make_optimizer, zero_decision_rows
+from dmc_jax.training.sharding import batch_sharding, make_mesh, partition_spec, shardings
+from dmc_jax.training.stages import finish_stage
+from dmc_jax.training.state import init_state
+from dmc_jax.training.step import make_train_step
+
+NAMES = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+MESHES = [(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8)]
+MESHES = [m for m in MESHES if np.prod(m) == 8]
+
+
+def mesh_of(sizes):
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+
+def losses(run, stage, sizes, steps, teacher=None):
+    """Loss and compression loss of some steps on a mesh, and the parameters after them."""
+    mesh = mesh_of(sizes)
+    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+    state = init_state(run.model, optimizer, mesh, run.seed)
+    # Decisions of a fresh model are all alike: spread them, so that noise and hinge matter.
+    state = dataclasses.replace(
+        state, params=jax.tree.map(lambda p: 3.0 * p if p.ndim > 2 else p, state.params)
+    )
+    step = make_train_step(run, stage, mesh, optimizer, teacher and run.model)
+    params = init_params(run.model, jax.random.key(9)) if teacher else None
+    data = open_data(run.data.path)
+    batches = iter(training_batches([(data, 1.0)], length=32, batch=run.data.batch, seed=0))
+    history = []
+    for _ in range(steps):
+        batch = next(batches)
+        placed = {n: jax.device_put(batch[n], batch_sharding(mesh)) for n in NAMES}
+        state, metrics = step(state, placed, params)
+        history.append([metrics["loss"], metrics.get("compression_loss", 0.0)])
+    return np.array(history), jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {}
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda m: "x".join(map(str, m)))
+def every_mesh_gives_the_losses_of_one_device_test(tiny_run, one_device, sizes):
+    if not one_device:
+        one_device["history"] = losses(tiny_run, "retrofit", (1, 1, 1), 10)[0]
+    expected = one_device["history"]
+    assert (expected[1:, 1] > 0).all() and len(np.unique(expected[:, 1])) > 5
+    history, _ = losses(tiny_run, "retrofit", sizes, 10)
+    np.testing.assert_allclose(history, expected, rtol=0, atol=1e-5)
+
+
+def parameters_are_really_sharded_test(tiny_run):
+    mesh = mesh_of((2, 2, 2))
+    optimizer = make_optimizer(tiny_run.optimizer, 1.0)
+    state = init_state(tiny_run.model, optimizer, mesh, 0)
+    kernel = state.params["run_0"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    moment = state.optimizer[1].mu["run_0"]["gate"]["kernel"]
+    assert moment.sharding == kernel.sharding
+    step = make_train_step(tiny_run, "pretrain", mesh, optimizer)
+    batch = {n: jnp.zeros((8, 32), jnp.int32) for n in NAMES[:-1]} | {
+        "loss_mask": jnp.ones((8, 32))
+    }
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    before = jax.tree.map(lambda leaf: leaf.sharding, state)
+    after, _ = step(state, batch, None)
+    same = jax.tree.map(lambda s, leaf: s.is_equivalent_to(leaf.sharding, leaf.ndim), before, after)
+    assert all(jax.tree.leaves(same))
+    assert kernel.is_deleted()  # donated
+
+
+def an_axis_that_does_not_divide_is_left_out_test():
+    mesh = mesh_of((1, 2, 4))
+    assert partition_spec("run_0/k/kernel", (2, 32, 2, 8), mesh) == (None, "fsdp", None, None)
+    assert partition_spec("run_0/k/kernel", (2, 32, 4, 8), mesh) == (None, "fsdp", "tensor", None)
+    assert partition_spec("optimizer/1/mu/embedding", (300, 32), mesh) == ("tensor", "fsdp")
+    assert partition_spec("run_0/mlp_norm/scale", (2, 32), mesh) == ()
+    assert partition_spec("head_norm/scale", (32,), mesh) == ()
+
+
+def impossible_mesh_is_refused_test():
+    with pytest.raises(UserError, match="data 3 x fsdp 1 x tensor 1 does not fit 8 devices"):
+        make_mesh(MeshConfig(3, 1, 1))
+    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def accumulation_is_weighted_by_tokens_test(tiny_run):
+    """Pieces with different numbers of targets; dense, since noise is drawn per piece."""
+    whole, params = losses(tiny_run, "pretrain", (1, 1, 1), 2)
+    parts = dataclasses.replace(tiny_run, accumulation=4)
+    pieces, same_params = losses(parts, "pretrain", (1, 1, 1), 2)
+    np.testing.assert_allclose(pieces, whole, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), same_params, params)
+
+
+def accumulated_compression_loss_is_the_mean_over_samples_test(tiny_run):
+    run = dataclasses.replace(tiny_run, accumulation=2)
+    history, _ = losses(run, "finetune", (1, 1, 1), 1)
+    assert 0 < history[0, 1] < 1 - 1 / run.compression.ratio
+
+
+def distillation_pulls_towards_the_teacher_test(tiny_run):
+    run = dataclasses.replace(
+        tiny_run, compression=dataclasses.replace(tiny_run.compression, distillation=5.0)
+    )
+    plain, params = losses(tiny_run, "finetune", (1, 1, 1), 2)
+    taught, other = losses(run, "finetune", (1, 1, 1), 2, teacher=True)
+    assert plain[0, 0] == pytest.approx(taught[0, 0], abs=1e-6)  # the reported loss is the text's
+    assert np.abs(params["head"] - other["head"]).max() > 1e-6
+
+
+# ---- optimizer --------------------------------------------------------------------------------
+
+
+def one_update(config, multiplier, params, grads):
+    optimizer = make_optimizer(config, multiplier)
+    return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+def update_is_adamw_with_decay_on_matrices_only_test(tiny_run):
+    params = init_params(tiny_run.model, jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    grads = jax.tree.map(lambda p: 1e-4 * jax.random.normal(next(keys), p.shape), params)
+    update = one_update(OptimizerConfig(), 1.0, params, grads)
+    expected = jax.tree.map(lambda g: g / (jnp.abs(g) + 1e-5), grads)  # the first step of Adam
+    for path, decay in (("gate", 0.1), ("mlp_norm", 0.0), ("q", 0.1)):
+        (name,) = params["run_0"][path]
+        wanted = expected["run_0"][path][name] + decay * params["run_0"][path][name]
+        np.testing.assert_allclose(update["run_0"][path][name], wanted, atol=1e-5)
+
+
+def gradient_is_clipped_by_its_global_norm_test(tiny_run):
+    params = init_params(tiny_run.model, jax.random.key(0))
+    grads = jax.tree.map(lambda p: jnp.full(p.shape, 7.0), params)
+    config = OptimizerConfig(
+        eps=1e6, weight_decay=0.0, clip=2.0
+    )  # eps so large that Adam is linear
+    update = one_update(config, 1.0, params, grads)
+    np.testing.assert_allclose(optax.tree.norm(update) * 1e6, 2.0, rtol=1e-3)
+
+
+def only_decision_rows_of_q_and_k_are_multiplied_test(tiny_run):
+    params = init_params(tiny_run.model, jax.random.key(0))
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain, multiplied = (one_update(OptimizerConfig(), m, params, grads) for m in (1.0, 3.0))
+    ratio = jax.tree.map(lambda a, b: a / b, multiplied, plain)
+    for name in ("q", "k"):
+        kernel = ratio["run_0"][name]["kernel"]
+        np.testing.assert_allclose(kernel[..., -1], 3.0, rtol=1e-6)
+        np.testing.assert_allclose(kernel[..., :-1], 1.0, rtol=1e-6)
+    for name in ("v", "o", "gate"):
+        np.testing.assert_allclose(ratio["run_0"][name]["kernel"], 1.0, rtol=1e-6)
+
+
+def zero_out_ends_with_empty_rows_in_parameters_and_moments_test(tiny_run):
+    mesh = mesh_of((1, 1, 1))
+    optimizer = make_optimizer(tiny_run.optimizer, 1.0)
+    state = init_state(tiny_run.model, optimizer, mesh, 0)
+    state = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), state)
+    done = finish_stage("zero_out", state)
+    assert finish_stage("pretrain", state) is state
+    for tree, before in (
+        (done.params, state.params),
+        (done.optimizer[1].mu, state.optimizer[1].mu),
+        (done.optimizer[1].nu, state.optimizer[1].nu),
+    ):
+        for name in ("q", "k"):
+            kernel, old = tree["run_0"][name]["kernel"], before["run_0"][name]["kernel"]
+            np.testing.assert_array_equal(kernel[..., -1], 0)
+            np.testing.assert_array_equal(kernel[..., :-1], old[..., :-1])
+        np.testing.assert_array_equal(tree["run_0"]["v"]["kernel"], before["run_0"]["v"]["kernel"])
+
+
+def biases_of_the_decision_channel_are_zeroed_too_test():
+    tree = {"run_0": {"q": {"bias": jnp.ones((2, 4, 8))}, "v": {"bias": jnp.ones((2, 4, 8))}}}
+    done = zero_decision_rows(tree)
+    np.testing.assert_array_equal(done["run_0"]["q"]["bias"][..., -1], 0)
+    np.testing.assert_array_equal(done["run_0"]["v"]["bias"], 1)
+
+
+def released_fused_rows_are_zeroed_alike_test():
+    """The reference's wqkv_before/after, split into our q and k kernels (SPEC 8)."""
+    from pathlib import Path
+
+    for path in sorted((Path(__file__).parents[1] / "data").glob("stage1_*.npz")):
+        with np.load(path) as file:
+            D, K = file["k"].shape[-1], file["k"].shape[2]
+            G = file["q"].shape[2] // K
+
+            def kernels(fused, K=K, G=G, D=D):
+                grouped = fused.reshape(K, G + 2, D, -1)
+                q = grouped[:, :G].reshape(K * G, D, -1).transpose(2, 0, 1)
+                return {"q": {"kernel": jnp.asarray(q)}} | {
+                    name: {"kernel": jnp.asarray(grouped[:, G + i].transpose(2, 0, 1))}
+                    for i, name in enumerate("kv")
+                }
+
+            zeroed = zero_decision_rows(kernels(file["wqkv_before"]))
+            jax.tree.map(np.testing.assert_array_equal, zeroed, kernels(file["wqkv_after"]))
+
+
+def shardings_cover_every_leaf_test(tiny_run):
+    mesh = mesh_of((2, 2, 2))
+    params = jax.eval_shape(lambda: init_params(tiny_run.model, jax.random.key(0)))
+    specs = {s.spec for s in jax.tree.leaves(shardings(params, mesh))}
+    assert len(specs) >= 6  # every rule of the table is in use
