@@ -18,6 +18,7 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
 
+# In the order in which a model passes them.
 STAGES = ("pretrain", "zero_out", "retrofit", "finetune")
 
 

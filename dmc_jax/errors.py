@@ -42,7 +42,11 @@ def run_door(main: Callable[[], int | None], argv: list[str] | None = None) -> N
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
-    left = flags.FLAGS(argv)
+    try:
+        left = flags.FLAGS(argv)
+    except (KeyError, AttributeError, TypeError, OSError) as error:
+        # ml_collections' way of saying that a field or a config file does not exist
+        raise UserError(str(error.args[-1]).strip("'\"")) from error
     if len(left) > 1:
         raise UserError(
             f"unexpected argument {left[1]!r}: this command takes --flag=value only; see --help"

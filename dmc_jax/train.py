@@ -9,18 +9,27 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dmc_jax.config import RunConfig, from_dict
-from dmc_jax.errors import run_door
+from dmc_jax.errors import UserError, run_door
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.training.loop import train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "A file of configs/. Fields are documented in dmc_jax/config.py.",
+    lock_config=True,
+)
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     """Train, then write the report."""
     logging.set_verbosity(logging.INFO)
-    run = from_dict(RunConfig, _CONFIG.value.to_dict())
+    try:
+        config = _CONFIG.value
+    except OSError as error:
+        raise UserError(f"--config: {error}") from error
+    run = from_dict(RunConfig, config.to_dict())
     directory = train(run)
     print(f"report: {write_report(directory)}")
 

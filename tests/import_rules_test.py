@@ -36,7 +36,7 @@ ALLOWED = {
     "config": {"core", "errors"},
     "errors": set(),
     "package": set(),
-    "experiments": LIBRARY | {"experiments"},
+    "experiments": LIBRARY | {"experiments", "configs"},
     "configs": LIBRARY | {"configs"},
     "tests": LIBRARY | {"experiments", "configs", "tests"},
 }

@@ -4,6 +4,12 @@ Every KV head reads two numbers from the last channel of its keys and queries: w
 *merged* into the slot of token i - 1 (decision 1) or *appended* as a new slot (decision 0), and how
 much it weighs in the average (importance). A slot holds the weighted average of its segment. That
 channel takes no part in attention, so DMC adds no parameters.
+
+Where the paper and NVIDIA's released implementation differ, this follows the implementation, whose
+numbers are in tests/data: the channel is the last one, the loss counts hard decisions (with a
+straight-through gradient), each sample has a hinge of its own, and the first token's decision is
+counted although it cannot merge. Unlike that implementation, state is float32 everywhere and one
+eps serves training and decoding. Slots are in `pooling.py`, re-exported here.
 """
 
 import dataclasses
@@ -14,13 +20,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.core.attention import causal_attention
+from dmc_jax.core.pooling import OpenSegment, empty_segment, merge_step, pool
 from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies, rotate
+
+__all__ = [
+    "DECISION_CHANNEL",
+    "DMCOutput",
+    "DMCSettings",
+    "OpenSegment",
+    "dense_attention",
+    "dmc_attention",
+    "empty_segment",
+    "hard_decisions",
+    "importance",
+    "merge_logits",
+    "merge_step",
+    "pool",
+    "relaxed_decisions",
+    "rotate_for_attention",
+    "segment_starts",
+    "without_decision_channel",
+]
 
 # The released models use the last channel of each head (the paper's text says the first).
 DECISION_CHANNEL = -1
-
-# Tokens per block of the banded product that pools them.
-_POOL_BLOCK = 16
 
 # Log-weight of a superseded state under hard decisions; exp of it is 0 in float32.
 _SUPERSEDED = -50_000.0
@@ -70,14 +93,14 @@ class DMCOutput(NamedTuple):
 
 
 def merge_logits(k: Float[Array, "B S K H"], settings: DMCSettings) -> Float[Array, "B S K"]:
-    """Log-odds of merging each token into the slot before it: `k[last] - offset` (eq. 2)."""
+    """Log-odds of merging each token into the slot before it: `k[last] - offset`."""
     return k[..., DECISION_CHANNEL].astype(jnp.float32) - settings.offset
 
 
 def importance(
     q: Float[Array, "B T N H"], num_kv_heads: int, settings: DMCSettings
 ) -> Float[Array, "B T K"]:
-    """Weight of each token in its slot's average: `sigmoid(q[last] + offset) + eps` (eq. 3).
+    """Weight of each token in its slot's average: `sigmoid(q[last] + offset) + eps`.
 
     The G query heads that share a KV head speak through the mean of their logits.
     """
@@ -90,7 +113,7 @@ def importance(
 def relaxed_decisions(
     logits: Float[Array, "B S K"], noise: Float[Array, "B S K"], settings: DMCSettings
 ) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-    """Gumbel-sigmoid relaxation for training: merge probability and keep log-probability (eq. 4).
+    """Gumbel-sigmoid relaxation for training: merge probability and keep log-probability.
 
     Args:
         logits: merge logits.
@@ -121,164 +144,6 @@ def segment_starts(
         changes = segment_ids[:, 1:] != segment_ids[:, :-1]
         starts = starts.at[:, 1:, 0].set(changes.astype(starts.dtype))
     return starts
-
-
-# ---- what a slot holds ------------------------------------------------------------------------
-
-
-def pool(
-    x: Float[Array, "B S K H"],
-    alpha: Float[Array, "B S K"],
-    omega: Float[Array, "B S K"],
-    window: int | None,
-) -> Float[Array, "B S K H"]:
-    """State of the open slot after every token, all tokens at once (eq. 5 to 7; SPEC 4).
-
-        coef(i, j) = alpha_{j+1} ... alpha_i
-        y_i = sum_j coef(i, j) omega_j x_j / sum_j coef(i, j) omega_j      over the last W tokens j
-
-    That is a weighted mean of the last W tokens with weights [B, S, K, W], so a banded matrix
-    product at cost O(S W); with an unlimited window O(S log S), by an associative scan of the
-    recurrence `s_i = alpha_i s_{i-1} + omega_i x_i`.
-
-    Args:
-        x: keys or values before rotation.
-        alpha: merge probability or 0/1 decision of each token, 0 at document starts; alpha_0
-            counts as 0.
-        omega: importance of each token.
-        window: W >= 1 tokens; None or 0 is unlimited.
-
-    Returns:
-        The pooled states in the dtype of `x`, computed in float32.
-    """
-    if window == 1:
-        return x
-    alpha = jnp.where(jnp.arange(x.shape[1])[:, None] == 0, 0.0, alpha)
-    if not window:
-        weighted = omega[..., None] * x.astype(jnp.float32)
-        total, weighted = _running_sum(alpha, omega), _running_sum(alpha[..., None], weighted)
-        return (weighted / total[..., None]).astype(x.dtype)
-    weights = _pooling_weights(alpha, omega, min(window, x.shape[1]))
-    return _banded_product(weights, x.astype(jnp.float32)).astype(x.dtype)
-
-
-def _pooling_weights(alpha: Array, omega: Array, window: int) -> Float[Array, "B S K W"]:
-    """Weight of token i - W + 1 + w in the state of token i; they add up to 1 over w."""
-    S = alpha.shape[1]
-    past_alpha, past_omega = (jnp.pad(a, [(0, 0), (window - 1, 0), (0, 0)]) for a in (alpha, omega))
-
-    def ago(padded: Array, m: int) -> Array:  # entry i of the result is entry i - m of the original
-        return jax.lax.slice_in_dim(padded, window - 1 - m, window - 1 - m + S, axis=1)
-
-    coef, weights = jnp.ones_like(alpha), [omega]
-    for m in range(1, window):
-        coef = coef * ago(past_alpha, m - 1)
-        weights.insert(0, coef * ago(past_omega, m))
-    stacked = jnp.stack(weights, axis=-1)
-    return stacked / stacked.sum(axis=-1, keepdims=True)
-
-
-def _banded_product(weights: Float[Array, "B S K W"], x: Float[Array, "B S K H"]) -> Array:
-    """`y_i = sum_w weights[i, w] x[i - W + 1 + w]`, as small dense products.
-
-    Blocks of b >= W - 1 tokens read themselves and the end of the block before. Measured on a
-    2-core CPU at S = 2048, K = 8, H = 128: 13 ms forward and backward, against 263 ms for W shifted
-    multiply-adds.
-    """
-    B, S, K, W = weights.shape
-    b = max(_POOL_BLOCK, W - 1)
-    pad = [(0, 0), (0, -S % b), (0, 0), (0, 0)]
-    weights, x = jnp.pad(weights, pad), jnp.pad(x, pad)
-    n = x.shape[1] // b
-    x = x.reshape(B, n, b, K, -1)
-    before = jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])[:, :-1, b - W + 1 :]
-    seen = jnp.concatenate([before, x], axis=2)  # [B, n, W-1+b, K, H]
-    # Row t of a block's band holds its W weights from column t on: pad each row to W + b and read
-    # the same memory in rows of one less, which moves every row right by one more.
-    band = weights.reshape(B, n, b, K, W).transpose(0, 1, 3, 2, 4)
-    band = jnp.pad(band, [(0, 0)] * 4 + [(0, b)]).reshape(B, n, K, b * (W + b))
-    band = band[..., : b * (W + b - 1)].reshape(B, n, K, b, W + b - 1)
-    y = jnp.einsum("BnKts,BnsKH->BntKH", band, seen, precision=jax.lax.Precision.HIGHEST)
-    return y.reshape(B, n * b, K, -1)[:, :S]
-
-
-def _running_sum(decay: Array, x: Array) -> Array:
-    """`s_i = decay_i s_{i-1} + x_i` along axis 1."""
-
-    def combine(left, right):
-        return left[0] * right[0], right[0] * left[1] + right[1]
-
-    return jax.lax.associative_scan(combine, (jnp.broadcast_to(decay, x.shape), x), axis=1)[1]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class OpenSegment:
-    """The newest slot of every row while it still grows: its last W tokens, weighted, float32.
-
-    A ring rather than running sums: the average is recomputed from the ring at every step, so
-    nothing is ever subtracted and no error accumulates. An unlimited window keeps sums (a ring of
-    one entry that is added to).
-    """
-
-    keys: Float[Array, "*rows W H"]
-    values: Float[Array, "*rows W H"]
-    weights: Float[Array, "*rows W"]
-    count: Int[Array, "*rows"]  # tokens in the segment; 0 before the first
-
-
-def empty_segment(rows: tuple[int, ...], head_dim: int, window: int | None) -> OpenSegment:
-    """An open segment without tokens; whatever comes first is appended."""
-    ring = (*rows, window or 1)
-    return OpenSegment(
-        keys=jnp.zeros((*ring, head_dim)),
-        values=jnp.zeros((*ring, head_dim)),
-        weights=jnp.zeros(ring),
-        count=jnp.zeros(rows, jnp.int32),
-    )
-
-
-def merge_step(
-    open_segment: OpenSegment,
-    k_t: Float[Array, "*rows H"],
-    v_t: Float[Array, "*rows H"],
-    decision: Float[Array, "*rows"],
-    omega: Float[Array, "*rows"],
-    window: int | None,
-) -> tuple[OpenSegment, Float[Array, "*rows H"], Float[Array, "*rows H"]]:
-    """Append or merge one token into each row's open segment (the step form of `pool`; SPEC 6).
-
-    Args:
-        open_segment: state before the token.
-        k_t, v_t: the token's unrotated key and value.
-        decision: 1 merges, 0 closes the segment and opens a new one. The first token of a row opens
-            one whatever it says.
-        omega: the token's importance.
-        window: W, as given to `empty_segment`.
-
-    Returns:
-        (state after it, averaged key, averaged value), float32.
-    """
-    W = window or 1
-    merge = jnp.where(open_segment.count > 0, decision, 0.0)
-    kept = open_segment.count * merge.astype(jnp.int32)  # tokens that the new one joins
-    newest = jnp.arange(W) == (kept % W)[..., None]  # [*rows, W]: the ring entry it takes
-    weight = omega.astype(jnp.float32)[..., None]  # [*rows, 1]
-
-    def updated(ring: Array, entry: Array) -> Array:
-        """The ring with the token's entry [*rows, 1, ...]; emptied first where it opens a slot."""
-        per_row = (..., *(None,) * (ring.ndim - merge.ndim))
-        ring = ring * merge[per_row]
-        return jnp.where(newest[per_row[:-1]], entry, ring) if window else ring + entry
-
-    segment = OpenSegment(
-        keys=updated(open_segment.keys, (weight * k_t.astype(jnp.float32))[..., None, :]),
-        values=updated(open_segment.values, (weight * v_t.astype(jnp.float32))[..., None, :]),
-        weights=updated(open_segment.weights, weight),
-        count=kept + 1,
-    )
-    total = segment.weights.sum(axis=-1)[..., None]
-    return segment, segment.keys.sum(axis=-2) / total, segment.values.sum(axis=-2) / total
 
 
 # ---- attention over the compressed cache ------------------------------------------------------
@@ -317,7 +182,7 @@ def dmc_attention(
     threshold: float | Array = 0.0,
     block: int = 256,
 ) -> DMCOutput:
-    """DMC attention over whole sequences, S = T (sections 3.1 and 3.2; SPEC 5).
+    """DMC attention over whole sequences, S = T of the paper's section 3.
 
     Every token's pooled state is a key of its own; the state of token j is superseded where token
     j + 1 merges, and then counts with weight (1 - alpha_{j+1}) for later queries. A query always
@@ -384,7 +249,7 @@ def dense_attention(
     channel_scale: float | Array | None = None,
     block: int = 256,
 ) -> Float[Array, "B T N H"]:
-    """Ordinary causal attention, with the decision channel fading out where asked (SPEC 8).
+    """Ordinary causal attention, with the decision channel fading out where asked.
 
     Args:
         q, k, v, positions, rope_theta, segment_ids, rope_scaling, block: as in `dmc_attention`.

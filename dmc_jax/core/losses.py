@@ -17,18 +17,19 @@ def token_cross_entropy(
 def compression_loss(
     decision_mean: Float[Array, "L B"], prior: Float[Array, ""] | float, per_layer: bool = False
 ) -> Float[Array, ""]:
-    """Hinge that asks for at least a fraction `prior` of merges (DMC, equation 8; SPEC 7).
+    """Hinge that asks for at least a fraction `prior` of merges.
 
     Args:
         decision_mean: fraction of merge decisions of each layer and sample, over tokens and heads.
         prior: wanted fraction, `1 - 1 / ratio`.
-        per_layer: False, the paper's form: one hinge per sample on the mean over layers. True: one
-            hinge per sample and layer, which keeps any single layer from doing all the merging.
+        per_layer: False, the released implementation's form: one hinge per sample on the mean over
+            layers. True: one hinge per layer on the mean over samples, which keeps any single layer
+            from doing all the merging and lets easy text merge more than hard text.
 
     Returns:
         The mean of the hinges.
     """
-    fraction = decision_mean if per_layer else jnp.mean(decision_mean, axis=0)
+    fraction = jnp.mean(decision_mean, axis=1 if per_layer else 0)
     return jnp.mean(jnp.maximum(0.0, prior - fraction))
 
 

@@ -9,7 +9,7 @@ Step = Int[Array, ""] | int
 def compression_target(
     step: Step, steps: int, ratio: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Target compression ratio at `step`, rising linearly from 1 (DMC, section 3.2; SPEC 7).
+    """Target compression ratio at `step`, rising linearly from 1.
 
     Linear in the ratio, not in the fraction of merged tokens. For the fine-tuning stage, where the
     target is fixed, ask for `step = steps`.

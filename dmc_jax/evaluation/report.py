@@ -245,7 +245,7 @@ def _markdown(summary: dict, measured: dict | None) -> str:
 
 def _curves(run: dict, metrics: list[dict], stages: list[dict]) -> Figure:
     """Loss, ratio, compression loss and learning rate over the steps of the whole run."""
-    ends = _stage_ends(run)
+    ends = _stage_ends(run, stages)
     names = ["loss", "ratio", "compression_loss", "learning_rate"]
     names = [n for n in names if n in ("loss", "learning_rate") or any(n in m for m in metrics)]
     heights = [1.6 if name in ("loss", "ratio") else 1.0 for name in names]
@@ -283,9 +283,9 @@ _LABELS = {
 }
 
 
-def _stage_ends(run: dict) -> dict[str, int]:
-    """Last step of every stage, counted over the run as metrics.jsonl does."""
-    names = [name.strip() for name in run["stages"].split(",") if name.strip()]
+def _stage_ends(run: dict, stages: list[dict]) -> dict[str, int]:
+    """Last step of every stage in the directory, counted over the run as metrics.jsonl does."""
+    names = [stage["stage"] for stage in stages]
     ends = np.cumsum([run[name]["steps"] for name in names])
     return {name: int(end) for name, end in zip(names, ends, strict=True)}
 

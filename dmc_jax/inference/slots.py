@@ -1,4 +1,4 @@
-"""A cache with one array of slots per row, filled token by token: the step form of DMC (SPEC 6).
+"""A cache with one array of slots per row, filled token by token: the step form of DMC.
 
 A row is a KV head of a layer and has a length of its own. Every array has room for the longest, so
 this cache counts its compression without saving the memory.

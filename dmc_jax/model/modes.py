@@ -105,7 +105,7 @@ def compressed(
 
 
 def decision_means(output: ModelOutput) -> Float[Array, "L B"]:
-    """Fraction of merge decisions of every layer and sample, over tokens and KV heads (SPEC 7)."""
+    """Fraction of merge decisions of every layer and sample, over tokens and KV heads."""
     return jnp.concatenate([record.decisions.mean(axis=(2, 3)) for record in output.records])
 
 

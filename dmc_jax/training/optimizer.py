@@ -40,7 +40,7 @@ def map_decision_rows(function, tree: Any) -> Any:
 
 
 def zero_decision_rows(tree: Any) -> Any:
-    """End of the zero-out stage: the decision channel starts from nothing (SPEC 8)."""
+    """End of the zero-out stage: the decision channel starts from nothing."""
     return map_decision_rows(lambda rows: 0.0 * rows, tree)
 
 

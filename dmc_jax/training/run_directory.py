@@ -20,7 +20,7 @@ from typing import Any
 from dmc_jax.config import STAGES
 from dmc_jax.errors import UserError
 
-# In the order in which a model passes them.
+# Part of the name of a directory that is not a checkpoint yet.
 PARTIAL_MARK = ".orbax-checkpoint-tmp"
 
 

@@ -17,7 +17,7 @@ pool = jax.jit(dmc.pool, static_argnums=3)
 
 
 def slow_pool(x, alpha, omega, window):
-    """The double sum of SPEC-style pooling, in float64, one token at a time."""
+    """The double sum of the definition of `pool`, in float64, one token at a time."""
     B, S, K, H = x.shape
     y = np.zeros(x.shape)
     for b in range(B):

@@ -208,7 +208,7 @@ def unlimited_window_equals_one_longer_than_the_text_test():
 def step_form_matches_cached_decoding_test(path):
     """States, slots and cache of the recursion; attention over the cache by plain NumPy."""
     file = load(path)
-    # f16state keeps sums in float16; bf16 also rounds inputs, angles and cache (SPEC Q7, Q11).
+    # f16state keeps sums in float16; bf16 also rounds inputs, angles and cache.
     state_tolerance, out_tolerance = ABSOLUTE, ABSOLUTE
     if "f16state" in path.stem:
         state_tolerance, out_tolerance = 2e-2, 4e-3

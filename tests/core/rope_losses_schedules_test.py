@@ -54,11 +54,11 @@ def distillation_is_the_kl_divergence_test():
     np.testing.assert_allclose(distillation(student, student), 0, atol=1e-6)
 
 
-def hinge_is_per_sample_or_per_layer_and_sample_test():
-    means = jnp.array([[0.9, 0.1], [0.7, 0.3]])  # [layers, samples]
-    np.testing.assert_allclose(compression_loss(means, 0.75), (0 + 0.55) / 2, rtol=1e-6)
+def hinge_is_per_sample_or_per_layer_test():
+    means = jnp.array([[0.9, 0.1], [0.7, 0.5]])  # [layers, samples]
+    np.testing.assert_allclose(compression_loss(means, 0.75), (0 + 0.45) / 2, rtol=1e-6)
     per_layer = compression_loss(means, 0.75, per_layer=True)
-    np.testing.assert_allclose(per_layer, (0 + 0.65 + 0.05 + 0.45) / 4, rtol=1e-6)
+    np.testing.assert_allclose(per_layer, (0.25 + 0.15) / 2, rtol=1e-6)
 
 
 def target_rises_linearly_in_the_ratio_and_stays_test():

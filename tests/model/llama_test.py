@@ -93,8 +93,14 @@ def dense_model_equals_the_formulas_test():
 
 @pytest.mark.parametrize(
     "preset, count",
-    [("7b", 6_738_415_616), ("13b", 13_015_864_320), ("70b", 68_976_648_192)]
-    + [("llama3_8b", 8_030_261_248), ("deci_6b", 5_717_102_592), ("tiny", 984_192)],
+    [
+        ("tiny", 984_192),
+        ("7b", 6_738_415_616),
+        ("13b", 13_015_864_320),
+        ("70b", 68_976_648_192),
+        ("llama3_8b", 8_030_261_248),
+        ("deci_6b", 5_717_102_592),
+    ],
 )
 def parameter_counts_are_the_published_ones_test(preset, count):
     assert count_parameters(PRESETS[preset]) == count

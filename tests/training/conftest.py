@@ -19,14 +19,14 @@ from dmc_jax.data.prepare import prepare
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A folder of made-up arithmetic, tokenized with 300 ids."""
+    """A folder of made-up arithmetic, tokenized with 280 ids."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for i in range(60):
         lines = [f"{a} plus {b} is {a + b}." for a, b in rng.integers(0, 50, size=(40, 2))]
         (folder / f"{i:03d}.txt").write_text("\n".join(lines))
     output = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(output, source=folder, vocab_size=300, workers=1, report=lambda _: None)
+    prepare(output, source=folder, vocab_size=280, workers=1, report=lambda _: None)
     return output
 
 
@@ -38,7 +38,7 @@ def tiny_run(prepared, tmp_path):
         name="run",
         output=str(tmp_path),
         model=ModelConfig(
-            vocab_size=300,
+            vocab_size=280,
             width=32,
             layers=2,
             heads=8,

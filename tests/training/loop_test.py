@@ -143,8 +143,8 @@ def documents_longer_than_the_window_are_required_test(tiny_run):
 
 
 def another_vocabulary_is_refused_test(tiny_run):
-    run = dataclasses.replace(tiny_run, model=dataclasses.replace(tiny_run.model, vocab_size=301))
-    with pytest.raises(UserError, match=r"300 ids, model.vocab_size is 301"):
+    run = dataclasses.replace(tiny_run, model=dataclasses.replace(tiny_run.model, vocab_size=281))
+    with pytest.raises(UserError, match=r"280 ids, model.vocab_size is 281"):
         train(run, quiet=True)
 
 

@@ -1,0 +1,165 @@
+"""What a slot holds: the weighted average of its segment, for all tokens at once or one by one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Tokens per block of the banded product that pools them.
+_POOL_BLOCK = 16
+
+
+def pool(
+    x: Float[Array, "B S K H"],
+    alpha: Float[Array, "B S K"],
+    omega: Float[Array, "B S K"],
+    window: int | None,
+) -> Float[Array, "B S K H"]:
+    """State of the open slot after every token, all tokens at once.
+
+        coef(i, j) = alpha_{j+1} ... alpha_i
+        y_i = sum_j coef(i, j) omega_j x_j / sum_j coef(i, j) omega_j      over the last W tokens j
+
+    That is a weighted mean of the last W tokens with weights [B, S, K, W], so a banded matrix
+    product at cost O(S W); with an unlimited window O(S log S), by an associative scan of the
+    recurrence `s_i = alpha_i s_{i-1} + omega_i x_i`.
+
+    Args:
+        x: keys or values before rotation.
+        alpha: merge probability or 0/1 decision of each token, 0 at document starts; alpha_0
+            counts as 0.
+        omega: importance of each token.
+        window: W >= 1 tokens; None or 0 is unlimited.
+
+    Returns:
+        The pooled states in the dtype of `x`, computed in float32.
+    """
+    if window == 1:
+        return x
+    alpha = jnp.where(jnp.arange(x.shape[1])[:, None] == 0, 0.0, alpha)
+    if not window:
+        weighted = omega[..., None] * x.astype(jnp.float32)
+        total, weighted = _running_sum(alpha, omega), _running_sum(alpha[..., None], weighted)
+        return (weighted / total[..., None]).astype(x.dtype)
+    weights = _pooling_weights(alpha, omega, min(window, x.shape[1]))
+    return _banded_product(weights, x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _pooling_weights(alpha: Array, omega: Array, window: int) -> Float[Array, "B S K W"]:
+    """Weight of token i - W + 1 + w in the state of token i; they add up to 1 over w."""
+    S = alpha.shape[1]
+    past_alpha, past_omega = (jnp.pad(a, [(0, 0), (window - 1, 0), (0, 0)]) for a in (alpha, omega))
+
+    def ago(padded: Array, m: int) -> Array:  # entry i of the result is entry i - m of the original
+        return jax.lax.slice_in_dim(padded, window - 1 - m, window - 1 - m + S, axis=1)
+
+    coef, weights = jnp.ones_like(alpha), [omega]
+    for m in range(1, window):
+        coef = coef * ago(past_alpha, m - 1)
+        weights.insert(0, coef * ago(past_omega, m))
+    stacked = jnp.stack(weights, axis=-1)
+    return stacked / stacked.sum(axis=-1, keepdims=True)
+
+
+def _banded_product(weights: Float[Array, "B S K W"], x: Float[Array, "B S K H"]) -> Array:
+    """`y_i = sum_w weights[i, w] x[i - W + 1 + w]`, as small dense products.
+
+    Blocks of b >= W - 1 tokens read themselves and the end of the block before. Measured on a
+    2-core CPU at S = 2048, K = 8, H = 128: 13 ms forward and backward, against 263 ms for W shifted
+    multiply-adds.
+    """
+    B, S, K, W = weights.shape
+    b = max(_POOL_BLOCK, W - 1)
+    pad = [(0, 0), (0, -S % b), (0, 0), (0, 0)]
+    weights, x = jnp.pad(weights, pad), jnp.pad(x, pad)
+    n = x.shape[1] // b
+    x = x.reshape(B, n, b, K, -1)
+    before = jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])[:, :-1, b - W + 1 :]
+    seen = jnp.concatenate([before, x], axis=2)  # [B, n, W-1+b, K, H]
+    # Row t of a block's band holds its W weights from column t on: pad each row to W + b and read
+    # the same memory in rows of one less, which moves every row right by one more.
+    band = weights.reshape(B, n, b, K, W).transpose(0, 1, 3, 2, 4)
+    band = jnp.pad(band, [(0, 0)] * 4 + [(0, b)]).reshape(B, n, K, b * (W + b))
+    band = band[..., : b * (W + b - 1)].reshape(B, n, K, b, W + b - 1)
+    y = jnp.einsum("BnKts,BnsKH->BntKH", band, seen, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(B, n * b, K, -1)[:, :S]
+
+
+def _running_sum(decay: Array, x: Array) -> Array:
+    """`s_i = decay_i s_{i-1} + x_i` along axis 1."""
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    return jax.lax.associative_scan(combine, (jnp.broadcast_to(decay, x.shape), x), axis=1)[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OpenSegment:
+    """The newest slot of every row while it still grows: its last W tokens, weighted, float32.
+
+    A ring rather than running sums: the average is recomputed from the ring at every step, so
+    nothing is ever subtracted and no error accumulates. An unlimited window keeps sums (a ring of
+    one entry that is added to).
+    """
+
+    keys: Float[Array, "*rows W H"]
+    values: Float[Array, "*rows W H"]
+    weights: Float[Array, "*rows W"]
+    count: Int[Array, "*rows"]  # tokens in the segment; 0 before the first
+
+
+def empty_segment(rows: tuple[int, ...], head_dim: int, window: int | None) -> OpenSegment:
+    """An open segment without tokens; whatever comes first is appended."""
+    ring = (*rows, window or 1)
+    return OpenSegment(
+        keys=jnp.zeros((*ring, head_dim)),
+        values=jnp.zeros((*ring, head_dim)),
+        weights=jnp.zeros(ring),
+        count=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def merge_step(
+    open_segment: OpenSegment,
+    k_t: Float[Array, "*rows H"],
+    v_t: Float[Array, "*rows H"],
+    decision: Float[Array, "*rows"],
+    omega: Float[Array, "*rows"],
+    window: int | None,
+) -> tuple[OpenSegment, Float[Array, "*rows H"], Float[Array, "*rows H"]]:
+    """Append or merge one token into each row's open segment (the step form of `pool`).
+
+    Args:
+        open_segment: state before the token.
+        k_t, v_t: the token's unrotated key and value.
+        decision: 1 merges, 0 closes the segment and opens a new one. The first token of a row opens
+            one whatever it says.
+        omega: the token's importance.
+        window: W, as given to `empty_segment`.
+
+    Returns:
+        (state after it, averaged key, averaged value), float32.
+    """
+    W = window or 1
+    merge = jnp.where(open_segment.count > 0, decision, 0.0)
+    kept = open_segment.count * merge.astype(jnp.int32)  # tokens that the new one joins
+    newest = jnp.arange(W) == (kept % W)[..., None]  # [*rows, W]: the ring entry it takes
+    weight = omega.astype(jnp.float32)[..., None]  # [*rows, 1]
+
+    def updated(ring: Array, entry: Array) -> Array:
+        """The ring with the token's entry [*rows, 1, ...]; emptied first where it opens a slot."""
+        per_row = (..., *(None,) * (ring.ndim - merge.ndim))
+        ring = ring * merge[per_row]
+        return jnp.where(newest[per_row[:-1]], entry, ring) if window else ring + entry
+
+    segment = OpenSegment(
+        keys=updated(open_segment.keys, (weight * k_t.astype(jnp.float32))[..., None, :]),
+        values=updated(open_segment.values, (weight * v_t.astype(jnp.float32))[..., None, :]),
+        weights=updated(open_segment.weights, weight),
+        count=kept + 1,
+    )
+    total = segment.weights.sum(axis=-1)[..., None]
+    return segment, segment.keys.sum(axis=-2) / total, segment.values.sum(axis=-2) / total

@@ -1,0 +1,1 @@
+"""Attention kernels over paged caches; usable without the rest of this repository."""

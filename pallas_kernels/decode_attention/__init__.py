@@ -1,0 +1,1 @@
+"""Attention of one new token a row over a paged cache whose rows differ in length."""

@@ -1,0 +1,145 @@
+"""Decode attention in plain XLA, with work in proportion to the live tokens.
+
+Gathering every row to the length of the longest would give the compression back. Instead the rows
+are cut into items of some 64 slots, and a loop whose trip count is known only at run time takes 64
+items a step, whatever rows they belong to:
+
+    item      0    1    2    3    4  |  5    6    7 ...
+    row       0    0    0    1    3  |  3    3    4 ...     (row 2 is empty)
+
+A step gathers the pages of its items, computes each item's softmax on its own, and merges what
+belongs to one row by log-sum-exp (the partial sums of FlashDecoding). Items are in row order, so
+only the last row of a step can go on in the next: its partial sum is all that the loop carries.
+
+One page a step would need no gather, but pays the cost of a loop step for every page and keeps
+one core busy.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Larger items waste more on rows that end inside one; smaller ones mean more merging. Measured
+# with H = 64: 4096 slots a step (1 MiB of float32 keys) is as good as any for 32 to 2048 rows.
+_ITEM_SLOTS = 64
+_STEP_SLOTS = 4096
+
+# A finite stand-in for minus infinity: an item past the last is masked as a whole.
+_MASKED = -1e30
+
+
+class _Partial(NamedTuple):
+    """Softmax over some of a row's slots: its value is weighted / total; the first axis is n."""
+
+    row: Int[Array, "n"]  # R where it belongs to no row
+    peak: Float[Array, "n G"]  # largest score
+    total: Float[Array, "n G"]  # sum of exp(score - peak)
+    weighted: Float[Array, "n G H"]  # sum of exp(score - peak) * value
+
+
+@jax.jit
+def decode_attention(
+    q: Float[Array, "R G H"],
+    k_pages: Float[Array, "P page H"],
+    v_pages: Float[Array, "P page H"],
+    page_table: Int[Array, "R maxp"],
+    lengths: Int[Array, "R"],
+    scale: float,
+) -> Float[Array, "R G H"]:
+    """Attends 64 items a step; see `api.decode_attention` for the contract."""
+    R, G, H = q.shape
+    page = k_pages.shape[1]
+    item_pages = max(1, _ITEM_SLOTS // page)
+    item_slots = item_pages * page
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % item_pages)))
+    table = table.reshape(R, -1, item_pages)  # [R, items of a full row, item_pages]
+    n = min(max(1, _STEP_SLOTS // item_slots), R * table.shape[1])
+    items = -(-lengths // item_slots)  # [R]
+    ends = jnp.cumsum(items)
+    k_pages, v_pages = _as_bits(k_pages), _as_bits(v_pages)
+
+    def step(i, carry):
+        out, unfinished = carry
+        item = i * n + jnp.arange(n, dtype=jnp.int32)
+        row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)  # R past the last item
+        known = jnp.minimum(row, R - 1)
+        index = item - (ends - items)[known]  # of the item in its row
+        live = jnp.arange(item_slots) < (lengths[known] - index * item_slots)[:, None]
+        pages = table.at[known, index].get(mode="clip")  # [n, item_pages]
+        keys, values = (_gather(pool, pages) for pool in (k_pages, v_pages))  # [n, slots, H]
+        partial = _attend(q[known].astype(jnp.float32) * scale, keys, values, live, row)
+        merged, last = _merge_rows(
+            jax.tree.map(lambda *x: jnp.concatenate(x), unfinished, partial), R
+        )
+        value = (merged.weighted / merged.total[..., None]).astype(q.dtype)
+        # An unfinished row is written too; the next step writes over it.
+        out = out.at[merged.row].set(value, mode="drop")
+        return out, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, last, 1), merged)
+
+    nothing = _Partial(
+        row=jnp.full(1, R, jnp.int32),
+        peak=jnp.full((1, G), _MASKED),
+        total=jnp.zeros((1, G)),
+        weighted=jnp.zeros((1, G, H)),
+    )
+    steps = -(-ends[-1] // n)
+    return jax.lax.fori_loop(0, steps, step, (jnp.zeros_like(q), nothing))[0]
+
+
+def _as_bits(pool: Float[Array, "P page H"]) -> Array:
+    """Hides bfloat16 from XLA: it would move the widening of the whole pool in front of the loop.
+
+    Seen in jax 0.10.2 on the CPU, where it costs a float32 copy of the pool in each call.
+    """
+    return jax.lax.bitcast_convert_type(pool, jnp.uint16) if pool.dtype == jnp.bfloat16 else pool
+
+
+def _gather(pool: Array, pages: Int[Array, "n item_pages"]) -> Float[Array, "n slots H"]:
+    """Reads the pages of every item as float32; "clip" because unused entries may be anything."""
+    rows = pool.at[pages].get(mode="clip")
+    if rows.dtype == jnp.uint16:
+        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+    return rows.astype(jnp.float32).reshape(pages.shape[0], -1, pool.shape[-1])
+
+
+def _attend(
+    q: Float[Array, "n G H"],
+    keys: Float[Array, "n slots H"],
+    values: Float[Array, "n slots H"],
+    live: Bool[Array, "n slots"],
+    row: Int[Array, "n"],
+) -> _Partial:
+    # Dead slots may hold NaN, and 0 * NaN is NaN: a zero weight is no mask.
+    values = jnp.where(live[..., None], values, 0.0)
+    scores = jnp.einsum("nGH,nSH->nGS", q, keys, precision="highest")
+    scores = jnp.where(live[:, None, :], scores, _MASKED)
+    peak = scores.max(axis=-1)
+    weights = jnp.exp(scores - peak[..., None])
+    weighted = jnp.einsum("nGS,nSH->nGH", weights, values, precision="highest")
+    return _Partial(row, peak, weights.sum(axis=-1), weighted)
+
+
+def _merge_rows(partial: _Partial, R: int) -> tuple[_Partial, Int[Array, ""]]:
+    """Merges neighbours of one row; returns as many entries, and the index of the last in use.
+
+    Sums go by scatter, not by a 0/1 matrix: a NaN in one row must not reach another. Entries not
+    in use have row R (and NaN from 0 / 0 later on), and nobody reads them.
+    """
+    n = partial.row.size
+    begins = partial.row[1:] != partial.row[:-1]
+    group = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(begins, dtype=jnp.int32)])
+
+    def gathered(x):
+        return jax.ops.segment_sum(x, group, n, indices_are_sorted=True)
+
+    peak = jax.ops.segment_max(partial.peak, group, n, indices_are_sorted=True)
+    shrink = jnp.exp(partial.peak - peak[group])
+    merged = _Partial(
+        row=jnp.full(n, R, jnp.int32).at[group].set(partial.row),
+        peak=peak,
+        total=gathered(shrink * partial.total),
+        weighted=gathered(shrink[..., None] * partial.weighted),
+    )
+    return merged, group[-1]

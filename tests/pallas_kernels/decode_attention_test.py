@@ -1,0 +1,290 @@
+"""Every implementation against the reference; the reference against numbers worked out by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_attention.api import IMPLEMENTATIONS, decode_attention
+from pallas_kernels.decode_attention.workloads import (
+    CORRECTNESS,
+    Workload,
+    make_inputs,
+    ragged_lengths,
+)
+
+# Relative and absolute. Both sides compute in float32, so bfloat16 only rounds the result.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+RAGGED = CORRECTNESS[0]
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+fast_implementation = pytest.mark.parametrize("implementation", FAST)
+
+
+@functools.cache
+def inputs_of(workload):
+    return make_inputs(workload)
+
+
+@functools.cache
+def expected_of(workload):
+    scale = workload.width**-0.5
+    return decode_attention(*inputs_of(workload), scale=scale, implementation="reference")
+
+
+def assert_close(actual, expected):
+    assert actual.dtype == expected.dtype
+    tolerance = TOLERANCE[str(expected.dtype)]
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# ---- the meaning, by hand -----------------------------------------------------------------------
+
+
+def numbered_pages(pages, page, width=4):
+    """Values that name their place: slot i of page p holds 100 p + i."""
+    places = 100.0 * jnp.arange(pages)[:, None] + jnp.arange(page)
+    return jnp.broadcast_to(places[..., None], (pages, page, width))
+
+
+@every_implementation
+def equal_scores_give_the_mean_of_the_live_values_test(implementation):
+    values = numbered_pages(4, 8)
+    table = jnp.array([[3, 1], [0, 2], [2, 0]], jnp.int32)
+    out = decode_attention(
+        jnp.zeros((3, 2, 4)),
+        jnp.ones((4, 8, 4)),
+        values,
+        table,
+        jnp.array([10, 3, 0], jnp.int32),
+        scale=1.0,
+        implementation=implementation,
+    )
+    # Row 0: slots 300..307, 100, 101. Row 1: slots 0, 1, 2. Row 2: none.
+    np.testing.assert_allclose(out[0], (sum(range(300, 308)) + 100 + 101) / 10, rtol=1e-6)
+    np.testing.assert_allclose(out[1], 1.0, rtol=1e-6)
+    assert np.all(out[2] == 0)
+
+
+@every_implementation
+def scores_are_dot_products_times_the_scale_test(implementation):
+    # Scores 0 and log 3: weights 1/4 and 3/4. The second query's score is negated: 3/4 and 1/4.
+    keys = jnp.zeros((1, 8, 4)).at[0, 1, 2].set(2.0)
+    values = jnp.zeros((1, 8, 4)).at[0, 0].set(4.0).at[0, 1].set(8.0)
+    q = jnp.zeros((1, 2, 4)).at[0, :, 2].set(jnp.array([0.5, -0.5]) * np.log(3.0))
+    out = decode_attention(
+        *(q, keys, values, jnp.zeros((1, 1), jnp.int32), jnp.array([2], jnp.int32)),
+        scale=1.0,
+        implementation=implementation,
+    )
+    np.testing.assert_allclose(out[0, 0], 7.0, rtol=1e-6)
+    np.testing.assert_allclose(out[0, 1], 5.0, rtol=1e-6)
+    halved = decode_attention(
+        *(2 * q, keys, values, jnp.zeros((1, 1), jnp.int32), jnp.array([2], jnp.int32)),
+        scale=0.5,
+        implementation=implementation,
+    )
+    np.testing.assert_allclose(halved, out, rtol=1e-6)
+
+
+@every_implementation
+def huge_scores_do_not_overflow_test(implementation):
+    inputs = make_inputs(Workload("huge", (70, 3), 2, 32, 8))
+    out = decode_attention(inputs.q * 1e3, *inputs[1:], scale=1e3, implementation=implementation)
+    assert np.all(np.isfinite(out))
+
+
+# ---- every implementation against the reference -------------------------------------------------
+
+
+@fast_implementation
+@pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
+def output_equals_the_reference_test(implementation, workload):
+    # Pages are shuffled and all that is unused is NaN: a stray read would show.
+    actual = decode_attention(
+        *inputs_of(workload), scale=workload.width**-0.5, implementation=implementation
+    )
+    expected = expected_of(workload)
+    assert np.all(np.isfinite(expected))
+    assert_close(actual, expected)
+
+
+def the_workloads_cover_the_contract_test():
+    assert {w.page for w in CORRECTNESS} >= {8, 16, 32, 64}
+    assert {w.queries for w in CORRECTNESS} >= {1, 4, 8}
+    assert {w.width for w in CORRECTNESS} >= {32, 64, 128}
+    assert {w.dtype for w in CORRECTNESS} == {"float32", "bfloat16"}
+
+
+@every_implementation
+def rows_of_length_zero_give_zeros_test(implementation):
+    workload = Workload("holes", (0, 30, 0, 0, 200, 0), 4, 32, 16)
+    out = decode_attention(*inputs_of(workload), scale=0.2, implementation=implementation)
+    empty = np.array(workload.lengths) == 0
+    assert np.all(out[empty] == 0)
+    assert np.all(np.any(out[~empty] != 0, axis=-1))
+
+
+@every_implementation
+def float32_queries_may_meet_a_bfloat16_pool_test(implementation):
+    inputs = inputs_of(Workload("mixed", (100, 17), 4, 32, 16, dtype="bfloat16"))
+    q = inputs.q.astype(jnp.float32)
+    out = decode_attention(q, *inputs[1:], scale=0.2, implementation=implementation)
+    k, v = (x.astype(jnp.float32) for x in inputs[1:3])
+    expected = decode_attention(q, k, v, *inputs[3:], scale=0.2, implementation="reference")
+    assert_close(out, expected)
+
+
+@every_implementation
+def a_nan_in_a_live_slot_stays_in_its_row_test(implementation):
+    inputs = inputs_of(Workload("live_nan", (100, 200, 3, 40), 4, 32, 16))
+    poisoned = inputs.v_pages.at[inputs.page_table[1, 0], 0].set(jnp.nan)
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    out = attend(inputs.q, inputs.k_pages, poisoned, *inputs[3:])
+    assert np.all(np.isnan(out[1]))
+    others = np.array([0, 2, 3])
+    np.testing.assert_array_equal(out[others], attend(*inputs)[others])
+
+
+@every_implementation
+def permuting_the_pool_changes_nothing_test(implementation):
+    inputs = inputs_of(RAGGED)
+    pages = inputs.k_pages.shape[0]
+    order = np.random.default_rng(1).permutation(pages)
+    table = np.argsort(order)[np.clip(inputs.page_table, 0, pages - 1)].astype(np.int32)
+    attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
+    moved = attend(inputs.q, inputs.k_pages[order], inputs.v_pages[order], table, inputs.lengths)
+    np.testing.assert_array_equal(moved, attend(*inputs))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def the_same_inputs_give_the_same_bits_test(implementation, dtype):
+    workload = Workload("again", ragged_lengths(40, mean=200, longest=900), 4, 64, 16, dtype)
+    attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
+    first, second = (np.asarray(attend(*inputs_of(workload))).tobytes() for _ in range(2))
+    assert first == second
+
+
+@every_implementation
+def one_compilation_serves_every_length_test(implementation):
+    traced = []
+
+    @jax.jit
+    def attend(*inputs):
+        traced.append(None)
+        return decode_attention(*inputs, scale=0.2, implementation=implementation)
+
+    inputs = inputs_of(Workload("growing", (200, 200, 200), 4, 32, 16))
+    for lengths in ([200, 200, 200], [0, 1, 130], [0, 0, 0]):
+        inputs = inputs._replace(lengths=jnp.array(lengths, jnp.int32))
+        expected = decode_attention(*inputs, scale=0.2, implementation="reference")
+        assert_close(attend(*inputs), expected)
+    assert len(traced) == 1
+
+
+@every_implementation
+def lengths_beyond_the_table_count_as_full_test(implementation):
+    inputs = inputs_of(Workload("full", (64, 64), 1, 32, 16))
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    wild = inputs._replace(lengths=jnp.array([1000, -5], jnp.int32))
+    full = inputs._replace(lengths=jnp.array([64, 0], jnp.int32))
+    np.testing.assert_array_equal(attend(*wild), attend(*full))
+
+
+@fast_implementation
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def temporaries_do_not_grow_with_the_pool_test(implementation, dtype):
+    def temporary_bytes(pages):
+        shapes = [
+            jax.ShapeDtypeStruct(shape, kind)
+            for shape, kind in (
+                ((32, 4, 64), dtype),
+                ((pages, 16, 64), dtype),
+                ((pages, 16, 64), dtype),
+                ((32, 64), "int32"),
+                ((32,), "int32"),
+            )
+        ]
+        attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
+        return jax.jit(attend).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(2_000), temporary_bytes(200_000)
+    assert large <= small + 4096
+
+
+def no_name_takes_the_fastest_implementation_test():
+    attend = functools.partial(decode_attention, *inputs_of(RAGGED), scale=0.125)
+    np.testing.assert_array_equal(attend(), attend(implementation="xla"))
+
+
+# ---- workloads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean, longest", [(512, 4096), (1024, 4096), (1, 9), (300, 310)])
+def ragged_lengths_have_the_mean_and_the_limit_they_state_test(mean, longest):
+    lengths = ragged_lengths(32, mean=mean, longest=longest)
+    assert abs(np.mean(lengths) - mean) < 1
+    assert 1 <= min(lengths) and max(lengths) <= longest
+
+
+def a_mean_above_the_longest_is_refused_test():
+    with pytest.raises(ValueError, match=r"must be in \[1, 8\], got 9"):
+        ragged_lengths(4, mean=9, longest=8)
+
+
+def all_that_is_not_live_is_poisoned_test():
+    inputs = inputs_of(RAGGED)
+    live = np.isfinite(np.asarray(inputs.k_pages)).all(axis=-1)
+    np.testing.assert_array_equal(live, np.isfinite(np.asarray(inputs.v_pages)).all(axis=-1))
+    assert live.sum() == inputs.lengths.sum()
+    assert np.any(inputs.page_table < 0) and np.any(inputs.page_table >= live.shape[0])
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": jnp.zeros((2, 4))}, r"q must be \[R G H\], got shape \(2, 4\)"),
+        ({"k_pages": jnp.zeros((5, 8, 16))}, r"k_pages must be \[P page H\] with H = 32 as in q"),
+        ({"v_pages": jnp.zeros((6, 8, 32))}, "v_pages must .* with P = 5 as in k_pages"),
+        ({"page_table": jnp.zeros((3, 4), jnp.int32)}, "page_table must .* with R = 2 as in q"),
+        ({"lengths": jnp.zeros(3, jnp.int32)}, "lengths must .* with R = 2 as in q"),
+        ({"page_table": jnp.zeros((2, 0), jnp.int32)}, "page_table is empty: maxp = 0"),
+        (
+            {"k_pages": jnp.zeros((5, 4, 32)), "v_pages": jnp.zeros((5, 4, 32))},
+            "page must be a power of two >= 8, got 4",
+        ),
+        (
+            {"k_pages": jnp.zeros((5, 24, 32)), "v_pages": jnp.zeros((5, 24, 32))},
+            "page must be a power of two >= 8, got 24",
+        ),
+        ({"q": jnp.zeros((2, 4, 32), jnp.int32)}, "q must be float32 or bfloat16, got int32"),
+        ({"k_pages": jnp.zeros((5, 8, 32), jnp.bfloat16)}, "k_pages is bfloat16 but v_pages float"),
+        ({"page_table": jnp.zeros((2, 4))}, "page_table must be int32, got float32"),
+        ({"lengths": jnp.zeros(2, jnp.uint32)}, "lengths must be int32, got uint32"),
+    ],
+)
+def inputs_that_break_the_contract_are_named_test(change, message):
+    inputs = {
+        "q": jnp.zeros((2, 4, 32)),
+        "k_pages": jnp.zeros((5, 8, 32)),
+        "v_pages": jnp.zeros((5, 8, 32)),
+        "page_table": jnp.zeros((2, 4), jnp.int32),
+        "lengths": jnp.zeros(2, jnp.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**(inputs | change), scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["triton", "pallas_gpu", "XLA", ""])
+def an_unknown_implementation_is_refused_and_never_replaced_test(name):
+    with pytest.raises(ValueError, match="there is reference, xla"):
+        decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)

@@ -1,0 +1,50 @@
+"""`python -m dmc_jax.train`: a mistake gets one line on stderr and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(*flags, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "dmc_jax.train", *flags],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.retrofti.steps=3"], "retrofti"),
+        (["--config.compression.ratio=0.5"], "ratio must be at least 1"),
+        (["--config.model.kv_heads=3"], "4 query heads cannot share 3 KV heads"),
+        (["--config.model.head_dim=31"], "head_dim must be even"),
+        (["--config.data.path=nowhere"], "nowhere is not a prepared data folder"),
+        (["--config.data.batch=eight"], "eight"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
+)
+def mistakes_get_one_line_and_exit_code_2_test(flags, message, tmp_path):
+    result = train(f"--config={ROOT}/configs/tiny_4x.py", *flags, cwd=tmp_path)
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, result.stderr
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def a_config_that_does_not_exist_gets_one_line_test(tmp_path):
+    result = train("--config=configs/8b_4x.py", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "8b_4x.py" in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
