@@ -1,4 +1,4 @@
-"""Cost of DMC in training: `python benchmarks/training.py` writes benchmarks/training_cpu.json.
+"""Cost of DMC in training: `python -m benchmarks.training` writes benchmarks/training_cpu.json.
 
 Two questions, each answered by ratios taken in one run:
 
@@ -11,8 +11,6 @@ Versions take turns, so that a change in the machine's speed meets both; medians
 
 import functools
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +29,7 @@ from dmc_jax.config import (
 )
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.evaluation.report import machine
 from dmc_jax.model.presets import PRESETS
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.sharding import batch_sharding, make_mesh
@@ -50,24 +49,6 @@ WIDE = ModelConfig(
     max_length=2048,
     tied_embeddings=True,
 )
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    name = "unknown"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next(
-            (line.split(":")[1].strip() for line in cpuinfo.open() if "model name" in line), name
-        )
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "python": sys.version.split()[0],
-        "jax": jax.__version__,
-        "command": "python benchmarks/training.py",
-    }
 
 
 def medians(versions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -178,7 +159,7 @@ def main() -> None:
     """Measure, print, write the JSON."""
     tiny = PRESETS["tiny"]
     result = {
-        "machine": machine(),
+        "machine": machine("python -m benchmarks.training"),
         "training_step": [
             training_step(tiny, batch=8, length=256, dtype="float32", rounds=30),
             training_step(tiny, batch=8, length=256, dtype="bfloat16", rounds=30),

@@ -118,7 +118,8 @@ class CompressionConfig:
     weight: float = 1.0  # of the compression loss beside the language-modelling loss
     per_layer: bool = False  # a hinge per layer instead of one over the whole model (the paper's)
     decision_multiplier: float = 1.0  # on the update of the decision rows of W_q and W_k
-    distillation: float = 0.0  # weight of KL(model at the start of the run || model), per token
+    distillation: float = 0.0  # weight of KL(teacher || model) in nats a token
+    teacher: str = ""  # checkpoint of the teacher; empty: the model that the run starts from
     calibration_windows: int = 0  # training windows that set the inference threshold; 0: off
 
     def __post_init__(self):

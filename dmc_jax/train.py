@@ -26,10 +26,10 @@ def main() -> None:
     """Train, then write the report."""
     logging.set_verbosity(logging.INFO)
     try:
-        config = _CONFIG.value
-    except OSError as error:
+        config = _CONFIG.value.to_dict()
+    except OSError as error:  # a file that does not exist shows itself only now
         raise UserError(f"--config: {error}") from error
-    run = from_dict(RunConfig, config.to_dict())
+    run = from_dict(RunConfig, config)
     directory = train(run)
     print(f"report: {write_report(directory)}")
 

@@ -9,6 +9,7 @@
 
 # %%
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,14 @@ from absl import logging
 sys.path.append(".")  # run from the repository's root, where configs/ is
 from configs import tiny_4x
 from dmc_jax.baselines.gqa import mean_pool_kv_heads
-from dmc_jax.config import ModelConfig, RunConfig, StageConfig, from_dict, to_dict
+from dmc_jax.config import (
+    CompressionConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    from_dict,
+    to_dict,
+)
 from dmc_jax.data.prepare import prepare
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
@@ -27,6 +35,7 @@ from dmc_jax.evaluation.report import (
     collapse,
     comparison_table,
     head_table,
+    machine,
     write_report,
 )
 from dmc_jax.inference.generate import generate
@@ -52,19 +61,23 @@ dmc_dir = train(run)
 #
 # Dense, and grouped-query attention with one KV head for every four (Ainslie et al. 2023: KV heads
 # averaged, then trained on). Both take as many steps as the three stages of the retrofit together,
-# with a schedule of their own.
+# with a schedule of their own. GQA learns from the pretrained model as DMC does; the dense model is
+# that model, and learns from the text alone.
 
 # %%
 further_steps = run.zero_out.steps + run.retrofit.steps + run.finetune.steps
 
 
-def continue_training(name: str, model: ModelConfig, init_from: Path) -> Path:
+def continue_training(
+    name: str, model: ModelConfig, init_from: Path, compression: CompressionConfig
+) -> Path:
     """Train on as an ordinary language model; returns the run's directory."""
     return train(
         dataclasses.replace(
             run,
             name=name,
             model=model,
+            compression=compression,
             stages="pretrain",
             init_from=str(init_from),
             pretrain=StageConfig(
@@ -90,8 +103,10 @@ def average_kv_heads(source: LoadedModel, kv_heads: int, output: Path) -> Loaded
 
 base = load_model(dmc_dir / "pretrain")
 grouped = average_kv_heads(base, 1, Path(run.output) / "tiny_gqa_start")
-dense_dir = continue_training("tiny_dense", base.config, base.ref.path)
-gqa_dir = continue_training("tiny_gqa", grouped.config, grouped.ref.path)
+alone = dataclasses.replace(run.compression, distillation=0.0)
+taught = dataclasses.replace(run.compression, teacher=str(base.ref.path))
+dense_dir = continue_training("tiny_dense", base.config, base.ref.path, alone)
+gqa_dir = continue_training("tiny_gqa", grouped.config, grouped.ref.path, taught)
 
 # %% [markdown]
 # ## The table
@@ -149,7 +164,26 @@ written = generate(
     eos_id=tokenizer.eos_id,
 )
 report = write_report(dmc_dir)
-(report / "comparison.md").write_text(table)
+minutes = (time.perf_counter() - started) / 60
+(report / "comparison.md").write_text(table + "\n")
+(report / "comparison.json").write_text(
+    json.dumps(
+        {
+            "machine": machine("make demo"),
+            "minutes": minutes,
+            "data": data.manifest["source"],
+            "split": "test",
+            "rows": [
+                {"name": r.name, "steps": r.steps, "note": r.note}
+                | dataclasses.asdict(r.evaluation)
+                | {"cache_bytes_at_256_tokens": r.evaluation.cache_bytes(r.config, 256)}
+                for r in rows
+            ],
+        },
+        indent=1,
+    )
+    + "\n"
+)
 
 print(f"\n{prompt}{tokenizer.decode(written.tokens)}\n")
 print(
@@ -159,4 +193,4 @@ print(
 print("Tokens per slot, by layer and KV head (DMC, test files):\n")
 print(head_table(dataclasses.asdict(rows[2].evaluation)))
 print(f"\nTest files, {rows[0].evaluation.tokens:,} tokens:\n\n{table}")
-print(f"Report with plots: {report}   (took {(time.perf_counter() - started) / 60:.1f} minutes)")
+print(f"\nReport with plots: {report}   (took {minutes:.1f} minutes)")

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -165,6 +167,26 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> str:
         "note",
     )
     return _table(header, lines, left=("model", "note"))
+
+
+def machine(command: str) -> dict:
+    """What figures were measured on, for the JSON files that hold them.
+
+    Args:
+        command: what was typed.
+    """
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    return {
+        "command": command,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:

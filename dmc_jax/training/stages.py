@@ -68,18 +68,18 @@ def start_of_stage(
 
 
 def load_teacher(run: RunConfig, stage: str, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
-    """Sizes and parameters of the distillation teacher, the model that the retrofit starts from.
+    """Sizes and parameters of the distillation teacher; (None, None) where there is none.
 
-    It is `init_from`, or the end of this run's own pretraining; (None, None) where distillation is
-    off or the stage is that pretraining.
+    It is `compression.teacher`, or else the model that the run starts from: `init_from`, or the end
+    of this run's own pretraining, which itself has no teacher.
 
     Raises:
         UserError: there is no such checkpoint.
     """
-    if run.compression.distillation == 0 or (stage == "pretrain" and not run.init_from):
+    source = run.compression.teacher or run.init_from
+    if run.compression.distillation == 0 or (stage == "pretrain" and not source):
         return None, None
-    source = Path(run.init_from or Path(run.output, run.name, "pretrain"))
-    teacher = load_model(source, mesh)
+    teacher = load_model(source or Path(run.output, run.name, "pretrain"), mesh)
     return teacher.config, teacher.params
 
 

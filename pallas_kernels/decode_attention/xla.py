@@ -58,7 +58,6 @@ def decode_attention(
     n = min(max(1, _STEP_SLOTS // item_slots), R * table.shape[1])
     items = -(-lengths // item_slots)  # [R]
     ends = jnp.cumsum(items)
-    k_pages, v_pages = _as_bits(k_pages), _as_bits(v_pages)
 
     def step(i, carry):
         out, unfinished = carry
@@ -73,8 +72,8 @@ def decode_attention(
         merged, last = _merge_rows(
             jax.tree.map(lambda *x: jnp.concatenate(x), unfinished, partial), R
         )
-        value = (merged.weighted / merged.total[..., None]).astype(q.dtype)
         # An unfinished row is written too; the next step writes over it.
+        value = merged.weighted / merged.total[..., None]
         out = out.at[merged.row].set(value, mode="drop")
         return out, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, last, 1), merged)
 
@@ -85,23 +84,19 @@ def decode_attention(
         weighted=jnp.zeros((1, G, H)),
     )
     steps = -(-ends[-1] // n)
-    return jax.lax.fori_loop(0, steps, step, (jnp.zeros_like(q), nothing))[0]
-
-
-def _as_bits(pool: Float[Array, "P page H"]) -> Array:
-    """Hides bfloat16 from XLA: it would move the widening of the whole pool in front of the loop.
-
-    Seen in jax 0.10.2 on the CPU, where it costs a float32 copy of the pool in each call.
-    """
-    return jax.lax.bitcast_convert_type(pool, jnp.uint16) if pool.dtype == jnp.bfloat16 else pool
+    # Float32 until the end: the CPU scatters bfloat16 by widening and narrowing all of `out`.
+    out = jnp.zeros(q.shape, jnp.float32)
+    return jax.lax.fori_loop(0, steps, step, (out, nothing))[0].astype(q.dtype)
 
 
 def _gather(pool: Array, pages: Int[Array, "n item_pages"]) -> Float[Array, "n slots H"]:
     """Reads the pages of every item as float32; "clip" because unused entries may be anything."""
-    rows = pool.at[pages].get(mode="clip")
-    if rows.dtype == jnp.uint16:
-        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
-    return rows.astype(jnp.float32).reshape(pages.shape[0], -1, pool.shape[-1])
+    # XLA for CPU (seen in jax 0.10.2) widens a bfloat16 operand before it gathers, and as the pool
+    # is the same in every step, moves that float32 copy of the whole pool in front of the loop.
+    # Behind this barrier the pool seems to change with the step: only what is read gets widened.
+    pool, pages = jax.lax.optimization_barrier((pool, pages))
+    rows = pool.at[pages].get(mode="clip").astype(jnp.float32)
+    return rows.reshape(pages.shape[0], -1, pool.shape[-1])
 
 
 def _attend(

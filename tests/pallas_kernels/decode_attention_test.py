@@ -230,7 +230,7 @@ def no_name_takes_the_fastest_implementation_test():
 def ragged_lengths_have_the_mean_and_the_limit_they_state_test(mean, longest):
     lengths = ragged_lengths(32, mean=mean, longest=longest)
     assert abs(np.mean(lengths) - mean) < 1
-    assert 1 <= min(lengths) and max(lengths) <= longest
+    assert min(lengths) >= 1 and max(lengths) <= longest
 
 
 def a_mean_above_the_longest_is_refused_test():
