@@ -87,12 +87,15 @@ def init(
         raise UserError(f"cache: expected dtype float32 or bfloat16, got {jnp.dtype(dtype)}")
     pool = (pages, page_size, config.head_dim)
     rows = (slots, config.kv_rows)
+    segment = None
+    if settings is not None:
+        segment = empty_segment(rows, config.head_dim, settings.window)
     return PagedCache(
         k_pages=jnp.zeros(pool, dtype),
         v_pages=jnp.zeros(pool, dtype),
         page_table=jnp.zeros((*rows, pages_of(max_length, page_size)), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
-        open_segment=settings and empty_segment(rows, config.head_dim, settings.window),
+        open_segment=segment,
         position=jnp.zeros(slots, jnp.int32),
         free_pages=jnp.arange(pages, dtype=jnp.int32),
         free_count=jnp.int32(pages),
@@ -193,7 +196,9 @@ def reserve(
         ),
         lengths=put_rows(cache.lengths, jnp.where(granted, wanted, lengths), first, sequences),
         free_count=cache.free_count - jnp.where(granted & (need > 0), ends, 0).max(),
-        failed=cache.failed.at[everyone].max(refused, mode="drop"),
+        failed=cache.failed.at[jnp.where(refused, everyone, cache.failed.size)].set(
+            True, mode="drop"
+        ),
     )
     return cache, granted
 

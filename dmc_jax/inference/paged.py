@@ -1,8 +1,10 @@
-"""One token at a time over a `PagedCache`: the step form of DMC."""
+"""Attention over a `PagedCache`: of one token per sequence, and of many."""
 
 import dataclasses
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,9 +17,19 @@ from dmc_jax.core.dmc import (
     rotate_for_attention,
 )
 from dmc_jax.core.rope import rotary_frequencies, rotate
-from dmc_jax.inference.cache import PagedCache, append_or_merge, first_rows, take_rows
+from dmc_jax.inference.cache import (
+    PagedCache,
+    append_or_merge,
+    first_rows,
+    pages_of,
+    take_rows,
+)
 from dmc_jax.model.llama import Attend, Llama
 from pallas_kernels.decode_attention.api import decode_attention
+
+# Queries and slots per block of the attention of many tokens.
+_QUERY_BLOCK = 128
+_SLOT_BLOCK = 128
 
 
 def attend_cached(
@@ -116,3 +128,89 @@ def decode_step(
     output = model.apply({"params": params}, tokens[:, None], attend=attend, state=cache)
     cache = dataclasses.replace(output.state, position=output.state.position + active)
     return cache, output.logits[:, 0]
+
+
+def attend_pages(
+    q: Float[Array, "B T N H"],
+    own_k: Float[Array, "B T K H"],
+    own_v: Float[Array, "B T K H"],
+    slot: Int[Array, "B K T"],
+    cache: PagedCache,
+    first: Array,
+    sequences: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
+    """Attention over the slots before a token's own, from the pages, and its own running state.
+
+    Blocks of queries meet blocks of slots with a running softmax. Each block of queries stops at
+    the last slot that any of its rows can see, so the loop is as short as the cache is compressed.
+
+    Args:
+        q: queries, rotated.
+        own_k, own_v: states of the tokens' open slots right after each of them, keys rotated.
+        slot: which slot that is; the query sees those before it.
+        cache: holds those slots already.
+        first: row of the layer's first KV head.
+        sequences: the slot of the cache that each row of the batch is in.
+
+    Returns:
+        The attention output in the dtype of `q`; softmax and sums are float32.
+    """
+    B, T, N, H = q.shape
+    K, page = own_k.shape[2], cache.k_pages.shape[1]
+    block, pages = math.gcd(T, _QUERY_BLOCK), max(1, _SLOT_BLOCK // page)
+    table = take_rows(cache.page_table, first, K, sequences)  # [B, K, maxp]
+    table = jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)])
+    lengths = take_rows(cache.lengths, first, K, sequences)
+    dtype = jnp.promote_types(q.dtype, cache.k_pages.dtype)
+
+    def einsum(equation, *operands):
+        operands = (x.astype(dtype) for x in operands)
+        return jnp.einsum(
+            equation, *operands, precision="highest", preferred_element_type=jnp.float32
+        )
+
+    def attend_block(queries):
+        q, k, v, slot = queries  # [B, b, K, G, H], [B, b, K, H] twice, [B, K, b]
+        # One token at a time reads its own state from a page: rounded as pages are.
+        k, v = (x.astype(cache.k_pages.dtype) for x in (k, v))
+
+        def meet_slots(j, carry):
+            peak, total, weighted = carry  # [B, K, G, b] twice, [B, K, G, b, H]
+            ids = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2)
+            keys, values = (_read(x, ids) for x in (cache.k_pages, cache.v_pages))  # [B, K, s, H]
+            index = j * pages * page + jnp.arange(pages * page)
+            # 0 * NaN is NaN, and what no row uses may hold it: a zero weight is no mask.
+            values = jnp.where((index < lengths[..., None])[..., None], values, 0)
+            seen = (index < slot[..., None])[:, :, None]  # [B, K, 1, b, s]
+            scores = H**-0.5 * einsum("BTKGH,BKSH->BKGTS", q, keys)
+            new_peak = jnp.maximum(peak, jnp.where(seen, scores, -jnp.inf).max(axis=-1))
+            weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
+            shrink = jnp.exp(peak - new_peak)
+            weighted = weighted * shrink[..., None] + einsum("BKGTS,BKSH->BKGTH", weights, values)
+            return new_peak, total * shrink + weights.sum(axis=-1), weighted
+
+        own = H**-0.5 * einsum("BTKGH,BTKH->BKGT", q, k)
+        value = v.astype(jnp.float32).transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, b, H]
+        start = own, jnp.ones_like(own), jnp.broadcast_to(value, (*own.shape, H))
+        # Slots 0 to slot - 1 are in this many blocks.
+        steps = pages_of(jnp.minimum(slot.max(), lengths.max()), pages * page)
+        _, total, weighted = jax.lax.fori_loop(0, steps, meet_slots, start)
+        return (weighted / total[..., None]).astype(q.dtype)  # [B, K, G, b, H]
+
+    def blocks(x, axis):  # [..., T, ...] -> [T / b, ..., b, ...]
+        x = x.reshape(*x.shape[:axis], T // block, block, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    queries = q.reshape(B, T, K, N // K, H)
+    out = jax.lax.map(
+        attend_block, (blocks(queries, 1), blocks(own_k, 1), blocks(own_v, 1), blocks(slot, 2))
+    )  # [T / b, B, K, G, b, H]
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, H)
+
+
+def _read(pages: Array, ids: Int[Array, "B K n"]) -> Float[Array, "B K s H"]:
+    """The slots of some pages, in order."""
+    # XLA for CPU widens a bfloat16 pool before it gathers, and would do that once for the whole
+    # pool, in front of the loop. Behind this barrier only what is read gets widened.
+    pages, ids = jax.lax.optimization_barrier((pages, ids))
+    return pages.at[ids].get(mode="clip").reshape(*ids.shape[:2], -1, pages.shape[-1])

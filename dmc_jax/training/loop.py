@@ -19,7 +19,7 @@ from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import checkpoint, metrics, stages
-from dmc_jax.training.checkpoint import latest, load_metadata, write_metadata
+from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, write_metadata
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.sharding import batch_sharding, make_mesh
 from dmc_jax.training.step import make_train_step
@@ -49,7 +49,7 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
     checkpoint.quiet_orbax()
     directory = Path(run.output) / run.name
     datas = open_datas(run)
-    stages.initial_checkpoint(run)
+    _check_tokenizer(stages.initial_checkpoint(run), datas[0][0])
     mesh = make_mesh(run.mesh)
     _check_batch(run, mesh)
     _claim_directory(directory, run)
@@ -160,6 +160,18 @@ def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
                 f"{data.path} has {longest}: no window would hold one document; shorten it"
             )
     return list(zip(datas, weights, strict=True))
+
+
+def _check_tokenizer(start: CheckpointRef | None, data: PreparedData) -> None:
+    """Ids mean the same only under one tokenizer: the checkpoint's must be the data's."""
+    if start is None:
+        return
+    about = load_metadata(start)
+    if about["tokenizer_sha256"] != data.manifest["tokenizer_sha256"]:
+        raise UserError(
+            f"{start.path} was trained with another tokenizer than the one of {data.path}: prepare "
+            f"the text with its own, prepare_data --tokenizer={about['tokenizer']}"
+        )
 
 
 def _check_batch(run: RunConfig, mesh: Mesh) -> None:

@@ -18,11 +18,10 @@ def decode_attention(
     scale: float,
 ) -> Float[Array, "R G H"]:
     """Attends row by row; see `api.decode_attention` for the contract."""
-    P, page, H = k_pages.shape
+    _, page, H = k_pages.shape
 
     def one_row(row):
         q_row, pages, length = row  # [G, H], [maxp], []
-        pages = jnp.clip(pages, 0, P - 1)
         live = jnp.arange(pages.size * page) < length  # [S]
         keys = k_pages[pages].reshape(-1, H).astype(jnp.float32)
         values = v_pages[pages].reshape(-1, H).astype(jnp.float32)
