@@ -175,7 +175,7 @@ def gradients_equal_finite_differences_test():
     keys = iter(jax.random.split(jax.random.key(9), 100))
     direction = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
     along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)))
-    h = 3e-3
+    h = 3e-4
     ahead, behind = (
         loss(jax.tree.map(lambda p, d, s=s: p + s * h * d, params, direction)) for s in (1, -1)
     )
