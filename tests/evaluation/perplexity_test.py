@@ -106,11 +106,15 @@ def a_calibrated_threshold_gives_the_wanted_ratio_test(data, model_config, sprea
     assert ratio[threshold + 0.01] < 1.5 <= ratio[threshold] < 1.6
 
 
-def a_ratio_out_of_reach_gives_the_end_of_the_bracket_test(data, model_config, spread_params):
-    threshold = calibrate_threshold(
-        spread_params, model_config, data, settings=SETTINGS, ratio=50.0, windows=4, **SIZES
-    )
-    assert threshold == -SETTINGS.offset
+def a_ratio_out_of_reach_is_said_and_leaves_even_odds_test(
+    data, model_config, spread_params, caplog
+):
+    with caplog.at_level("WARNING", logger="absl"):
+        threshold = calibrate_threshold(
+            spread_params, model_config, data, settings=SETTINGS, ratio=50.0, windows=4, **SIZES
+        )
+    assert threshold == 0.0
+    assert "no threshold reaches a ratio of 50" in caplog.text
 
 
 def data_with_another_vocabulary_is_refused_test(data, model_config, spread_params):

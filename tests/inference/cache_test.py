@@ -406,3 +406,25 @@ def bfloat16_pages_hold_the_float32_average_rounded_once_test(tiny_model):
         ]
     for wide, narrow in zip(pages[jnp.float32], pages[jnp.bfloat16], strict=True):
         np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
+
+
+def sequences_that_are_not_active_stay_as_they_are_and_attend_to_nothing_test():
+    cache = small_cache(POLICIES["dmc"])
+    tokens = jax.random.normal(jax.random.key(0), (2, 3, SLOTS, 1, 2, SMALL.head_dim))
+    active = np.array([True, False, True])
+
+    @jax.jit
+    def attend(cache, active, q, k, v):
+        attend = paged.attend_cached(SMALL, POLICIES["dmc"], threshold=0.0, active=active)
+        return attend(q, k, v, 0, cache)[:2]
+
+    _, cache = attend(cache, np.full(SLOTS, True), *tokens[0])
+    out, after = attend(cache, active, *tokens[1])
+    assert (out[1] == 0).all() and (out[::2] != 0).any(axis=(1, 2, 3)).all()
+    for name in ("lengths", "page_table", "failed"):
+        np.testing.assert_array_equal(getattr(after, name)[1], getattr(cache, name)[1])
+    for new, old in zip(
+        *map(jax.tree.leaves, (after.open_segment, cache.open_segment)), strict=True
+    ):
+        np.testing.assert_array_equal(new[1], old[1])
+    assert (after.open_segment.keys[0] != cache.open_segment.keys[0]).any()
