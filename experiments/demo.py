@@ -53,7 +53,7 @@ started = time.perf_counter()
 
 # %%
 run = from_dict(RunConfig, tiny_4x.get_config().to_dict())
-data = prepare(run.data.path, workers=1)  # worker processes would run this script again
+data = prepare(run.data.path)
 dmc_dir = train(run)
 
 # %% [markdown]

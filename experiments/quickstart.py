@@ -39,7 +39,7 @@ logging.set_verbosity(logging.INFO)  # shows the progress of training
 # worker, because more of them are processes that would import this file again.
 
 # %%
-data = prepare("data/quickstart", vocab_size=512, limit_mb=4, workers=1)
+data = prepare("data/quickstart", vocab_size=512, limit_mb=4)
 for split, facts in data.manifest["splits"].items():
     print(f"{split}: {facts['tokens']:,} tokens, {facts['documents']} files")
 

@@ -61,7 +61,7 @@ def prepare(
     source: str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | None = None,
     vocab_size: int | None = None,
-    workers: int = 2,
+    workers: int = 1,
     limit_mb: float | None = None,
     report: Callable[[str], None] = print,
 ) -> PreparedData:
@@ -73,7 +73,8 @@ def prepare(
         source: a file or folder of text (see `open_corpus`); None is the default corpus.
         tokenizer: a SentencePiece model to use; None trains one on the training split.
         vocab_size: ids of the tokenizer to train; None is 1024. Not to be given with `tokenizer`.
-        workers: processes that tokenise; 1 works in this process.
+        workers: processes that tokenise; 1 is this one. Others are started afresh, so a script
+            that asks for them must guard its own start with `if __name__ == "__main__"`.
         limit_mb: text to use at most, in 10^6 bytes; None is all of it.
         report: called with lines about the progress.
 

@@ -362,6 +362,7 @@ def sequences_that_come_and_go_get_the_logits_of_the_whole_sequence_test(
         cache = poisoned_cache(config, settings, 2 * config.kv_rows * -(-T // 8))
         cache, logits = decode_paged(params, config, settings, schedule(tokens), threshold, cache)
         assert not cache.failed.any()
+        logits, expected, by_slots = (np.asarray(x) for x in (logits, expected, by_slots))
         for row, (slot, start, count) in enumerate(STAYS):
             mine = logits[start : start + count, slot]
             np.testing.assert_allclose(mine, expected[row, :count], atol=TOLERANCE, rtol=0)
