@@ -28,6 +28,8 @@ from dmc_jax.training.step import make_train_step
 _MAY_CHANGE = {"stages", "output", "mesh", "log_every", "eval_every", "eval_windows", "save_every"}
 _MAY_CHANGE |= {"keep", "tensorboard", "wandb", "init_from"}
 
+_SCHEDULES = ("learning_rate", "target_ratio")  # of the newest step, not averaged
+
 _TO_DEVICE = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 
 
@@ -241,7 +243,7 @@ class _Recent:
         self.steps.append((step, values, batch["documents"]))
 
     def log(self) -> None:
-        """Log the newest step, with rates over all of them; stop at the first bad number."""
+        """Log a line for the steps since the last; stop at the first bad number among them."""
         if not self.steps:
             return
         fetched = jax.device_get([values for _, values, _ in self.steps])
@@ -249,7 +251,9 @@ class _Recent:
         for (step, _, documents), values in zip(self.steps, fetched, strict=True):
             if not stages.finite(values):
                 self._diverged(step, values, documents)
-        values = dict(fetched[-1])
+        # One batch is a poor sample: what depends on it is averaged since the last line.
+        values = jax.tree.map(lambda *each: np.mean(each, axis=0), *fetched)
+        values |= {name: fetched[-1][name] for name in _SCHEDULES if name in values}
         merged = values.pop("merged", None)
         if merged is not None:
             values["ratio"] = 1 / (1 - np.average(merged, weights=self.run.model.kv_heads_by_layer))

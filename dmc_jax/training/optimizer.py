@@ -8,10 +8,7 @@ import optax
 
 from dmc_jax.config import OptimizerConfig
 from dmc_jax.core.dmc import DECISION_CHANNEL
-
-
-def _path(path) -> str:
-    return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+from dmc_jax.training.sharding import leaf_path
 
 
 def is_matrix(path: str) -> bool:
@@ -31,7 +28,7 @@ def map_decision_rows(function, tree: Any) -> Any:
     """
 
     def of_leaf(path, leaf):
-        if not re.search(r"(^|/)[qk]/(kernel|bias)$", _path(path)):
+        if not re.search(r"(^|/)[qk]/(kernel|bias)$", leaf_path(path)):
             return leaf
         rows = leaf[..., DECISION_CHANNEL]
         return leaf.at[..., DECISION_CHANNEL].set(function(rows))
@@ -55,7 +52,7 @@ def make_optimizer(
     """
 
     def decayed(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(_path(path)), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(leaf_path(path)), params)
 
     def scale_decision_rows(updates, params=None):
         return map_decision_rows(lambda rows: decision_multiplier * rows, updates)

@@ -24,6 +24,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+def leaf_path(path: tuple) -> str:
+    """A leaf's key path, slash-separated: `optimizer/1/mu/run_0/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Arrange the devices in the mesh that the config asks for.
 
@@ -74,8 +79,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for every leaf of a tree of arrays or shapes."""
 
     def of(path, leaf):
-        name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
-        return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh))
+        return NamedSharding(mesh, partition_spec(leaf_path(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
