@@ -1,4 +1,4 @@
-"""The demo's model: a million parameters, from nothing to 4x in 2,600 steps of 8 x 256 tokens.
+"""The demo's model: a million parameters, from nothing to 4x in 2,570 steps of 8 x 256 tokens.
 
 Data      python -m dmc_jax.prepare_data --output=data/stdlib
 Command   python -m dmc_jax.train --config=configs/tiny_4x.py
@@ -40,12 +40,12 @@ def get_config():
             data=DataConfig(path="data/stdlib", length=256, batch=8),
             stages="pretrain,zero_out,retrofit,finetune",
             pretrain=StageConfig(
-                steps=1500, learning_rate=3e-3, final_learning_rate=3e-4, shape="cosine", warmup=100
+                steps=1800, learning_rate=3e-3, final_learning_rate=3e-4, shape="cosine", warmup=100
             ),
             zero_out=StageConfig(steps=20, learning_rate=2e-3, warmup=20),
-            retrofit=StageConfig(steps=350, learning_rate=2e-3),
+            retrofit=StageConfig(steps=300, learning_rate=2e-3),
             finetune=StageConfig(
-                steps=730, learning_rate=2e-3, final_learning_rate=2e-4, shape="cosine"
+                steps=450, learning_rate=2e-3, final_learning_rate=2e-4, shape="cosine"
             ),
             optimizer=OptimizerConfig(),
             compute_dtype="float32",

@@ -1,0 +1,201 @@
+"""A prompt on its way through the engine: what it is given, what it has said, how it ends."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
+from dmc_jax.errors import UserError
+from dmc_jax.inference.sampling import (
+    SamplingParams,
+    TextState,
+    begin_text,
+    end_text,
+    extend_text,
+)
+
+Prompt = str | Sequence[int]  # text, or token ids with BOS
+Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
+
+
+class Usage(NamedTuple):
+    """What a sequence holds in the cache: all its tokens but the last."""
+
+    ratio: float | None  # tokens per slot over all rows, those of the prompt included
+    live_bytes: int  # of its pages
+    dense_bytes: int  # of the pages that a dense model would hold
+
+
+_NOTHING = Usage(None, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a prompt, and what that took."""
+
+    text: str  # without the prompt and the stop string
+    tokens: tuple[int, ...]  # new ones, without EOS or stop token; those of a stop string are in it
+    finish_reason: str  # stop, length, cancelled; pages: the whole pool is too small for it alone
+    prompt_tokens: int
+    new_tokens: int
+    ratio: float | None  # as in `Usage`, when the last token came; None if none did
+    live_cache_bytes: int
+    dense_cache_bytes: int
+    seconds_to_first_token: float | None  # from `submit`, so with the time in the queue
+    tokens_per_second: float  # from the first token to the last; 0 where there are fewer than two
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """News of one sequence."""
+
+    sequence: int  # its id
+    tokens: tuple[int, ...]  # new ids; empty where a sequence ended without one
+    text: str  # that is certain now; the parts join to the text of the result
+    finish_reason: str | None = None
+    result: Result | None = None  # with the finish reason
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One sequence. It can leave the cache and come back: what it has said is here."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    text: TextState
+    submitted: float  # seconds, as the times below
+    id: int = -1
+    slot: int | None = None  # of the cache; None: it waits
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    parts: list[str] = dataclasses.field(default_factory=list)  # of the text
+    first_time: float | None = None
+    last_time: float | None = None
+    usage: Usage = _NOTHING
+    pages_wanted: int = 0  # to go on with fewer has failed
+
+
+def new_request(
+    prompt: Prompt,
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    max_length: int,
+) -> Request:
+    """A checked request, without an id.
+
+    Args:
+        prompt: text, or ids that begin with BOS.
+        params: how to continue it.
+        tokenizer: of the prompt and what follows.
+        vocab_size: ids that the model has.
+        max_length: tokens of the prompt and its continuation at most.
+
+    Raises:
+        UserError: no token, an unknown one, or more than `max_length` with the new ones.
+    """
+    if isinstance(prompt, str):
+        prompt = encode_prompt(tokenizer, prompt)
+    prompt = tuple(map(int, prompt))
+    if not prompt:
+        raise UserError("the prompt has no token: begin it with the tokenizer's BOS")
+    for token in (*prompt, *params.stop_token_ids):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token {token}: the model's ids are 0 to {vocab_size - 1}")
+    if len(prompt) + params.max_new_tokens > max_length:
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens and {params.max_new_tokens} new ones exceed the "
+            f"{max_length} that there is room for: shorten the prompt or lower max_new_tokens"
+        )
+    return Request(
+        prompt=prompt,
+        params=params,
+        stop_ids=frozenset((tokenizer.eos_id, *params.stop_token_ids)),
+        text=begin_text(tokenizer, prompt),
+        submitted=time.perf_counter(),
+    )
+
+
+def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> list[Request]:
+    """Checked requests.
+
+    Args:
+        prompts: of the requests.
+        params: for all, or one each; None: the defaults.
+        args, sizes: as in `new_request`.
+
+    Raises:
+        UserError: as in `new_request`, or the numbers of prompts and `params` differ.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+    return [new_request(*pair, *args, **sizes) for pair in zip(prompts, params, strict=True)]
+
+
+def take_token(request: Request, token: int, tokenizer: Tokenizer) -> Event:
+    """Let a sequence have its next token.
+
+    Args:
+        request: is changed.
+        token: the id.
+        tokenizer: of the text.
+
+    Returns:
+        What to tell the user; with a finish reason if this was the end.
+    """
+    request.last_time = time.perf_counter()
+    if request.first_time is None:
+        request.first_time = request.last_time
+    if token in request.stop_ids:
+        return finish(request, "stop", tokenizer)
+    request.tokens.append(token)
+    request.text, ready, stopped = extend_text(tokenizer, request.text, token, request.params.stop)
+    request.parts.append(ready)
+    if stopped:
+        return _ended(request, "stop", (token,), ready)
+    if len(request.tokens) == request.params.max_new_tokens:
+        return finish(request, "length", tokenizer, (token,), ready)
+    return Event(request.id, (token,), ready)
+
+
+def finish(
+    request: Request,
+    reason: str,
+    tokenizer: Tokenizer,
+    tokens: tuple[int, ...] = (),
+    ready: str = "",
+) -> Event:
+    """End a sequence, with the text that was held back.
+
+    Args:
+        request: is changed.
+        reason: as in `Result`.
+        tokenizer: of the text.
+        tokens: new ids, which the sequence has already.
+        ready: their text, likewise.
+    """
+    rest = end_text(tokenizer, request.text)
+    request.parts.append(rest)
+    return _ended(request, reason, tokens, ready + rest)
+
+
+def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) -> Event:
+    first, last = request.first_time, request.last_time
+    more = len(request.tokens) - 1
+    result = Result(
+        text="".join(request.parts),
+        tokens=tuple(request.tokens),
+        finish_reason=reason,
+        prompt_tokens=len(request.prompt),
+        new_tokens=len(request.tokens),
+        ratio=request.usage.ratio,
+        live_cache_bytes=request.usage.live_bytes,
+        dense_cache_bytes=request.usage.dense_bytes,
+        seconds_to_first_token=None if first is None else first - request.submitted,
+        tokens_per_second=more / (last - first) if more > 0 else 0.0,
+    )
+    return Event(request.id, tokens, text, reason, result)

@@ -1,0 +1,232 @@
+"""How a sequence's next token is chosen, and where its text ends."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from dmc_jax.data.tokenizer import Tokenizer
+from dmc_jax.errors import UserError
+
+_UNKNOWN_BYTE = "\ufffd"  # what a byte that belongs to no character decodes to
+_CONTEXT = 8  # tokens whose text decides how the next one is spelt
+_LONGEST_CONTEXT = 64  # tokens decoded at most, normally, for each new token
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one sequence, and when to stop.
+
+    A token must pass `top_k`, then `top_p` among those, then `min_p`. EOS always ends a sequence.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8  # 0 takes the most likely token
+    top_k: int = 0  # draw from that many most likely tokens; 0: from all
+    top_p: float = 1.0  # draw from the fewest likely tokens that have this probability together
+    min_p: float = 0.0  # draw from tokens this likely, relative to the most likely one
+    repetition_penalty: float = 1.0  # above 1: tokens seen before, in the prompt too, less likely
+    seed: int = 0  # with the index of a token, all that its draw depends on
+    stop: tuple[str, ...] = ()  # strings that end the text, themselves not part of it
+    stop_token_ids: tuple[int, ...] = ()  # tokens that do, besides EOS
+
+    def __post_init__(self):
+        def require(name: str, holds: bool, expected: str) -> None:
+            if not holds:
+                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        # Comparisons are written so that NaN fails them.
+        require("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
+        require("temperature", 0 <= self.temperature < np.inf, "0 (most likely token) or more")
+        require("top_k", 0 <= self.top_k < 2**31, "0 (no limit) or more")
+        require("top_p", 0 < self.top_p <= 1, "a probability above 0, or 1 (no limit)")
+        require("min_p", 0 <= self.min_p <= 1, "a share from 0 (no limit) to 1")
+        require("repetition_penalty", 0 < self.repetition_penalty < np.inf, "more than 0; 1: none")
+        require("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
+        tuple_of_texts = isinstance(self.stop, tuple) and all(
+            isinstance(text, str) and text for text in self.stop
+        )
+        require("stop", tuple_of_texts, "a tuple of strings that are not empty")
+        require("stop_token_ids", isinstance(self.stop_token_ids, tuple), "a tuple of token ids")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+    """The numbers of `SamplingParams` for B sequences, which thus share one program."""
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
+
+
+_DTYPES = {"top_k": np.int32, "seed": np.uint32}
+
+
+def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
+    """One array per number, in NumPy; B is the length of `params`."""
+    return SamplingArrays(
+        **{
+            field.name: np.array(
+                [getattr(one, field.name) for one in params], _DTYPES.get(field.name, np.float32)
+            )
+            for field in dataclasses.fields(SamplingArrays)
+        }
+    )
+
+
+# ---- the next token ---------------------------------------------------------------------------
+
+
+def token_keys(seeds: UInt32[Array, " B"], index: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Key of each sequence's token `index`, whoever else is in the batch.
+
+    Args:
+        seeds: of the sequences.
+        index: 0 for the first new token.
+    """
+    return jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seeds, index)
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    params: SamplingArrays,
+    keys: Key[Array, " B"],
+    seen: Bool[Array, "B V"],
+) -> Int[Array, " B"]:
+    """Choose a token for every sequence, each by its own numbers.
+
+    The repetition penalty r is that of CTRL (Keskar et al. 2019): a logit l of a seen token becomes
+    l / r where positive and l * r elsewhere. It counts for the most likely token too.
+
+    Args:
+        logits: of the next token.
+        params: how to choose.
+        keys: one per sequence; unused at temperature 0.
+        seen: tokens that the sequence has, those of its prompt included.
+    """
+    penalty = params.repetition_penalty[:, None]
+    logits = logits.astype(jnp.float32)
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, penalised, logits)
+    greedy = jnp.argmax(logits, axis=-1)
+
+    def draw():
+        drawn = params.temperature > 0
+        scaled = logits / jnp.where(drawn, params.temperature, 1.0)[:, None]
+        limited = drawn & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
+        kept = jax.lax.cond(
+            limited.any(), lambda: _kept(scaled, params), lambda: jnp.ones(scaled.shape, bool)
+        )
+        # Noise belongs to a token and not to its rank: two that nearly tie may change places
+        # between machines without the draw of a third one changing.
+        chosen = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scaled, -jnp.inf))
+        return jnp.where(drawn, chosen, greedy)
+
+    # The vocabulary is neither sorted nor given noise unless some sequence asks for it.
+    return jax.lax.cond((params.temperature > 0).any(), draw, lambda: greedy).astype(jnp.int32)
+
+
+def _kept(logits: Float[Array, "B V"], params: SamplingArrays) -> Bool[Array, "B V"]:
+    """Tokens that pass top-k, top-p and min-p; the most likely one always does."""
+    B, V = logits.shape
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    top_k = jnp.where(params.top_k > 0, params.top_k, V)[:, None]
+    kept = jnp.arange(V) < top_k
+    p = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p  # probability of the more likely ones
+    top_p = params.top_p[:, None]
+    # Rounding must not cut the tail where there is no limit.
+    kept &= (before < top_p) | (top_p >= 1)
+    kept &= p >= params.min_p[:, None] * p[:, :1]
+    kept = kept.at[:, 0].set(True)
+    return jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], order].set(kept)
+
+
+# ---- the text ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TextState:
+    """Where the text of a sequence has come to."""
+
+    ids: tuple[int, ...]  # the newest tokens: what comes next is spelt according to them
+    shown: int  # characters of their text that are out, or in `pending`
+    pending: str  # held back since it may begin a stop string
+
+
+def begin_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> TextState:
+    """State after a prompt, whose text is not part of what follows.
+
+    Args:
+        tokenizer: of the ids.
+        prompt: its ids, BOS included.
+    """
+    ids = tuple(prompt[-_CONTEXT:])
+    return TextState(ids, _certain(tokenizer.decode(ids)), "")
+
+
+def extend_text(
+    tokenizer: Tokenizer, state: TextState, token: int, stop: Sequence[str]
+) -> tuple[TextState, str, bool]:
+    """Read a token.
+
+    Args:
+        tokenizer: of the ids.
+        state: before the token.
+        token: the new id.
+        stop: strings that end the text.
+
+    Returns:
+        (the state, text that is certain now, whether a stop string ended it). The text has neither
+        parts of characters nor anything of a stop string.
+    """
+    ids = (*state.ids, token)
+    text = tokenizer.decode(ids)
+    certain = max(state.shown, _certain(text))
+    ready, pending, stopped = cut_at_stop(state.pending + text[state.shown : certain], stop)
+    if len(ids) >= _LONGEST_CONTEXT and certain == len(text):
+        # Keep the cost of a token constant. What follows a complete character is spelt the same
+        # after any context that has text.
+        tail = tokenizer.decode(ids[-_CONTEXT:])
+        if tail:
+            ids, certain = ids[-_CONTEXT:], len(tail)
+    return TextState(ids, certain, pending), ready, stopped
+
+
+def end_text(tokenizer: Tokenizer, state: TextState) -> str:
+    """What was held back, where neither a token nor a stop string follows any more."""
+    return state.pending + tokenizer.decode(state.ids)[state.shown :]
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
+    """Split text at the first stop string, or where one may have begun.
+
+    Args:
+        text: what is not out yet.
+        stop: strings that end the text.
+
+    Returns:
+        (text before, text held back, whether a stop string was found).
+    """
+    found = [text.index(end) for end in stop if end in text]
+    if found:
+        return text[: min(found)], "", True
+    held = max((n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
+    return text[: len(text) - held], text[len(text) - held :], False
+
+
+def _certain(text: str) -> int:
+    """Characters that no further token changes: all but those of an incomplete one at the end."""
+    # That has 3 bytes at most, each decoded as one replacement character.
+    certain = len(text)
+    while text[certain - 1 : certain] == _UNKNOWN_BYTE and len(text) - certain < 3:
+        certain -= 1
+    return certain

@@ -1,0 +1,431 @@
+"""What a sequence gets depends neither on who shares the engine nor on how often it waits."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.errors import UserError
+from dmc_jax.inference import batch as batch_module
+from dmc_jax.inference import engine as engine_module
+from dmc_jax.inference.engine import Engine
+from dmc_jax.inference.generate import generate
+from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.model import modes
+from dmc_jax.model.llama import Llama
+
+SETTINGS = DMCSettings(offset=0.0)
+ROWS, PAGE, SLOTS = 4, 8, 4  # of the tiny model
+HALF = 0.0  # a threshold at the middle of the merge logits
+T = 128
+TINY = 3 * ROWS  # pages, so few that sequences get into each other's way
+PAGE_BYTES = 2 * PAGE * 16 * 4
+
+
+class Pieces:
+    """50 ids; those of the euro sign are a byte each."""
+
+    vocab_size, bos_id, eos_id, pad_id = 50, 1, 2, 0
+    pieces = (b"", b"", b"", "€".encode()[:1], "€".encode()[1:2], "€".encode()[2:])
+    pieces += tuple(bytes([letter]) * (1 + letter % 2) for letter in range(65, 109))
+
+    def encode(self, text):
+        return [self.pieces.index(letter.encode() * (1 + ord(letter) % 2)) for letter in text]
+
+    def decode(self, ids):
+        return b"".join(self.pieces[token] for token in ids).decode(errors="replace")
+
+
+def build_engine(model, **changes):
+    options = {
+        "settings": SETTINGS,
+        "threshold": HALF,
+        "max_sequences": SLOTS,
+        "pages": 4 * SLOTS * ROWS,
+        "page_size": PAGE,
+    }
+    return Engine(*model, Pieces(), **options | changes)
+
+
+def some_prompts(count, seed=0, longest=40):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, count)
+    return [[1, *rng.integers(3, 50, length - 1).tolist()] for length in lengths]
+
+
+def some_params(count, seed=0, longest=24):
+    """Every second greedy, the others drawn in different ways."""
+    rng = np.random.default_rng(seed)
+    return [
+        SamplingParams(
+            max_new_tokens=int(rng.integers(1, longest + 1)),
+            temperature=float(rng.uniform(0.5, 1.5)) if number % 2 else 0.0,
+            top_k=int(rng.choice([0, 10])),
+            top_p=float(rng.choice([1.0, 0.9])),
+            min_p=float(rng.choice([0.0, 0.02])),
+            repetition_penalty=float(rng.choice([1.0, 1.3])),
+            seed=number,
+        )
+        for number in range(count)
+    ]
+
+
+def greedy(new, **changes):
+    return SamplingParams(max_new_tokens=new, temperature=0.0, **changes)
+
+
+def what_was_said(result):
+    return result.tokens, result.text, result.finish_reason
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny_model):
+    """Pages for all that its sequences may come to."""
+    return build_engine(tiny_model, pages=10_000)
+
+
+@pytest.fixture(scope="module")
+def alone(roomy):
+    """What each request gets with nobody else there."""
+    known = {}
+
+    def results(prompts, params):
+        for prompt, one in zip(prompts, params, strict=True):
+            if (tuple(prompt), one) not in known:
+                known[tuple(prompt), one] = roomy.generate([prompt], one)[0]
+        return [known[tuple(prompt), one] for prompt, one in zip(prompts, params, strict=True)]
+
+    return results
+
+
+@pytest.fixture
+def departures(monkeypatch):
+    """Ids of sequences that had to give up their pages, as it happens."""
+    ids, requeue = [], Engine._requeue
+    monkeypatch.setattr(
+        Engine,
+        "_requeue",
+        lambda engine, request: (ids.append(request.id), requeue(engine, request)),
+    )
+    return ids
+
+
+# ---- the same output, whoever is there --------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["dmc", "dense"])
+def greedy_tokens_are_the_most_likely_ones_of_the_whole_sequence_test(tiny_model, policy):
+    params, config = tiny_model
+    settings = SETTINGS if policy == "dmc" else None
+    engine = build_engine(tiny_model, settings=settings, pages=10_000)
+    prompts, new = some_prompts(6), 16
+    results = engine.generate(prompts, greedy(new))
+    tokens = np.zeros((len(prompts), T), np.int32)
+    for row, prompt, result in zip(tokens, prompts, results, strict=True):
+        said = [*prompt, *result.tokens]
+        row[: len(said)] = said
+    positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+    if settings is None:
+        attend = modes.dense(config, positions, block=T)
+    else:
+        attend = modes.compressed(config, settings, positions, threshold=HALF, block=T)
+    output = jax.jit(lambda p: Llama(config).apply({"params": p}, tokens, attend=attend))(params)
+    likely = np.argmax(output.logits, axis=-1)
+    for row, prompt, result in zip(likely, prompts, results, strict=True):
+        end = len(prompt) - 1 + len(result.tokens)
+        assert result.tokens == tuple(row[len(prompt) - 1 : end])
+        if result.finish_reason == "stop":
+            assert row[end] == Pieces.eos_id
+        else:
+            assert len(result.tokens) == new
+
+
+def who_shares_the_engine_does_not_matter_test(roomy, alone, departures):
+    prompts, params = some_prompts(12), some_params(12)
+    together = roomy.generate(prompts, params)
+    assert not departures
+    assert list(map(what_was_said, together)) == list(map(what_was_said, alone(prompts, params)))
+    # Another order: other neighbours, other slots.
+    again = roomy.generate(prompts[::-1], params[::-1])[::-1]
+    assert list(map(what_was_said, again)) == list(map(what_was_said, together))
+
+
+def a_sequence_that_gave_up_its_pages_goes_on_as_if_nothing_was_test(tiny_model, alone, departures):
+    prompts, params = some_prompts(16, longest=10), some_params(16)
+    changes = {"max_new_tokens": 20, "repetition_penalty": 3.0}  # which asks for all it has said
+    params = [dataclasses.replace(one, **changes) for one in params]
+    engine = build_engine(tiny_model, pages=TINY)
+    results = engine.generate(prompts, params)
+    assert len(set(departures)) >= 3
+    assert 0 not in departures  # the oldest never waits
+    assert list(map(what_was_said, results)) == list(map(what_was_said, alone(prompts, params)))
+    assert engine.free_pages == TINY and not engine.unfinished
+
+
+def random_requests_with_cancels_get_what_they_would_get_alone_test(tiny_model, alone, departures):
+    rng = np.random.default_rng(5)
+    prompts, params = some_prompts(60, seed=1, longest=10), some_params(60, seed=2, longest=20)
+    engine = build_engine(tiny_model, pages=TINY)
+    compiled = batch_module.next_tokens._cache_size()
+    ids, results, texts, cancelled = [], {}, {}, set()
+    while len(results) < len(prompts):
+        for _ in range(rng.integers(0, 3)):
+            if len(ids) < len(prompts):
+                ids.append(engine.submit(prompts[len(ids)], params[len(ids)]))
+        if rng.random() < 0.08 and engine.unfinished:
+            cancelled.add(int(rng.choice(engine.unfinished)))
+            engine.cancel(max(cancelled))
+        for event in engine.step():
+            texts[event.sequence] = texts.get(event.sequence, "") + event.text
+            if event.finish_reason:
+                results[event.sequence] = event.result
+        assert len(engine.running) <= SLOTS and engine.unfinished == sorted(engine.unfinished)
+    assert len(departures) > 5
+    assert sum(results[one].finish_reason == "cancelled" for one in ids) > 2
+    for one, expected in zip(ids, alone(prompts, params), strict=True):
+        assert texts[one] == results[one].text
+        if results[one].finish_reason == "cancelled":
+            assert expected.tokens[: results[one].new_tokens] == results[one].tokens
+        else:
+            assert what_was_said(results[one]) == what_was_said(expected)
+    assert engine.free_pages == TINY
+    assert batch_module.next_tokens._cache_size() - compiled <= 1
+
+
+def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
+    prompts, params = some_prompts(6), some_params(6)
+    stream, results = roomy.stream(prompts, params), {}
+    next_tokens, calls = batch_module.next_tokens, 0
+
+    def interrupted_after(*args, **options):
+        nonlocal calls
+        calls += 1
+        result = next_tokens(*args, **options)
+        if calls == 4:
+            raise KeyboardInterrupt  # the old cache is gone, the new one never arrives
+        return result
+
+    first = roomy.unfinished[0]
+    monkeypatch.setattr(batch_module, "next_tokens", interrupted_after)
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            for event in roomy.step():
+                results[event.sequence] = event.result
+    assert roomy.running == []
+    while roomy.unfinished:
+        for event in roomy.step():
+            results[event.sequence] = event.result
+    said = [what_was_said(results[first + number]) for number in range(6)]
+    assert said == list(map(what_was_said, alone(prompts, params)))
+    assert [event for event in stream if event.finish_reason]  # which had its own copy
+
+
+# ---- pages ------------------------------------------------------------------------------------
+
+
+def a_model_that_merges_has_more_sequences_in_the_same_pages_test(tiny_model):
+    """Without being told its ratio."""
+    together = {}
+    prompts = [[1, *range(3, 43)]] * 12
+    for name, threshold in (("dense", np.inf), ("dmc", -1e3)):
+        engine = build_engine(tiny_model, threshold=threshold, max_sequences=12, pages=64)
+        for prompt in prompts:
+            engine.submit(prompt, greedy(8))
+        engine.step()
+        together[name] = len(engine.running)
+    # 41 tokens and one more take 6 pages a row; merged to one slot they take 1.
+    assert together == {"dense": 64 // (6 * ROWS), "dmc": 12}
+
+
+def a_sequence_that_the_whole_pool_cannot_hold_ends_with_what_it_has_test(tiny_model, alone):
+    engine = build_engine(tiny_model, threshold=np.inf, pages=TINY)
+    prompts = [[1, 5, 9], [1] * 30, [1, 7, 7]]
+    long, impossible, short = engine.generate(prompts, [greedy(60), greedy(4), greedy(4)])
+    assert long.finish_reason == "pages" and impossible.finish_reason == "pages"
+    # 24 tokens are in the cache; the one after them was chosen, but not read.
+    assert len(prompts[0]) + long.new_tokens == 3 * PAGE + 1
+    assert impossible.tokens == () and impossible.seconds_to_first_token is None
+    assert short.new_tokens == 4 and short.finish_reason == "length"
+    assert engine.free_pages == TINY
+
+
+def a_result_says_what_it_took_test(tiny_model, roomy):
+    prompt = some_prompts(1, seed=8)[0]
+    result = roomy.generate([prompt], greedy(20))[0]
+    expected = generate(
+        *tiny_model,
+        prompt,
+        settings=SETTINGS,
+        threshold=HALF,
+        max_new_tokens=20,
+        temperature=0.0,
+        eos_id=Pieces.eos_id,
+    )
+    assert result.tokens == expected.tokens and result.new_tokens == len(expected.tokens)
+    assert result.prompt_tokens == len(prompt)
+    assert result.ratio == pytest.approx(expected.ratio) and result.ratio > 1.3
+    read = len(prompt) + result.new_tokens - 1
+    assert result.dense_cache_bytes == ROWS * -(-read // PAGE) * PAGE_BYTES
+    assert ROWS * PAGE_BYTES <= result.live_cache_bytes < result.dense_cache_bytes
+    assert result.seconds_to_first_token > 0 and result.tokens_per_second > 0
+
+
+def bytes_are_as_good_as_pages_test(tiny_model):
+    engine = build_engine(tiny_model, pages=None, kv_bytes=40 * PAGE_BYTES + 1)
+    assert engine.free_pages == 40
+
+
+# ---- ends -------------------------------------------------------------------------------------
+
+
+def a_sequence_can_be_cancelled_wherever_it_is_test(roomy):
+    ids = [roomy.submit([1, 5 + number], greedy(30)) for number in range(SLOTS + 2)]
+    before = roomy.step()
+    assert roomy.running == ids[:SLOTS]
+    for one in (ids[1], ids[-1]):
+        roomy.cancel(one)
+        roomy.cancel(one)  # is no mistake
+    events = roomy.step()
+    ends = [event for event in events if event.finish_reason == "cancelled"]
+    assert [event.sequence for event in ends] == [ids[1], ids[-1]]
+    said = [token for event in before if event.sequence == ids[1] for token in event.tokens]
+    assert list(ends[0].result.tokens) == said and len(said) == 2
+    assert ends[1].result.tokens == () and ends[1].result.ratio is None
+    assert roomy.running == [ids[0], *ids[2 : SLOTS + 1]]
+    for one in roomy.unfinished:
+        roomy.cancel(one)
+    roomy.step()
+    roomy.cancel(ids[0])  # has ended long since
+    assert roomy.step() == []
+    with pytest.raises(UserError, match="no sequence 1000"):
+        roomy.cancel(1000)
+
+
+def stop_tokens_and_strings_end_a_sequence_before_them_test(roomy):
+    prompt = some_prompts(1, seed=4)[0]
+    whole = roomy.generate([prompt], greedy(24))[0]
+    assert len(set(whole.text)) > 3
+    token = whole.tokens[10]
+    at = whole.tokens.index(token)
+    result = roomy.generate([prompt], greedy(24, stop_token_ids=(token,)))[0]
+    assert (result.tokens, result.finish_reason) == (whole.tokens[:at], "stop")
+    string = whole.text[5:9]
+    cut = whole.text.index(string)
+    parts, tokens = [], []
+    for event in roomy.stream([prompt], greedy(24, stop=("?", string))):
+        parts.append(event.text)
+        tokens += event.tokens
+    assert "".join(parts) == event.result.text == whole.text[:cut]
+    assert event.finish_reason == "stop" and tuple(tokens) == event.result.tokens
+    assert event.result.tokens == whole.tokens[: len(tokens)] and len(tokens) < 24
+
+
+# ---- streams ----------------------------------------------------------------------------------
+
+
+def streams_take_turns_and_each_gets_its_own_events_test(roomy, alone):
+    prompts, params = some_prompts(5, seed=6), some_params(5, seed=6)
+    one = roomy.submit(prompts[4], params[4])
+    streams = [roomy.stream(prompts[:2], params[:2]), roomy.stream(prompts[2:4], params[2:4])]
+    streams.append(roomy.stream(one))
+    texts, left = [{}, {}, {}], [0, 1, 2]
+    while left:
+        for number in list(left):
+            event = next(streams[number], None)
+            if event is None:
+                left.remove(number)
+            else:
+                texts[number].setdefault(event.sequence, []).append(event.text)
+    said = ["".join(parts) for text in texts for _, parts in sorted(text.items())]
+    assert said == [result.text for result in alone(prompts, params)]
+    assert roomy._inboxes == {}
+
+
+def a_closed_stream_cancels_its_own_prompts_and_no_others_test(roomy):
+    other = roomy.submit([1, 9], greedy(6))
+    stream = roomy.stream([[1, 4], [1, 5]], greedy(30))
+    next(stream)
+    stream.close()
+    assert roomy.unfinished == [other]
+    watched = roomy.stream(other)
+    with pytest.raises(UserError, match="a stream reads it already"):
+        roomy.stream(other)
+    watched.close()
+    assert [event.result.new_tokens for event in roomy.stream(other) if event.finish_reason] == [6]
+    with pytest.raises(UserError, match="has ended"):
+        roomy.stream(other)
+
+
+def text_prompts_begin_with_bos_test(roomy):
+    by_text = roomy.generate("HeJ", greedy(6))[0]
+    assert by_text.prompt_tokens == 4
+    by_ids = roomy.generate([[1, *Pieces().encode("HeJ")]], greedy(6))[0]
+    assert what_was_said(by_text) == what_was_said(by_ids)
+
+
+# ---- what comes in ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts, params, complaint",
+    [
+        ([[]], greedy(1), "no token"),
+        ([[1], [1, 50]], greedy(1), "token 50: the model's ids are 0 to 49"),
+        ([[1]], greedy(1, stop_token_ids=(-1,)), "token -1"),
+        ([[1] * 120], greedy(9), "120 tokens and 9 new ones exceed the 128"),
+        ([[1]], [greedy(1)] * 2, "1 prompts but 2 SamplingParams"),
+    ],
+)
+def bad_prompts_are_refused_at_once_and_with_all_others_test(roomy, prompts, params, complaint):
+    with pytest.raises(UserError, match=complaint):
+        roomy.stream(prompts, params)
+    assert roomy.unfinished == []
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"kv_bytes": 1}, "one of pages and kv_bytes"),
+        ({"pages": None}, "one of pages and kv_bytes"),
+        ({"pages": 3}, "3 pages cannot hold a token of the 4 rows.*4 pages, 4,096 bytes"),
+        ({"page_size": 0}, "page_size must be a power of two"),
+        ({"max_sequences": 0}, "slots must be 1 or more"),
+        ({"max_length": 129}, "made for 128, got 129"),
+        ({"dtype": "float16"}, "float32 or bfloat16"),
+    ],
+)
+def an_engine_that_cannot_be_is_refused_test(tiny_model, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        build_engine(tiny_model, **changes)
+
+
+def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
+    params, config = tiny_model
+    loaded = types.SimpleNamespace(
+        params=params,
+        config=config,
+        settings=SETTINGS,
+        threshold=HALF,
+        tokenizer="its own",
+        ref=types.SimpleNamespace(path="run"),
+        metadata={"tokenizer_sha256": "its own", "run": {"compute_dtype": "float32"}},
+    )
+    monkeypatch.setattr(engine_module, "load_model", lambda path: loaded)
+    monkeypatch.setattr(engine_module, "load_tokenizer", lambda path: Pieces())
+    monkeypatch.setattr(engine_module, "fingerprint", lambda path: path)
+    ratios = {}
+    for policy in ("dmc", "dense"):
+        engine = Engine.from_checkpoint(
+            "run", policy=policy, kv_bytes=TINY * PAGE_BYTES, max_sequences=SLOTS, page_size=PAGE
+        )
+        assert engine.free_pages == TINY
+        ratios[policy] = engine.generate([[1, *range(3, 18)]], greedy(4))[0].ratio
+    assert ratios["dense"] == 1 and ratios["dmc"] > 1.3
+    with pytest.raises(UserError, match="expected dmc or dense, got 'none'"):
+        Engine.from_checkpoint("run", policy="none")
+    with pytest.raises(UserError, match="other is not the tokenizer that run was trained with"):
+        Engine.from_checkpoint("run", tokenizer="other")
