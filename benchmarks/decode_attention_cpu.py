@@ -20,8 +20,6 @@ Times are medians over the rounds; nothing is asserted on them.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -32,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmc_jax.evaluation.report import machine
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_attention.workloads import Workload, make_inputs, ragged_lengths
 
@@ -144,22 +143,6 @@ def print_row(result: dict) -> None:
     )
 
 
-def machine() -> dict:
-    """Names the CPU and the versions, so that a figure can be traced to where it was measured."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
 def main() -> None:
     """Measures every case, prints a table row for each and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,7 +152,7 @@ def main() -> None:
     if options.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {options.rounds}")
     jax.config.update("jax_platforms", "cpu")
-    where = machine()
+    where = machine("python -m benchmarks.decode_attention_cpu")
     print(f"{where['cpu']}, {where['cores']} cores, jax {where['jax']}; ms, then times faster")
     print_row({})
     results = []

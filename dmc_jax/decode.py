@@ -8,10 +8,10 @@ import itertools
 
 from absl import flags, logging
 
-from dmc_jax.data.tokenizer import encode_prompt, fingerprint, load_tokenizer, stream_decode
-from dmc_jax.errors import UserError, run_door
+from dmc_jax.data.tokenizer import encode_prompt, stream_decode
+from dmc_jax.errors import run_door
 from dmc_jax.inference.generate import stream
-from dmc_jax.interop.native import LoadedModel, load_model
+from dmc_jax.interop.native import load_model, load_own_tokenizer
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's directory, a stage of it, or a step.", required=True
@@ -30,7 +30,7 @@ def main() -> None:
     """Write what the flags ask for."""
     logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
     model = load_model(_CHECKPOINT.value)
-    tokenizer = _load_tokenizer(model)
+    tokenizer = load_own_tokenizer(model, _TOKENIZER.value)
     prompt = encode_prompt(tokenizer, _PROMPT.value)
     new_tokens = stream(
         model.params,
@@ -58,17 +58,6 @@ def main() -> None:
         f"{result.tokens_per_second:.1f} tokens/s; {result.ratio:.2f} tokens per slot: "
         f"{result.cache_bytes:,} bytes of cache in use, dense {result.dense_cache_bytes:,}"
     )
-
-
-def _load_tokenizer(model: LoadedModel):
-    path = _TOKENIZER.value or model.tokenizer
-    tokenizer = load_tokenizer(path)
-    if fingerprint(path) != model.metadata["tokenizer_sha256"]:
-        raise UserError(
-            f"{path} is not the tokenizer that {model.ref.path} was trained with: name that one "
-            "with --tokenizer=FILE"
-        )
-    return tokenizer
 
 
 if __name__ == "__main__":

@@ -65,9 +65,8 @@ def _pooling_weights(alpha: Array, omega: Array, window: int) -> Float[Array, "B
 def _banded_product(weights: Float[Array, "B S K W"], x: Float[Array, "B S K H"]) -> Array:
     """`y_i = sum_w weights[i, w] x[i - W + 1 + w]`, as small dense products.
 
-    Blocks of b >= W - 1 tokens read themselves and the end of the block before. Measured on a
-    2-core CPU at S = 2048, K = 8, H = 128: 13 ms forward and backward, against 263 ms for W shifted
-    multiply-adds.
+    Blocks of b >= W - 1 tokens read themselves and the end of the block before, as matrix
+    products: W shifted multiply-adds would pass over all of x W times.
     """
     B, S, K, W = weights.shape
     b = max(_POOL_BLOCK, W - 1)

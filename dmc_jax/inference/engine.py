@@ -18,7 +18,7 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.inference import batch as batch_module
 from dmc_jax.inference.batch import Tally
@@ -33,7 +33,7 @@ from dmc_jax.inference.requests import (
     take_token,
 )
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.interop.native import load_model
+from dmc_jax.interop.native import load_model, load_own_tokenizer
 
 
 class Engine:
@@ -134,14 +134,10 @@ class Engine:
         if policy not in ("dmc", "dense"):
             raise UserError(f"policy: expected dmc or dense, got {policy!r}")
         model = load_model(path)
-        file = tokenizer or model.tokenizer
-        loaded = load_tokenizer(file)
-        if fingerprint(file) != model.metadata["tokenizer_sha256"]:
-            raise UserError(f"{file} is not the tokenizer that {model.ref.path} was trained with")
         return cls(
             model.params,
             model.config,
-            loaded,
+            load_own_tokenizer(model, tokenizer),
             settings=model.settings,
             # It stays a DMC model that never merges: no head reads the channel that decides.
             threshold=model.threshold if policy == "dmc" else math.inf,

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from dmc_jax.config import ModelConfig, from_dict
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.data.tokenizer import SentencePieceTokenizer, fingerprint, load_tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import init_params
 from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, load_params
@@ -43,6 +44,28 @@ def find_checkpoint(path: str | os.PathLike) -> CheckpointRef:
             "(RUN/finetune) or a step of that (RUN/finetune/600)"
         )
     return ref
+
+
+def load_own_tokenizer(
+    model: LoadedModel, path: str | os.PathLike | None = None
+) -> SentencePieceTokenizer:
+    """The tokenizer that a model was trained with.
+
+    Args:
+        model: from `load_model`.
+        path: where it is now; None: where it was in training.
+
+    Raises:
+        UserError: no tokenizer there, or another one.
+    """
+    path = path or model.tokenizer
+    tokenizer = load_tokenizer(path)
+    if fingerprint(path) != model.metadata["tokenizer_sha256"]:
+        raise UserError(
+            f"{path} is not the tokenizer that {model.ref.path} was trained with: name that one "
+            "with --tokenizer=FILE"
+        )
+    return tokenizer
 
 
 def load_model(path: str | os.PathLike, mesh: Mesh | None = None) -> LoadedModel:

@@ -6,10 +6,13 @@ disk. What to keep is decided here, from the directories alone.
 """
 
 import base64
+import contextlib
+import gc
 import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -304,11 +307,38 @@ def _restore(ref: CheckpointRef, abstract: PyTree) -> PyTree:
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,  # `describe_mismatch` has said what else the checkpoint may hold
     )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(ref.path / "state", args=args)
-    except Exception as error:
-        raise _damaged(ref, error) from error
+    with _abandoned_reads_silenced():
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(ref.path / "state", args=args)
+        except Exception as error:
+            damaged = _damaged(ref, error)
+        # Raised out here, without the cause: that would keep the other reads alive.
+        gc.collect()
+        raise damaged
+
+
+@contextlib.contextmanager
+def _abandoned_reads_silenced():
+    """Drops what is said of reads that Orbax left unawaited when one of them failed.
+
+    They tell of the same damage, pages long, when they are collected or finish after their event
+    loop is closed, from threads of TensorStore; so after a failure the filter stays.
+    """
+    show_unraisable, show_uncaught = sys.unraisablehook, sys.excepthook
+
+    def unraisable(about) -> None:
+        said = f"{about.object!r} {about.exc_value!r}"
+        if "_read_array" not in said and "Event loop is closed" not in said:
+            show_unraisable(about)
+
+    def uncaught(kind, error, trace) -> None:
+        if "Event loop is closed" not in str(error):
+            show_uncaught(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
+    yield
+    sys.unraisablehook, sys.excepthook = show_unraisable, show_uncaught
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

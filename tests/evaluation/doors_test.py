@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,18 @@ def a_checkpoint_that_is_not_there_is_one_line_and_exit_code_2_test(name, tmp_pa
     result = door(name, f"--checkpoint={tmp_path / 'nowhere'}", *extra)
     assert "no complete checkpoint" in one_line_of_error(result)
     assert result.stdout == ""
+
+
+def a_truncated_checkpoint_is_one_line_and_exit_code_2_test(finished_run, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(finished_run, broken)
+    for file in (latest(broken).path / "state").glob("**/d/*"):  # the arrays' bytes
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    result = door("evaluate", f"--checkpoint={broken}", "--windows=8")
+    # TensorStore's threads may add that an event loop is closed, after our line.
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 2 and len(errors) == 1 and result.stdout == ""
+    assert "cannot read checkpoint" in errors[0] and "_read_array" not in result.stderr
 
 
 def a_real_run_can_be_reported_test(finished_run):

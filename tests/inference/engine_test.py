@@ -15,6 +15,7 @@ from dmc_jax.inference import engine as engine_module
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.generate import generate
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.interop import native
 from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
 
@@ -415,8 +416,8 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         metadata={"tokenizer_sha256": "its own", "run": {"compute_dtype": "float32"}},
     )
     monkeypatch.setattr(engine_module, "load_model", lambda path: loaded)
-    monkeypatch.setattr(engine_module, "load_tokenizer", lambda path: Pieces())
-    monkeypatch.setattr(engine_module, "fingerprint", lambda path: path)
+    monkeypatch.setattr(native, "load_tokenizer", lambda path: Pieces())
+    monkeypatch.setattr(native, "fingerprint", lambda path: path)
     ratios = {}
     for policy in ("dmc", "dense"):
         engine = Engine.from_checkpoint(
