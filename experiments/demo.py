@@ -28,7 +28,6 @@ from dmc_jax.config import (
     to_dict,
 )
 from dmc_jax.data.prepare import prepare
-from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.report import (
     ComparisonRow,
@@ -38,7 +37,8 @@ from dmc_jax.evaluation.report import (
     machine,
     write_report,
 )
-from dmc_jax.inference.generate import generate
+from dmc_jax.inference.engine import Engine
+from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.interop.native import LoadedModel, load_model
 from dmc_jax.training import checkpoint
 from dmc_jax.training.loop import train
@@ -149,20 +149,9 @@ table = comparison_table(rows)
 # ## What it writes, and which heads compress how much
 
 # %%
-dmc = load_model(dmc_dir)
-tokenizer = load_tokenizer(dmc.tokenizer)
 prompt = "def read_lines(path):\n    "
-written = generate(
-    dmc.params,
-    dmc.config,
-    encode_prompt(tokenizer, prompt),
-    settings=dmc.settings,
-    threshold=dmc.threshold,
-    max_new_tokens=120,
-    temperature=0.7,
-    seed=run.seed,
-    eos_id=tokenizer.eos_id,
-)
+sampling = SamplingParams(max_new_tokens=120, temperature=0.7, seed=run.seed)
+written = Engine.from_checkpoint(dmc_dir).generate(prompt, sampling)[0]
 report = write_report(dmc_dir)
 minutes = (time.perf_counter() - started) / 60
 (report / "comparison.md").write_text(table + "\n")
@@ -185,10 +174,10 @@ minutes = (time.perf_counter() - started) / 60
     + "\n"
 )
 
-print(f"\n{prompt}{tokenizer.decode(written.tokens)}\n")
+print(f"\n{prompt}{written.text}\n")
 print(
-    f"({written.tokens_per_second:.0f} tokens/s; cache {written.cache_bytes:,} bytes where a dense "
-    f"one takes {written.dense_cache_bytes:,}: {written.ratio:.2f}x)\n"
+    f"({written.tokens_per_second:.0f} tokens/s; cache {written.live_cache_bytes:,} bytes where a "
+    f"dense one takes {written.dense_cache_bytes:,}: {written.ratio:.2f} tokens per slot)\n"
 )
 print("Tokens per slot, by layer and KV head (DMC, test files):\n")
 print(head_table(dataclasses.asdict(rows[2].evaluation)))

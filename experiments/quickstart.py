@@ -25,7 +25,8 @@ from dmc_jax.data.prepare import prepare
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
 from dmc_jax.evaluation.perplexity import evaluate
 from dmc_jax.evaluation.report import head_table, write_report
-from dmc_jax.inference.generate import generate
+from dmc_jax.inference.engine import Engine
+from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.interop.native import load_model
 from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, count_parameters
@@ -180,21 +181,12 @@ print("".join(f"[{slot}]" for slot in slots))
 # trained this briefly, writes something of the shape of Python.
 
 # %%
-prompt = encode_prompt(tokenizer, "def ")
-written = generate(
-    model.params,
-    model.config,
-    prompt,
-    settings=model.settings,
-    threshold=model.threshold,
-    max_new_tokens=80,
-    temperature=0.7,
-    top_k=20,
-    eos_id=tokenizer.eos_id,
-)
-print(tokenizer.decode([*prompt, *written.tokens]))
+engine = Engine.from_checkpoint(directory)
+prompt = "def "
+written = engine.generate(prompt, SamplingParams(max_new_tokens=80, temperature=0.7, top_k=20))[0]
+print(prompt + written.text)
 print(
-    f"\n{written.ratio:.2f} tokens per slot; {written.cache_bytes:,} bytes of cache in use, dense "
-    f"{written.dense_cache_bytes:,}; {written.tokens_per_second:.0f} tokens/s on "
+    f"\n{written.ratio:.2f} tokens per slot; {written.live_cache_bytes:,} bytes of cache in use, "
+    f"dense {written.dense_cache_bytes:,}; {written.tokens_per_second:.0f} tokens/s on "
     f"{jax.default_backend()}"
 )

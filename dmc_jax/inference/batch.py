@@ -26,6 +26,7 @@ from dmc_jax.inference.sampling import (
     stack_params,
     token_keys,
 )
+from dmc_jax.inference.snapshot import copy_in
 
 _NOBODY = SamplingParams(temperature=0.0)  # fills the places of slots that are empty
 
@@ -138,11 +139,32 @@ def read_prompt(
         threshold=threshold,
         dtype=dtype,
     )
-    seen = np.zeros(config.vocab_size, bool)
-    seen[tokens] = True
     numbers = stack_params([request.params]), np.array([len(request.tokens)], np.int32)
+    seen = _mark(config, tokens)
     seen, chosen = _first_token(batch.seen, np.int32(request.slot), seen, logits, *numbers)
     return Batch(cache, seen), chosen
+
+
+def put_back(config: ModelConfig, batch: Batch, request: Request) -> Batch:
+    """Put a sequence that was resumed from a snapshot into its slot, without reading it.
+
+    Args:
+        config: of the model.
+        batch: given up.
+        request: its slot is empty, and its rows are those of the snapshot.
+
+    Returns:
+        The batch; the sequence may have `failed`.
+    """
+    cache = copy_in(batch.cache, request.rows, request.slot)
+    seen = _mark(config, [*request.prompt, *request.tokens])
+    return Batch(cache, batch.seen.at[request.slot].set(seen))
+
+
+def _mark(config: ModelConfig, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
+    seen = np.zeros(config.vocab_size, bool)
+    seen[list(tokens)] = True
+    return seen
 
 
 @functools.partial(jax.jit, donate_argnames="all_seen")

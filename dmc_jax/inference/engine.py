@@ -1,38 +1,35 @@
-"""Many prompts at a time over one `PagedCache`: continuous batching.
+"""Many prompts at a time over one cache: continuous batching, for a notebook or a server.
 
-Sequences join and leave between steps. Pages are promised to nobody: a sequence is admitted if what
-its prompt should take, at the compression measured so far, is free, and when a step could run out
-of pages the youngest sequence gives its own back and waits to be read again. Since each token
-depends on its sequence alone (for a drawn one, on seed and index), it then goes on as before.
+Sequences join and leave between steps, and what one says does not depend on who else is there;
+`scheduler` says how.
 """
 
 import collections
-import functools
+import dataclasses
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from dmc_jax.config import ModelConfig
+from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
-from dmc_jax.inference import batch as batch_module
-from dmc_jax.inference.batch import Tally
 from dmc_jax.inference.requests import (
     Event,
     Params,
     Prompt,
     Request,
     Result,
-    finish,
     new_requests,
-    take_token,
+    resumed_request,
 )
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.inference.scheduler import Scheduler
+from dmc_jax.inference.snapshot import Snapshot
 from dmc_jax.interop.native import load_model, load_own_tokenizer
 
 
@@ -84,25 +81,26 @@ class Engine:
             raise UserError(
                 f"max_length: the model was made for {config.max_length}, got {self.max_length}"
             )
-        self._params = params
-        self._options = {"settings": settings, "threshold": threshold, "dtype": dtype}
-        self._empty_batch = functools.partial(
-            batch_module.init,
+        self._sizes = {"vocab_size": config.vocab_size, "max_length": self.max_length}
+        # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
+        self._model = {"model": to_dict(config), "dmc": settings and to_dict(settings)}
+        self._model |= {"threshold": threshold, "dtype": dtype, "page_size": page_size}
+        self._model = json.loads(json.dumps(self._model))
+        self._scheduler = Scheduler(
+            params,
             config,
-            settings,
+            tokenizer,
+            settings=settings,
+            threshold=threshold,
+            dtype=dtype,
             slots=max_sequences,
+            page_size=page_size,
             pages=pages,
             kv_bytes=kv_bytes,
-            page_size=page_size,
             max_length=self.max_length,
-            dtype=dtype,
         )
         self._ids = 0
-        self._queue: collections.deque[Request] = collections.deque()  # by age
-        self._slots: list[Request | None] = []
-        self._events: list[Event] = []  # that the next step reports
         self._inboxes: dict[int, collections.deque[Event]] = {}  # of sequences that a stream reads
-        self._reset()
 
     @classmethod
     def from_checkpoint(
@@ -114,6 +112,7 @@ class Engine:
         policy: str = "dmc",
         tokenizer: str | os.PathLike | None = None,
         dtype: str | None = None,
+        window: int | None = None,
         **options: Any,
     ) -> "Engine":
         """An engine for a checkpoint of ours.
@@ -124,7 +123,9 @@ class Engine:
             max_sequences: that run at a time.
             policy: "dmc", or "dense" to let the same model take a slot for every token.
             tokenizer: SentencePiece file; None: where it was in training.
-            dtype: of the forward pass and the cache; None: that of training.
+            dtype: of the forward pass and the cache; None: that of training, but float32 on a
+                CPU, where XLA copies the whole pool to write to a bfloat16 one.
+            window: merge window in tokens, 0 for an unlimited one; None: that of training.
             options: `page_size`, `max_length` of the engine.
 
         Raises:
@@ -134,16 +135,21 @@ class Engine:
         if policy not in ("dmc", "dense"):
             raise UserError(f"policy: expected dmc or dense, got {policy!r}")
         model = load_model(path)
+        trained, settings = model.metadata["run"]["compute_dtype"], model.settings
+        if window is not None and settings is not None:
+            if window < 0:
+                raise UserError(f"window: expected tokens, or 0 for no limit, got {window}")
+            settings = dataclasses.replace(settings, window=window or None)
         return cls(
             model.params,
             model.config,
             load_own_tokenizer(model, tokenizer),
-            settings=model.settings,
+            settings=settings,
             # It stays a DMC model that never merges: no head reads the channel that decides.
             threshold=model.threshold if policy == "dmc" else math.inf,
             kv_bytes=kv_bytes,
             max_sequences=max_sequences,
-            dtype=dtype or model.metadata["run"]["compute_dtype"],
+            dtype=dtype or (trained if jax.default_backend() != "cpu" else "float32"),
             **options,
         )
 
@@ -152,17 +158,17 @@ class Engine:
     @property
     def unfinished(self) -> list[int]:
         """Ids of the sequences that run or wait, oldest first."""
-        return [request.id for request in self._unfinished()]
+        return [request.id for request in self._scheduler.unfinished()]
 
     @property
     def running(self) -> list[int]:
         """Ids of those in the cache, oldest first."""
-        return [request.id for request in self._running()]
+        return [request.id for request in self._scheduler.running()]
 
     @property
     def free_pages(self) -> int:
         """Of the pool: those that no sequence holds."""
-        return int(self._tally().free)
+        return int(self._scheduler.tally().free)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queue a prompt.
@@ -190,9 +196,61 @@ class Engine:
         """
         if not 0 <= sequence < self._ids:
             raise UserError(f"no sequence {sequence}: there were {self._ids} so far")
-        for request in self._unfinished():
+        for request in self._scheduler.unfinished():
             if request.id == sequence:
-                self._end(request, "cancelled")
+                self._scheduler.end(request, "cancelled")
+
+    def snapshot(self, sequence: int) -> Snapshot:
+        """All that there is of a sequence, which itself goes on.
+
+        Args:
+            sequence: an id from `submit`.
+
+        Raises:
+            UserError: it has ended, or there never was such a sequence.
+        """
+        for request in self._scheduler.unfinished():
+            if request.id == sequence:
+                said = request.prompt, tuple(request.tokens), request.params
+                return Snapshot(self._model, *said, self._scheduler.rows(request))
+        raise UserError(f"no sequence {sequence} to take a snapshot of: it ended or never was")
+
+    def resume(self, snapshot: Snapshot, params: SamplingParams | None = None) -> int:
+        """Queue a sequence that goes on where a snapshot was taken.
+
+        Its result has the whole text, what it said before included; events tell of what is new.
+
+        Args:
+            snapshot: of this engine or another one of the same model.
+            params: how it goes on; None: as before. `max_new_tokens` counts those that it has.
+
+        Returns:
+            The id of the sequence, higher than all before.
+
+        Raises:
+            UserError: another model or cache, or `params` with which it would have ended.
+        """
+        for name, value in self._model.items():
+            if snapshot.model.get(name) != value:
+                theirs = snapshot.model.get(name)
+                raise UserError(f"the snapshot's {name} is {theirs}, this engine's is {value}")
+        params = snapshot.params if params is None else params
+        return self._queued([resumed_request(snapshot, params, self.tokenizer, **self._sizes)])[0]
+
+    def fork(self, sequence: int, params: SamplingParams | None = None) -> int:
+        """Let a sequence go on twice: `resume` of its `snapshot`.
+
+        Args:
+            sequence: an id from `submit`.
+            params: of the new one, perhaps with another seed; None: as the old one's.
+
+        Returns:
+            The id of the new sequence.
+
+        Raises:
+            UserError: as in `snapshot` and `resume`.
+        """
+        return self.resume(self.snapshot(sequence), params)
 
     def step(self) -> list[Event]:
         """Admit what fits, and give every running sequence its next token.
@@ -203,16 +261,7 @@ class Engine:
         Returns:
             What happened since the last step, in order.
         """
-        try:
-            self._admit()
-            self._make_room()
-            if self._running():
-                self._decode()
-        except BaseException:
-            # The cache was perhaps given up and not replaced.
-            self._reset()
-            raise
-        events, self._events = self._events, []
+        events = self._scheduler.step()
         for event in events:
             if event.sequence in self._inboxes:
                 self._inboxes[event.sequence].append(event)
@@ -265,11 +314,12 @@ class Engine:
     # ---- what comes in ------------------------------------------------------------------------
 
     def _enqueue(self, prompts: Sequence[Prompt], params: Params) -> list[int]:
-        sizes = {"vocab_size": self.config.vocab_size, "max_length": self.max_length}
-        requests = new_requests(prompts, params, self.tokenizer, **sizes)
+        return self._queued(new_requests(prompts, params, self.tokenizer, **self._sizes))
+
+    def _queued(self, requests: list[Request]) -> list[int]:
         for request in requests:
             request.id, self._ids = self._ids, self._ids + 1
-        self._queue.extend(requests)
+        self._scheduler.enqueue(requests)
         return [request.id for request in requests]
 
     def _events_of(self, ids, inbox, own) -> Iterator[Event]:
@@ -288,108 +338,3 @@ class Engine:
                 del self._inboxes[sequence]
             for sequence in left if own else ():
                 self.cancel(sequence)
-
-    # ---- who is in the cache ------------------------------------------------------------------
-
-    def _running(self) -> list[Request]:
-        return sorted(filter(None, self._slots), key=lambda request: request.id)
-
-    def _unfinished(self) -> list[Request]:
-        # Who runs is older than whoever waits: the queue is served in order, and the youngest
-        # goes back to its head.
-        return [*self._running(), *self._queue]
-
-    def _reset(self) -> None:
-        for request in reversed(self._running()):
-            self._requeue(request)
-        self._slots = [None] * self.max_sequences
-        self._leaving = np.zeros(self.max_sequences, bool)  # slots that are to be emptied
-        self._counts: Tally | None = None  # None: the cache has changed since
-        self._batch = self._empty_batch()
-
-    def _tally(self) -> Tally:
-        if self._counts is None or self._leaving.any():
-            self._batch, counts = batch_module.release(self._batch, self._leaving)
-            self._leaving = np.zeros_like(self._leaving)
-            self._counts = jax.device_get(counts)
-        return self._counts
-
-    def _leave(self, request: Request) -> None:
-        if request.slot is not None:
-            # Emptied when the engine next counts: ending a sequence never waits for the device.
-            self._slots[request.slot], self._leaving[request.slot] = None, True
-            request.slot = None
-        elif request in self._queue:
-            self._queue.remove(request)
-
-    def _requeue(self, request: Request) -> None:
-        self._leave(request)
-        self._queue.appendleft(request)
-
-    def _end(self, request: Request, reason: str) -> None:
-        self._leave(request)
-        self._events.append(finish(request, reason, self.tokenizer))
-
-    def _may_take(self) -> int:  # pages, in the next step
-        return int(sum(self._tally().may_take[request.slot] for request in self._running()))
-
-    # ---- one step -----------------------------------------------------------------------------
-
-    def _admit(self) -> None:
-        while self._queue and None in self._slots and self._fits(self._queue[0]):
-            self._join(self._queue[0], self._slots.index(None))
-
-    def _fits(self, request: Request) -> bool:
-        if not self._running():
-            return True  # nobody can give it more than all
-        counts = self._tally()
-        slots_per_token = counts.slots.sum() / counts.position.sum()
-        tokens = len(request.prompt) + len(request.tokens)
-        # Every row begins a page that it does not fill.
-        expected = tokens * slots_per_token / self.page_size + self.config.kv_rows
-        return max(expected, request.pages_wanted) + self._may_take() <= counts.free
-
-    def _join(self, request: Request, slot: int) -> None:
-        free = int(self._tally().free)
-        self._queue.popleft()
-        self._slots[slot], request.slot = request, slot
-        self._counts = None
-        self._batch, token = batch_module.read_prompt(
-            self._params, self.config, self._batch, request, **self._options
-        )
-        if not self._tally().failed[slot]:
-            self._take(request, int(token))
-        elif len(self._running()) == 1:
-            self._end(request, "pages")
-        else:
-            request.pages_wanted = free + 1
-            self._requeue(request)
-
-    def _make_room(self) -> None:
-        """Send the youngest away until the next step cannot run out of pages."""
-        while len(running := self._running()) > 1 and self._may_take() > self._tally().free:
-            youngest = running[-1]
-            counts, slot = self._tally(), youngest.slot
-            # With fewer it would be sent away again at once.
-            youngest.pages_wanted = int(counts.pages[slot] + counts.may_take[slot])
-            self._requeue(youngest)
-
-    def _decode(self) -> None:
-        self._tally()  # which empties the slots of those who left
-        columns = batch_module.columns(self._slots)
-        self._batch, chosen, counts = batch_module.next_tokens(
-            self._params, self.config, self._batch, *columns, **self._options
-        )
-        chosen, self._counts = jax.device_get((chosen, counts))
-        for request in self._running():
-            if self._counts.failed[request.slot]:
-                # There was room for all but a single sequence, which has the whole pool.
-                self._end(request, "pages")
-            else:
-                self._take(request, int(chosen[request.slot]))
-
-    def _take(self, request: Request, token: int) -> None:
-        request.usage = batch_module.usage(self._batch.cache, self._counts, request.slot)
-        self._events.append(take_token(request, token, self.tokenizer))
-        if self._events[-1].finish_reason:
-            self._leave(request)

@@ -24,7 +24,7 @@ from dmc_jax.inference.cache import (
     pages_of,
     take_rows,
 )
-from dmc_jax.model.llama import Attend, Llama
+from dmc_jax.model.llama import Attend, forward
 from pallas_kernels.decode_attention.api import decode_attention
 
 # Queries and slots per block of the attention of many tokens.
@@ -107,7 +107,7 @@ def decode_step(
     """Read one token of every active sequence.
 
     Args:
-        params: of the model.
+        params: of `init_params` or, faster, `unstack_layers`.
         config: its sizes.
         cache: holds the tokens before.
         tokens: ids in [0, V); those of inactive slots do not matter.
@@ -124,8 +124,7 @@ def decode_step(
     attend = attend_cached(
         config, settings, threshold=threshold, active=active, implementation=implementation
     )
-    model = Llama(config, dtype=jnp.dtype(dtype))
-    output = model.apply({"params": params}, tokens[:, None], attend=attend, state=cache)
+    output = forward(params, config, tokens[:, None], dtype=dtype, attend=attend, state=cache)
     cache = dataclasses.replace(output.state, position=output.state.position + active)
     return cache, output.logits[:, 0]
 

@@ -40,7 +40,7 @@ from dmc_jax.inference.cache import (
     write,
 )
 from dmc_jax.inference.paged import attend_pages
-from dmc_jax.model.llama import Attend, Llama
+from dmc_jax.model.llama import Attend, forward
 
 # Chunks are padded to powers of two from here up, so that few lengths ever compile.
 _SMALLEST_BUCKET = 16
@@ -108,7 +108,7 @@ def _read_chunk(
     params, config, settings, dtype, cache, tokens, counts, sequences, logits, threshold
 ):
     """The cache with the chunk, and the logits [B, V] after each row's last token so far."""
-    cache, new = prefill_chunk(
+    cache, last = prefill_chunk(
         params,
         config,
         cache,
@@ -118,9 +118,9 @@ def _read_chunk(
         settings=settings,
         threshold=threshold,
         dtype=dtype,
+        only=jnp.maximum(counts - 1, 0),
     )
-    last = jnp.take_along_axis(new, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where(counts[:, None] > 0, last, logits)
+    return cache, jnp.where(counts[:, None] > 0, last[:, 0], logits)
 
 
 def prefill_chunk(
@@ -134,6 +134,7 @@ def prefill_chunk(
     settings: DMCSettings | None,
     threshold: float | Array = 0.0,
     dtype: str = "float32",
+    only: Int[Array, " B"] | None = None,
 ) -> tuple[PagedCache, Float[Array, "B T V"]]:
     """Read the next tokens of some sequences in one pass.
 
@@ -148,13 +149,14 @@ def prefill_chunk(
         settings: those that the cache was made with; None: dense.
         threshold: of hard decisions.
         dtype: of the forward pass.
+        only: index of the one token of each row whose logits are wanted; None: all.
 
     Returns:
-        (the cache with the tokens, logits after each); those of padding mean nothing.
+        (the cache with the tokens, logits after each, or [B, 1, V] with `only`); those of padding
+        mean nothing.
     """
     attend = attend_chunk(config, settings, counts=counts, sequences=sequences, threshold=threshold)
-    model = Llama(config, dtype=jnp.dtype(dtype))
-    output = model.apply({"params": params}, tokens, attend=attend, state=cache)
+    output = forward(params, config, tokens, dtype=dtype, attend=attend, state=cache, only=only)
     position = output.state.position.at[sequences].add(counts, mode="drop")
     return dataclasses.replace(output.state, position=position), output.logits
 

@@ -14,6 +14,7 @@ from dmc_jax.inference.sampling import (
     end_text,
     extend_text,
 )
+from dmc_jax.inference.snapshot import CachedRows, Snapshot
 
 Prompt = str | Sequence[int]  # text, or token ids with BOS
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
@@ -42,8 +43,8 @@ class Result:
     ratio: float | None  # as in `Usage`, when the last token came; None if none did
     live_cache_bytes: int
     dense_cache_bytes: int
-    seconds_to_first_token: float | None  # from `submit`, so with the time in the queue
-    tokens_per_second: float  # from the first token to the last; 0 where there are fewer than two
+    seconds_to_first_token: float | None  # from `submit` or `resume`: with the time in the queue
+    tokens_per_second: float  # from that token to the last; 0 where there are fewer than two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Request:
     last_time: float | None = None
     usage: Usage = _NOTHING
     pages_wanted: int = 0  # to go on with fewer has failed
+    inherited: int = 0  # tokens that it had when it was resumed from a snapshot
+    rows: CachedRows | None = None  # of that snapshot, until they are in the cache
 
 
 def new_request(
@@ -136,6 +139,34 @@ def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> l
     return [new_request(*pair, *args, **sizes) for pair in zip(prompts, params, strict=True)]
 
 
+def resumed_request(
+    snapshot: Snapshot, params: SamplingParams, tokenizer: Tokenizer, **sizes: int
+) -> Request:
+    """A request that has said something already.
+
+    Args:
+        snapshot: of the sequence.
+        params: how it goes on; `max_new_tokens` counts those that it has.
+        tokenizer: of the prompt and what follows.
+        sizes: as in `new_request`.
+
+    Raises:
+        UserError: as in `new_request`, or with these `params` the sequence would have ended.
+    """
+    request = new_request(snapshot.prompt, params, tokenizer, **sizes)
+    for token in snapshot.tokens:
+        if take_token(request, token, tokenizer).finish_reason:
+            raise UserError(
+                f"a sequence with {len(snapshot.tokens)} new tokens cannot be resumed: its "
+                "SamplingParams (max_new_tokens or a stop) end it before"
+            )
+    request.inherited, request.first_time = len(snapshot.tokens), None
+    request.rows = snapshot.rows
+    if snapshot.rows is not None:
+        request.pages_wanted = len(snapshot.rows.k_pages)
+    return request
+
+
 def take_token(request: Request, token: int, tokenizer: Tokenizer) -> Event:
     """Let a sequence have its next token.
 
@@ -185,7 +216,7 @@ def finish(
 
 def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) -> Event:
     first, last = request.first_time, request.last_time
-    more = len(request.tokens) - 1
+    more = len(request.tokens) - request.inherited - 1
     result = Result(
         text="".join(request.parts),
         tokens=tuple(request.tokens),

@@ -7,6 +7,7 @@ attention functions. Layers of equal shape are stacked [run, ...] and scanned.
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -78,7 +79,11 @@ def _project(equation: str, x: Array, kernel: Array) -> Array:
     Its gradient for the kernel is accumulated and kept in float32, and asked for as
     `x^T dy`: the order that autodiff chooses, `(dy^T x)^T`, costs XLA for CPU a transposed copy.
     """
-    return jnp.einsum(equation, x, kernel.astype(x.dtype))
+    x_axes, kernel_axes = equation.split("->")[0].split(",")
+    # `einsum` sums over several axes in an order of its own, for which XLA transposes the kernel.
+    summed = [axis for axis in x_axes if axis in kernel_axes]
+    axes = [x_axes.index(a) for a in summed], [kernel_axes.index(a) for a in summed]
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
 
 
 def _project_forward(equation, x, kernel):
@@ -157,29 +162,39 @@ class Llama(nn.Module):
 
     Attributes:
         config: sizes.
-        dtype: of activations and products; parameters stay float32.
+        dtype: of activations and products; parameters stay as they are.
         remat: none | full | dots, what the backward pass recomputes.
         sharding: of the residual stream [B, T, D], where several devices share the work.
+        stacked: whether the parameters are those of `init_params`, which a scan runs through, or
+            those of `unstack_layers`.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     sharding: jax.sharding.Sharding | None = None
+    stacked: bool = True
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "B T"], *, attend: Attend, state: Any = None
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        attend: Attend,
+        state: Any = None,
+        only: Int[Array, " B"] | None = None,
     ) -> ModelOutput:
-        """Logits for every token.
+        """Logits for every token, or for one of each sequence.
 
         Args:
             tokens: ids in [0, V).
             attend: the attention function, which knows positions and documents.
             state: threaded through the layers' `attend`.
+            only: index of the token of each sequence whose logits are wanted; None: all.
 
         Returns:
-            Logits in float32, the final state, and the records of each run [layers of run, ...].
+            Logits in float32 (T is 1 with `only`), the final state, and the records of each run
+            [layers of run, ...], or of each layer where they are not stacked.
         """
         c = self.config
         embedding = self.param("embedding", _init(), (c.vocab_size, c.width))
@@ -188,12 +203,20 @@ class Llama(nn.Module):
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
         records = []
-        for index, (first, length, kv_heads) in enumerate(layer_runs(c)):
-            stack = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
-            )(c, kv_heads, attend, self.sharding, name=f"run_{index}")
-            (x, state), record = stack((x, state), first + jnp.arange(length))
-            records.append(record)
+        if self.stacked:
+            for index, (first, length, kv_heads) in enumerate(layer_runs(c)):
+                stack = nn.scan(
+                    block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
+                )(c, kv_heads, attend, self.sharding, name=f"run_{index}")
+                (x, state), record = stack((x, state), first + jnp.arange(length))
+                records.append(record)
+        else:
+            for layer, kv_heads in enumerate(c.kv_heads_by_layer):
+                one = block(c, kv_heads, attend, self.sharding, name=f"layer_{layer}")
+                (x, state), record = one((x, state), layer)
+                records.append(record)
+        if only is not None:
+            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tied_embeddings:
             logits = _project("BTD,VD->BTV", x, embedding)
@@ -210,6 +233,53 @@ def init_params(config: ModelConfig, key: Array) -> dict:
         return q, state, None
 
     return Llama(config).init(key, jnp.zeros((1, 1), jnp.int32), attend=attend)["params"]
+
+
+def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
+    """Parameters for decoding: one entry per layer, matrices in the dtype of the forward pass.
+
+    A scan reads each layer's matrices out of the stack, that is copies them, and a forward pass
+    narrows them. Where a pass reads one token, that costs as much as the work itself.
+
+    Args:
+        params: as of `init_params`; unstacked ones stay so.
+        config: their sizes.
+        dtype: of the forward pass. Norms keep theirs.
+
+    Returns:
+        Parameters for a `Llama` with `stacked=False`, whose logits are the same.
+    """
+
+    def narrowed(path, x):
+        return x if path[-1].key == "scale" else x.astype(dtype)
+
+    unstacked = {name: leaf for name, leaf in params.items() if not name.startswith("run_")}
+    for run, (first, length, _) in enumerate(layer_runs(config)):
+        for i in range(length) if f"run_{run}" in params else ():
+            one = jax.tree.map(operator.itemgetter(i), params[f"run_{run}"])
+            unstacked[f"layer_{first + i}"] = one
+    return jax.tree_util.tree_map_with_path(narrowed, unstacked)
+
+
+def forward(
+    params: dict,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    dtype: str | jnp.dtype,
+    **inputs: Any,
+) -> ModelOutput:
+    """A pass of `Llama` with parameters of `init_params` or of `unstack_layers`.
+
+    Args:
+        params: of either kind.
+        config: their sizes.
+        tokens: ids in [0, V).
+        dtype: of activations and products.
+        inputs: `attend`, `state` and `only`, as in `Llama`.
+    """
+    model = Llama(config, dtype=jnp.dtype(dtype), stacked="layer_0" not in params)
+    return model.apply({"params": params}, tokens, **inputs)
 
 
 def count_parameters(config: ModelConfig) -> int:

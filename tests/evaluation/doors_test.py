@@ -1,8 +1,10 @@
 """`python -m dmc_jax.evaluate` and `dmc_jax.decode` on a run that was really trained."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,20 @@ from dmc_jax.training.checkpoint import latest, load_metadata
 ROOT = Path(__file__).parents[2]
 
 
-def door(name, *arguments):
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def door(name, *arguments, folder=ROOT):
     command = [sys.executable, "-W", "error", "-m", f"dmc_jax.{name}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def one_line_of_error(result):
@@ -59,22 +72,88 @@ def evaluate_refuses_text_of_another_tokenizer_test(finished_run, other_data):
     assert "another tokenizer" in one_line_of_error(result)
 
 
+SUMMARY = re.compile(
+    r"\n\n(\d+) prompt tokens, (\d+) new; first token after (\d+\.\d\d) s, (\d+\.\d) tokens/s; "
+    r"(\d+\.\d\d) tokens per slot: ([\d,]+) bytes of cache in use, dense ([\d,]+)\n$"
+)
+
+
 def decode_prints_the_text_and_what_it_took_test(finished_run):
     prompt = "the cache merges"
     arguments = f"--checkpoint={finished_run}", f"--prompt={prompt}", "--max_new_tokens=12"
-    result = door("decode", *arguments, "--temperature=0")
+    result = door("decode", *arguments, "--temperature=0", "--page_size=8")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(prompt)
-    found = re.search(
-        r"\n\n(\d+) prompt tokens, (\d+) new, \d+\.\d tokens/s; (\d+\.\d\d) tokens per slot: "
-        r"([\d,]+) bytes of cache in use, dense ([\d,]+)\n$",
-        result.stdout,
+    numbers = (float(x.replace(",", "")) for x in SUMMARY.search(result.stdout).groups())
+    prompt_tokens, new, first, _, ratio, live, dense = numbers
+    assert new <= 12 and first > 0 and ratio >= 1
+    # 4 rows of pages of 8 slots: keys and values of 8 channels and 4 bytes.
+    page_bytes = 8 * 2 * 8 * 4
+    assert dense == -(-(prompt_tokens + new - 1) // 8) * 4 * page_bytes
+    assert live % page_bytes == 0 and 4 * page_bytes <= live <= dense
+
+
+def decode_continues_a_file_of_prompts_each_as_it_would_alone_test(finished_run, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output.jsonl"
+    prompts.write_text(
+        '"the cache"\n\n{"prompt": "a token", "seed": 3, "max_new_tokens": 5, "temperature": 1}\n'
     )
-    prompt_tokens, new, ratio, used, dense = (float(x.replace(",", "")) for x in found.groups())
-    assert new <= 12
-    # 4 rows x 8 channels x keys and values x 4 bytes; the last token is never read.
-    assert dense == (prompt_tokens + new - 1) * 4 * 8 * 2 * 4
-    assert ratio == pytest.approx(dense / used, abs=0.006)
+    common = f"--checkpoint={finished_run}", "--max_new_tokens=8", "--temperature=0"
+    result = door("decode", *common, f"--prompts={prompts}", "--json", f"--output={output}")
+    assert (result.returncode, result.stderr) == (0, "")
+    by_index = sorted(map(json.loads, result.stdout.splitlines()), key=lambda x: x["index"])
+    assert by_index == list(map(json.loads, output.read_text().splitlines()))
+    first, second = by_index
+    assert (first["prompt"], second["prompt"]) == ("the cache", "a token")
+    assert second["new_tokens"] <= 5 and second["ratio"] >= 1
+    (tmp_path / "prompt").write_text("the cache")
+    alone = door("decode", *common, f"--prompt_file={tmp_path / 'prompt'}", "--nostream")
+    assert f"[0] the cache{first['text']}\n" in alone.stdout
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C reaches child processes even where ours was told to ignore it, as behind an `&`."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
+def decode_interrupted_prints_what_there_is_test(finished_run, tmp_path):
+    output = tmp_path / "output.jsonl"
+    arguments = f"--checkpoint={finished_run}", "--prompt=the cache", "--max_new_tokens=60"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dmc_jax.decode", *arguments, f"--output={output}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    # The prompt is there before the first token, for which a program has to be compiled.
+    assert process.stdout.read(9) == "the cache"
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (130, "")
+    new = int(SUMMARY.search(out)[2])
+    assert new < 60
+    [line] = output.read_text().splitlines()
+    assert json.loads(line)["finish_reason"] == "cancelled"
+    assert json.loads(line)["new_tokens"] == new
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--prompt=a", "--prompts=b"], "give one of --prompt, --prompt_file and --prompts"),
+        (["--prompts=-"], "- has no prompt"),
+        (["--prompt=a"], "`make demo` makes one"),
+        (["--prompt=a", "--output=nowhere/x"], "cannot write --output=nowhere/x"),
+    ],
+)
+def decode_refuses_bad_flags_before_it_loads_anything_test(arguments, complaint, tmp_path):
+    result = door("decode", *arguments, folder=tmp_path)
+    assert complaint in one_line_of_error(result) and result.stdout == ""
 
 
 @pytest.mark.parametrize("name", ["evaluate", "decode"])

@@ -16,7 +16,7 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import generate, paged, slots
+from dmc_jax.inference import paged
 from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
 
@@ -310,26 +310,27 @@ def decode_paged(params, config, settings, tokens_active_leaving, threshold, cac
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def decode_slots(params, config, settings, tokens, threshold):
-    def step(cache, column):
-        cache, logits = generate.decode_step(
-            params, config, cache, column, settings=settings, threshold=threshold
-        )
-        return cache, (logits, cache.lengths)
-
-    cache = slots.init(config, settings, tokens.shape[0], T)
-    cache, (logits, lengths) = jax.lax.scan(step, cache, tokens.T)
-    return cache, logits.swapaxes(0, 1), lengths.swapaxes(0, 1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def evaluate_all(params, config, settings, tokens, threshold):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
     if settings is None:
         attend = modes.dense(config, positions, block=T)
     else:
         attend = modes.compressed(config, settings, positions, threshold=threshold, block=T)
-    return Llama(config).apply({"params": params}, tokens, attend=attend).logits
+    return Llama(config).apply({"params": params}, tokens, attend=attend)
+
+
+def opened_by_row(output, config):
+    """0/1 [R, B, T]: the tokens that took a slot, in every row."""
+    if output.records[0] is None:
+        return np.ones((config.kv_rows, *output.logits.shape[:2]))
+    merged = [np.moveaxis(np.asarray(record.merged), 3, 1) for record in output.records]
+    return np.concatenate([1 - x.reshape(-1, *x.shape[2:]) for x in merged])
+
+
+def longest_segment(opened):
+    """Tokens of it."""
+    ends = np.flatnonzero(np.append(opened, 1))
+    return np.diff(ends).max()
 
 
 def poisoned_cache(config, settings, pages, dtype=jnp.float32):
@@ -357,21 +358,22 @@ def sequences_that_come_and_go_get_the_logits_of_the_whole_sequence_test(
     tokens, ratios = random_tokens(), []
     for threshold in (NEVER,) if settings is None else (NEVER, HALF, MOSTLY, ALWAYS):
         expected = evaluate_all(params, config, settings, tokens, threshold)
-        _, by_slots, lengths = decode_slots(params, config, settings, tokens, threshold)
+        opened = opened_by_row(expected, config)
         # Room for two dense sequences, so that the later two need the pages of the first.
         cache = poisoned_cache(config, settings, 2 * config.kv_rows * -(-T // 8))
         cache, logits = decode_paged(params, config, settings, schedule(tokens), threshold, cache)
         assert not cache.failed.any()
-        logits, expected, by_slots = (np.asarray(x) for x in (logits, expected, by_slots))
+        logits, expected = np.asarray(logits), np.asarray(expected.logits)
         for row, (slot, start, count) in enumerate(STAYS):
             mine = logits[start : start + count, slot]
             np.testing.assert_allclose(mine, expected[row, :count], atol=TOLERANCE, rtol=0)
-            np.testing.assert_allclose(mine, by_slots[row, :count], atol=TOLERANCE, rtol=0)
         for row in (2, 3):  # those that stayed
             slot, _, count = STAYS[row]
-            np.testing.assert_array_equal(cache.lengths[slot], lengths[row, count - 1])
+            np.testing.assert_array_equal(cache.lengths[slot], opened[:, row, :count].sum(axis=-1))
             assert cache.position[slot] == count
-        ratios.append(config.kv_rows * T / float(lengths[:, -1].sum(axis=-1).mean()))
+        ratios.append(opened.size / opened.sum())
+        if threshold == MOSTLY:  # the ring of the open segment must have gone round
+            assert max(map(longest_segment, opened.reshape(-1, T))) > 12
     if settings is None:
         assert ratios == [1]
     else:
@@ -382,7 +384,7 @@ def sequences_that_come_and_go_get_the_logits_of_the_whole_sequence_test(
 def the_comparison_would_notice_another_threshold_or_window_test(tiny_model):
     params, config = tiny_model
     logits = [
-        evaluate_all(params, config, DMCSettings(window=w, offset=0.0), random_tokens(), t)
+        evaluate_all(params, config, DMCSettings(window=w, offset=0.0), random_tokens(), t).logits
         for w, t in ((12, HALF), (12, MOSTLY), (11, MOSTLY))
     ]
     assert jnp.abs(logits[0] - logits[1]).max() > 1000 * TOLERANCE

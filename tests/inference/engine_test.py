@@ -1,6 +1,7 @@
 """What a sequence gets depends neither on who shares the engine nor on how often it waits."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -15,6 +16,8 @@ from dmc_jax.inference import engine as engine_module
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.generate import generate
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.inference.scheduler import Scheduler
+from dmc_jax.inference.snapshot import load_snapshot
 from dmc_jax.interop import native
 from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
@@ -106,11 +109,11 @@ def alone(roomy):
 @pytest.fixture
 def departures(monkeypatch):
     """Ids of sequences that had to give up their pages, as it happens."""
-    ids, requeue = [], Engine._requeue
+    ids, requeue = [], Scheduler._requeue
     monkeypatch.setattr(
-        Engine,
+        Scheduler,
         "_requeue",
-        lambda engine, request: (ids.append(request.id), requeue(engine, request)),
+        lambda scheduler, request: (ids.append(request.id), requeue(scheduler, request)),
     )
     return ids
 
@@ -167,26 +170,27 @@ def a_sequence_that_gave_up_its_pages_goes_on_as_if_nothing_was_test(tiny_model,
     assert engine.free_pages == TINY and not engine.unfinished
 
 
-def random_requests_with_cancels_get_what_they_would_get_alone_test(tiny_model, alone, departures):
+def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
+    tiny_model, alone, departures
+):
     rng = np.random.default_rng(5)
-    prompts, params = some_prompts(60, seed=1, longest=10), some_params(60, seed=2, longest=20)
+    prompts, params = some_prompts(200, seed=1, longest=10), some_params(200, seed=2, longest=20)
     engine = build_engine(tiny_model, pages=TINY)
     compiled = batch_module.next_tokens._cache_size()
-    ids, results, texts, cancelled = [], {}, {}, set()
+    ids, results, texts = [], {}, {}
     while len(results) < len(prompts):
         for _ in range(rng.integers(0, 3)):
             if len(ids) < len(prompts):
                 ids.append(engine.submit(prompts[len(ids)], params[len(ids)]))
         if rng.random() < 0.08 and engine.unfinished:
-            cancelled.add(int(rng.choice(engine.unfinished)))
-            engine.cancel(max(cancelled))
+            engine.cancel(int(rng.choice(engine.unfinished)))
         for event in engine.step():
             texts[event.sequence] = texts.get(event.sequence, "") + event.text
             if event.finish_reason:
                 results[event.sequence] = event.result
         assert len(engine.running) <= SLOTS and engine.unfinished == sorted(engine.unfinished)
-    assert len(departures) > 5
-    assert sum(results[one].finish_reason == "cancelled" for one in ids) > 2
+    assert len(departures) > 20
+    assert sum(results[one].finish_reason == "cancelled" for one in ids) > 10
     for one, expected in zip(ids, alone(prompts, params), strict=True):
         assert texts[one] == results[one].text
         if results[one].finish_reason == "cancelled":
@@ -430,3 +434,109 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         Engine.from_checkpoint("run", policy="none")
     with pytest.raises(UserError, match="other is not the tokenizer that run was trained with"):
         Engine.from_checkpoint("run", tokenizer="other")
+
+
+# ---- snapshots --------------------------------------------------------------------------------
+
+
+def run_until(engine, sequence, tokens):
+    """Steps until a sequence has some new tokens."""
+    said = 0
+    while said < tokens:
+        said += sum(len(event.tokens) for event in engine.step() if event.sequence == sequence)
+
+
+def long_enough(engine, prompt, **changes):
+    """The first seed with which a sequence does not end soon, and what it says then."""
+    for seed in range(100):
+        params = SamplingParams(30, seed=seed, **changes)
+        result = engine.generate([prompt], params)[0]
+        if result.new_tokens > 20:
+            return params, what_was_said(result)
+    raise AssertionError("no sequence is long enough")
+
+
+def results_of(engine, *sequences):
+    left, results = set(sequences), {}
+    while left - set(results):
+        for event in engine.step():
+            if event.finish_reason:
+                results[event.sequence] = event.result
+    return [what_was_said(results[one]) for one in sequences]
+
+
+@pytest.mark.parametrize(
+    ("window", "threshold", "dtype"),
+    [(12, HALF, "float32"), (None, HALF, "bfloat16"), (12, None, "float32")],
+)
+def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
+    tiny_model, tmp_path, window, threshold, dtype
+):
+    settings = None if threshold is None else DMCSettings(offset=0.0, window=window)
+    options = {"settings": settings, "threshold": threshold or HALF, "dtype": dtype}
+    make = functools.partial(build_engine, tiny_model, pages=10_000, **options)
+    engine, [first, other] = make(), some_prompts(2, seed=3)
+    params, expected = long_enough(engine, first, stop=("HH",))
+    # Among others, and with a stop string that may have begun.
+    engine.submit(other, greedy(30))
+    sequence = engine.submit(first, params)
+    run_until(engine, sequence, 11)
+    engine.snapshot(sequence).save(tmp_path / "sequence.npz")
+    read = batch_module.read_prompt
+    try:
+        batch_module.read_prompt = None  # what follows must not read a prompt again
+        fork = engine.fork(sequence)
+        assert results_of(engine, sequence, fork) == [expected, expected]
+        elsewhere = make()
+        free = elsewhere.free_pages
+        restored = elsewhere.resume(load_snapshot(tmp_path / "sequence.npz"))
+        assert results_of(elsewhere, restored) == [expected]
+    finally:
+        batch_module.read_prompt = read
+    assert elsewhere.free_pages == free
+
+
+def a_fork_may_go_on_in_another_way_and_harms_nobody_test(roomy):
+    [prompt] = some_prompts(1, seed=3)
+    params, expected = long_enough(roomy, prompt)
+    sequence = roomy.submit(prompt, params)
+    run_until(roomy, sequence, 5)
+    seeds = (106, 107, 108)
+    others = [roomy.fork(sequence, dataclasses.replace(params, seed=seed)) for seed in seeds]
+    first, *rest = results_of(roomy, sequence, *others)
+    assert first == expected
+    assert len({first[0], *(tokens for tokens, *_ in rest)}) == 4
+    assert all(tokens[:5] == first[0][:5] for tokens, *_ in rest)
+
+
+def a_snapshot_of_a_sequence_that_waits_is_read_again_test(tiny_model, alone, departures):
+    prompts, params = some_prompts(6, seed=4, longest=10), [greedy(20)] * 6
+    engine = build_engine(tiny_model, pages=TINY)
+    ids = [engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
+    while not departures:
+        engine.step()
+    copies = [engine.fork(one) for one in engine.unfinished]
+    of = dict(zip(copies, engine.unfinished, strict=False))
+    expected = list(map(what_was_said, alone(prompts, params)))
+    assert results_of(engine, *copies) == [expected[ids.index(of[one])] for one in copies]
+    assert engine.free_pages == TINY
+
+
+def a_snapshot_is_refused_where_it_cannot_go_on_test(tiny_model, roomy, tmp_path):
+    sequence = roomy.submit([1, 5, 6], greedy(8))
+    run_until(roomy, sequence, 4)
+    snapshot = roomy.snapshot(sequence)
+    with pytest.raises(UserError, match="page_size is 8, this engine's is 16"):
+        build_engine(tiny_model, page_size=16).resume(snapshot)
+    with pytest.raises(UserError, match="4 new tokens cannot be resumed"):
+        roomy.resume(snapshot, greedy(4))
+    roomy.cancel(sequence)
+    roomy.step()
+    with pytest.raises(UserError, match="ended or never was"):
+        roomy.snapshot(sequence)
+    for content in (b"", b"no archive"):
+        (tmp_path / "broken").write_bytes(content)
+        with pytest.raises(UserError, match="broken is not a snapshot"):
+            load_snapshot(tmp_path / "broken")
+    with pytest.raises(UserError, match="absent is not a snapshot"):
+        load_snapshot(tmp_path / "absent")

@@ -1,0 +1,90 @@
+"""A model of any size with random weights that compresses as much as asked, for speed alone.
+
+What decoding costs depends on the lengths of the rows, not on what the model says. So where no
+trained model of a size is at hand, a random one stands in: the threshold on its merge logits is set
+so that it measures the ratio asked for on random tokens. Its decisions then are those of the model,
+made in its layers as ever, and its heads differ as random projections do; `row_ratios` says how
+much.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.model import modes
+from dmc_jax.model.llama import Llama, init_params
+
+# Merge logits of a random model are symmetric around minus the offset: any ratio can be set.
+SETTINGS = DMCSettings(window=12, offset=0.0)
+_SAMPLE = (4, 512)  # sequences and tokens that the ratio is set on
+
+
+class NoText:
+    """A tokenizer for prompts that are ids; no token ends a sequence."""
+
+    bos_id, eos_id, pad_id = 0, -1, 0
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """Refuses: prompts are ids."""
+        raise NotImplementedError("prompts are token ids here")
+
+    def decode(self, ids) -> str:
+        """Nothing."""
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+    """Weights, and the threshold of every ratio."""
+
+    config: ModelConfig
+    params: Any
+    thresholds: dict[float, float]  # by the ratio asked for; 1 never merges
+    row_ratios: dict[float, tuple[float, float, float]]  # least, mean and greatest over the rows
+
+
+def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
+    """Ids, uniform over the vocabulary."""
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
+
+
+def make(config: ModelConfig, ratios: tuple[float, ...]) -> RandomModel:
+    """Draw weights and set a threshold for each ratio by bisection."""
+    params = init_params(config, jax.random.key(0))
+    thresholds, row_ratios = {1: np.inf}, {}
+    for ratio in ratios:
+        low, high = -10.0, 10.0  # merges nearly all, merges nearly nothing
+        for _ in range(12):
+            middle = (low + high) / 2
+            rows = slots_per_token(params, config, middle)
+            low, high = (middle, high) if rows.mean() < 1 / ratio else (low, middle)
+        thresholds[ratio] = middle
+        row_ratios[ratio] = tuple(
+            round(float(1 / x), 2) for x in (rows.max(), rows.mean(), rows.min())
+        )
+    return RandomModel(config, params, thresholds, row_ratios)
+
+
+def slots_per_token(params: Any, config: ModelConfig, threshold: float) -> np.ndarray:
+    """Of every row, on random tokens."""
+    records = _records(params, config, threshold)
+    return np.concatenate(
+        [1 - np.asarray(record.merged).mean(axis=(1, 2)).reshape(-1) for record in records]
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _records(params, config, threshold):
+    positions = jnp.broadcast_to(jnp.arange(_SAMPLE[1]), _SAMPLE)
+    attend = modes.compressed(config, SETTINGS, positions, threshold=threshold, block=256)
+    tokens = random_tokens(config, *_SAMPLE)
+    return Llama(config).apply({"params": params}, tokens, attend=attend).records

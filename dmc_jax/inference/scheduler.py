@@ -1,0 +1,218 @@
+"""Who is in the cache, who waits for a place in it, and what a step does for them.
+
+Pages are promised to nobody: a sequence is admitted if what its prompt should take, at the
+compression measured so far, is free, and when a step could run out of pages the youngest sequence
+gives its own back and waits to be read again. Since each token depends on its sequence alone (for a
+drawn one, on seed and index), it then goes on as before.
+"""
+
+import collections
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.data.tokenizer import Tokenizer
+from dmc_jax.inference import batch as batch_module
+from dmc_jax.inference.batch import Tally
+from dmc_jax.inference.requests import Event, Request, finish, take_token
+from dmc_jax.inference.snapshot import CachedRows, copy_out
+from dmc_jax.model.llama import unstack_layers
+
+
+class Scheduler:
+    """Requests over one `PagedCache`."""
+
+    def __init__(
+        self,
+        params: Any,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        settings: DMCSettings | None,
+        threshold: float,
+        dtype: str,
+        slots: int,
+        page_size: int,
+        **pool: int | None,
+    ):
+        """Allocates the cache.
+
+        Args:
+            params: of the model.
+            config: its sizes.
+            tokenizer: of the texts; its EOS ends a sequence.
+            settings: DMC settings; None: a dense model.
+            threshold: of hard decisions.
+            dtype: of the forward pass, keys and values.
+            slots: sequences that run at a time.
+            page_size: slots per page.
+            pool: `pages`, `kv_bytes` and `max_length`, as in `batch.init`.
+
+        Raises:
+            UserError: as in `batch.init`.
+        """
+        self._params = unstack_layers(params, config, jnp.dtype(dtype))
+        self._config, self._tokenizer, self._page_size = config, tokenizer, page_size
+        self._options = {"settings": settings, "threshold": threshold, "dtype": dtype}
+        self._empty_batch = functools.partial(
+            batch_module.init,
+            config,
+            settings,
+            slots=slots,
+            page_size=page_size,
+            dtype=dtype,
+            **pool,
+        )
+        self._queue: collections.deque[Request] = collections.deque()  # by age
+        self._slots: list[Request | None] = [None] * slots
+        self._events: list[Event] = []  # that the next step reports
+        self._reset()
+
+    def enqueue(self, requests: list[Request]) -> None:
+        """Let requests wait for a place; their ids are higher than all before."""
+        self._queue.extend(requests)
+
+    def running(self) -> list[Request]:
+        """Those in the cache, oldest first."""
+        return sorted(filter(None, self._slots), key=lambda request: request.id)
+
+    def unfinished(self) -> list[Request]:
+        """Those that run or wait, oldest first."""
+        # Who runs is older than whoever waits: the queue is served in order, and the youngest
+        # goes back to its head.
+        return [*self.running(), *self._queue]
+
+    def tally(self) -> Tally:
+        """What the cache holds, in NumPy; the slots of those who left are empty then."""
+        if self._counts is None or self._leaving.any():
+            self._batch, counts = batch_module.release(self._batch, self._leaving)
+            self._leaving = np.zeros_like(self._leaving)
+            self._counts = jax.device_get(counts)
+        return self._counts
+
+    def rows(self, request: Request) -> CachedRows | None:
+        """A copy of what a request has in the cache, or will put there; None: it is to be read."""
+        if request.slot is None:
+            return request.rows
+        return copy_out(self._batch.cache, request.slot)
+
+    def end(self, request: Request, reason: str) -> None:
+        """End a request; the next step reports it."""
+        self._leave(request)
+        self._events.append(finish(request, reason, self._tokenizer))
+
+    def step(self) -> list[Event]:
+        """Admit what fits, and give every running sequence its next token.
+
+        After an interruption (Ctrl-C) it can go on: what ran is read again.
+
+        Returns:
+            What happened since the last step, in order.
+        """
+        try:
+            self._admit()
+            self._make_room()
+            if self.running():
+                self._decode()
+        except BaseException:
+            # The cache was perhaps given up and not replaced.
+            self._reset()
+            raise
+        events, self._events = self._events, []
+        return events
+
+    # ---- who is in the cache ------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        for request in reversed(self.running()):
+            self._requeue(request)
+        self._slots = [None] * len(self._slots)
+        self._leaving = np.zeros(len(self._slots), bool)  # slots that are to be emptied
+        self._counts: Tally | None = None  # None: the cache has changed since
+        self._batch = self._empty_batch()
+
+    def _leave(self, request: Request) -> None:
+        if request.slot is not None:
+            # Emptied when the engine next counts: ending a sequence never waits for the device.
+            self._slots[request.slot], self._leaving[request.slot] = None, True
+            request.slot = None
+        elif request in self._queue:
+            self._queue.remove(request)
+
+    def _requeue(self, request: Request) -> None:
+        self._leave(request)
+        self._queue.appendleft(request)
+
+    def _may_take(self) -> int:  # pages, in the next step
+        return int(sum(self.tally().may_take[request.slot] for request in self.running()))
+
+    # ---- one step -----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self._queue and None in self._slots and self._fits(self._queue[0]):
+            self._join(self._queue[0], self._slots.index(None))
+
+    def _fits(self, request: Request) -> bool:
+        if not self.running():
+            return True  # nobody can give it more than all
+        counts = self.tally()
+        slots_per_token = counts.slots.sum() / counts.position.sum()
+        tokens = len(request.prompt) + len(request.tokens)
+        # Every row begins a page that it does not fill.
+        expected = tokens * slots_per_token / self._page_size + self._config.kv_rows
+        return max(expected, request.pages_wanted) + self._may_take() <= counts.free
+
+    def _join(self, request: Request, slot: int) -> None:
+        free = int(self.tally().free)
+        self._queue.popleft()
+        self._slots[slot], request.slot = request, slot
+        self._counts, token = None, None
+        if request.rows is not None:
+            self._batch = batch_module.put_back(self._config, self._batch, request)
+        else:
+            self._batch, token = batch_module.read_prompt(
+                self._params, self._config, self._batch, request, **self._options
+            )
+        if not self.tally().failed[slot]:
+            request.rows = None
+            if token is not None:
+                self._take(request, int(token))
+        elif len(self.running()) == 1:
+            self.end(request, "pages")
+        else:
+            request.pages_wanted = free + 1
+            self._requeue(request)
+
+    def _make_room(self) -> None:
+        """Send the youngest away until the next step cannot run out of pages."""
+        while len(running := self.running()) > 1 and self._may_take() > self.tally().free:
+            youngest = running[-1]
+            counts, slot = self.tally(), youngest.slot
+            # With fewer it would be sent away again at once.
+            youngest.pages_wanted = int(counts.pages[slot] + counts.may_take[slot])
+            self._requeue(youngest)
+
+    def _decode(self) -> None:
+        self.tally()  # which empties the slots of those who left
+        columns = batch_module.columns(self._slots)
+        self._batch, chosen, counts = batch_module.next_tokens(
+            self._params, self._config, self._batch, *columns, **self._options
+        )
+        chosen, self._counts = jax.device_get((chosen, counts))
+        for request in self.running():
+            if self._counts.failed[request.slot]:
+                # There was room for all but a single sequence, which has the whole pool.
+                self.end(request, "pages")
+            else:
+                self._take(request, int(chosen[request.slot]))
+
+    def _take(self, request: Request, token: int) -> None:
+        request.usage = batch_module.usage(self._batch.cache, self._counts, request.slot)
+        self._events.append(take_token(request, token, self._tokenizer))
+        if self._events[-1].finish_reason:
+            self._leave(request)
