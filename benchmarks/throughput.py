@@ -62,7 +62,9 @@ def serve(model: RandomModel, ratio: float, kv_bytes: int, requests: int) -> dic
         max_length=PROMPT + NEW,
     )
     prompts = random_model.random_tokens(model.config, requests, PROMPT, seed=2).tolist()
-    engine.generate(prompts[:1], SamplingParams(2, temperature=0.0))  # compiles
+    for extra in (0, 20, 120, NEW - 2):  # compiles, also what reads a sequence again
+        again = [*prompts[0], *prompts[0][:extra]]
+        engine.generate([again], SamplingParams(2, temperature=0.0))
     for prompt in prompts:
         engine.submit(prompt, SamplingParams(NEW, temperature=0.0))
     running, ratios, start = [], [], time.perf_counter()

@@ -42,8 +42,9 @@ from dmc_jax.inference.cache import (
 from dmc_jax.inference.paged import attend_pages
 from dmc_jax.model.llama import Attend, forward
 
-# Chunks are padded to powers of two from here up, so that few lengths ever compile.
-_SMALLEST_BUCKET = 16
+# Chunks are padded to 32, 128 or 512 tokens, and so on: a program for each takes seconds to compile.
+_SMALLEST_BUCKET, _BUCKET_STEP = 32, 4
+_SMALLEST_CHUNK = 16
 
 
 def prefill(
@@ -60,8 +61,8 @@ def prefill(
 ) -> tuple[PagedCache, Float[Array, "B V"]]:
     """Read prompts of any lengths, each into a slot of the cache.
 
-    Compiles once for every power of two, from 16 to `chunk`, that a chunk's tokens are padded to,
-    and every power of two that B is. A prompt continues what its slot holds: free it for a new one.
+    Compiles once for each of 32, 128, 512, ... (not above `chunk`) that a chunk's tokens are padded
+    to, and every power of two that B is. A prompt continues what its slot holds: free it for a new one.
 
     Args:
         params: of the model.
@@ -91,7 +92,7 @@ def prefill(
     logits = jnp.zeros((B, config.vocab_size))
     for start in range(0, lengths.max(), chunk):
         counts = np.clip(lengths - start, 0, chunk)
-        tokens = np.zeros((B, max(_SMALLEST_BUCKET, _power_of_two(counts.max()))), np.int32)
+        tokens = np.zeros((B, min(chunk, _bucket(counts.max()))), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             part = prompt[start : start + chunk]
             row[: len(part)] = part
@@ -371,6 +372,13 @@ def _store(
 # ---- what comes in ----------------------------------------------------------------------------
 
 
+def _bucket(tokens: int) -> int:
+    size = _SMALLEST_BUCKET
+    while size < tokens:
+        size *= _BUCKET_STEP
+    return size
+
+
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is not below `n` >= 1."""
     return 1 << (int(n) - 1).bit_length()
@@ -386,7 +394,7 @@ def _check(cache, prompts, sequences, chunk) -> None:
         raise UserError(
             f"prefill: expected different slots from 0 to {slots - 1}, got {list(sequences)}"
         )
-    if chunk < _SMALLEST_BUCKET or chunk & (chunk - 1):
+    if chunk < _SMALLEST_CHUNK or chunk & (chunk - 1):
         raise UserError(
-            f"prefill: chunk must be a power of two, {_SMALLEST_BUCKET} or more, got {chunk}"
+            f"prefill: chunk must be a power of two, {_SMALLEST_CHUNK} or more, got {chunk}"
         )

@@ -9,12 +9,12 @@ from dmc_jax.core.dmc import DECISION_CHANNEL
 from dmc_jax.model.llama import init_params
 
 
-def build(kv_heads=2, layers=2):
+def build(kv_heads=2, layers=2, heads=4):
     config = ModelConfig(
         vocab_size=50,
         width=32,
         layers=layers,
-        heads=4,
+        heads=heads,
         kv_heads=kv_heads,
         head_dim=16,
         mlp_width=48,

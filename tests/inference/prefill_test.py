@@ -228,6 +228,64 @@ def long_prompts_of_different_lengths_then_decoding_give_the_evaluated_logits_te
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
+def slots_per_token(params, config, settings, tokens, threshold):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    attend = modes.compressed(config, settings, positions, threshold=threshold)
+    records = Llama(config).apply({"params": params}, tokens, attend=attend).records
+    return 1 - jnp.mean(jnp.stack([record.merged.mean() for record in records]))
+
+
+def threshold_for(ratio, *model_and_tokens):
+    low, high = -4.0, 4.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        few = slots_per_token(*model_and_tokens, middle) < 1 / ratio
+        low, high = (middle, high) if few else (low, middle)
+    return middle
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 1), (8, 1)])
+def prefill_then_decoding_is_full_evaluation_at_every_ratio_and_grouping_test(
+    build_model, heads, kv_heads
+):
+    """Two sequences split at random, and then two others in the pages that they leave."""
+    params, config = build_model(kv_heads, heads=heads)
+    settings, rng = DMCSettings(window=5, offset=0.0), np.random.default_rng(heads * kv_heads)
+    cache = poisoned_cache(config, settings, pages=2 * config.kv_rows * 5, slots=2)
+    for ratio in (1, 2, 4, 8):
+        tokens = rng.integers(0, 50, (2, T)).astype(np.int32)
+        of_model = params, config, settings
+        threshold = threshold_for(ratio, *of_model, tokens) if ratio > 1 else THRESHOLDS["never"]
+        expected = np.asarray(evaluate_all(*of_model, tokens, threshold))
+        splits = [(*rng.integers(0, 14, 2), bool(rng.integers(2))) for _ in range(2)]
+        cache, logits, at = read_in_chunks(*of_model, cache, tokens, splits, threshold)
+        cache, after = decode_rest(*of_model, cache, tokens, jnp.asarray(at), threshold)
+        assert not cache.failed.any() and (cache.position == T).all()
+        for row in (0, 1):
+            logits[row, at[row] :] = np.asarray(after)[row, at[row] :]
+        np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
+        measured = 2 * T * config.kv_rows / float(cache.lengths.sum())
+        assert measured == pytest.approx(ratio, rel=0.15)
+        if ratio == 8:  # some segment is longer than the window
+            assert (cache.lengths.min(axis=1) < T / 5).any()
+        cache = cache_module.free(cache, np.full(2, True))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def decode_rest(params, config, settings, cache, tokens, at, threshold):
+    """Both rows, one token at a time, from where they are to their ends; logits [B, T, V]."""
+
+    def step(cache, now):
+        t, column = now
+        return paged.decode_step(
+            params, config, cache, column, t >= at, settings=settings, threshold=threshold
+        )
+
+    cache, logits = jax.lax.scan(step, cache, (jnp.arange(T), tokens.T))
+    return cache, logits.swapaxes(0, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def decode(params, config, settings, cache, tokens, threshold):
     active = np.array([True, False, True, True])
     return paged.decode_step(

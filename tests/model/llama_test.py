@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
 from dmc_jax.model import modes
-from dmc_jax.model.llama import Llama, count_parameters, init_params, layer_runs
+from dmc_jax.model.llama import (
+    Llama,
+    count_parameters,
+    forward,
+    init_params,
+    layer_runs,
+    unstack_layers,
+)
 from dmc_jax.model.presets import PRESETS
 
 SMALL = ModelConfig(
@@ -226,3 +234,55 @@ def bfloat16_compute_keeps_float32_logits_and_parameters_test():
 def impossible_sizes_are_refused_test(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def unstacked_layers_give_the_same_logits_and_records_test(tied):
+    config = dataclasses.replace(SMALL, tied_embeddings=tied)
+    params = small_params(config)
+    unstacked = unstack_layers(params, config, jnp.float32)
+    assert jax.tree.map(jnp.shape, unstack_layers(unstacked, config, jnp.float32)) == jax.tree.map(
+        jnp.shape, unstacked
+    )
+    attend = modes.compressed(config, DMCSettings(offset=0.0), POSITIONS)
+    both = [
+        jax.jit(lambda p: forward(p, config, TOKENS, dtype="float32", attend=attend))(p)
+        for p in (params, unstacked)
+    ]
+    np.testing.assert_allclose(both[0].logits, both[1].logits, atol=1e-5, rtol=0)
+    merged = [
+        np.concatenate([np.moveaxis(r.merged, -1, 0).ravel() for r in records])
+        for records in (
+            [
+                jax.tree.map(operator.itemgetter(layer), run)
+                for run in both[0].records
+                for layer in range(len(run.merged))
+            ],
+            both[1].records,
+        )
+    ]
+    np.testing.assert_array_equal(*merged)
+    assert len(both[1].records) == config.layers
+
+
+def unstacked_matrices_are_narrowed_as_the_forward_pass_would_and_norms_are_not_test():
+    params = small_params()
+    narrow = unstack_layers(params, SMALL, jnp.bfloat16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(narrow):
+        expected = jnp.float32 if path[-1].key == "scale" else jnp.bfloat16
+        assert leaf.dtype == expected, path
+    attend = modes.dense(SMALL, POSITIONS)
+    wide, narrow = (
+        forward(p, SMALL, TOKENS, dtype="bfloat16", attend=attend).logits for p in (params, narrow)
+    )
+    np.testing.assert_allclose(wide, narrow, atol=5e-3, rtol=0)
+    assert np.abs(np.asarray(wide)).max() > 0.1
+
+
+def logits_of_one_token_a_sequence_are_those_of_all_test():
+    attend, params = modes.dense(SMALL, POSITIONS), small_params()
+    inputs = {"dtype": "float32", "attend": attend}
+    everything = forward(params, SMALL, TOKENS, **inputs).logits
+    some = forward(params, SMALL, TOKENS, only=jnp.array([4, 8]), **inputs).logits
+    assert some.shape == (2, 1, SMALL.vocab_size)
+    np.testing.assert_allclose(some[:, 0], everything[jnp.arange(2), [4, 8]], atol=1e-6, rtol=0)
