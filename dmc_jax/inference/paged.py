@@ -25,7 +25,8 @@ from dmc_jax.inference.cache import (
     take_rows,
 )
 from dmc_jax.model.llama import Attend, forward
-from pallas_kernels.decode_attention.api import decode_attention
+from pallas_kernels.decode_attention.api import decode_attention, plan_decode_attention
+from pallas_kernels.plan import Plan
 
 # Queries and slots per block of the attention of many tokens.
 _QUERY_BLOCK = 128
@@ -39,6 +40,7 @@ def attend_cached(
     threshold: float | Array,
     active: Bool[Array, " slots"],
     implementation: str | None = None,
+    plans: dict[int, Plan | None] | None = None,
 ) -> Attend:
     """An attention function whose state is the `PagedCache`; one token per slot, T = 1.
 
@@ -51,6 +53,7 @@ def attend_cached(
         threshold: of hard decisions.
         active: sequences that read a token; the output of the others is zero.
         implementation: of `decode_attention`; None: the fastest here.
+        plans: of `plan_step`; None: every layer makes its own.
     """
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     offsets = first_rows(config)
@@ -86,10 +89,46 @@ def attend_cached(
             lengths.reshape(-1),
             scale=H**-0.5,
             implementation=implementation,
+            plan=None if plans is None else jax.tree.map(lambda x: x[layer], plans[K]),
         )
         return out.reshape(slots, 1, N, H), cache, None
 
     return attend
+
+
+def plan_step(
+    config: ModelConfig,
+    cache: PagedCache,
+    active: Bool[Array, " slots"],
+    implementation: str | None = None,
+) -> dict[int, Plan | None]:
+    """Splits the attention of all layers of a step, before the first of them.
+
+    A row takes one slot more or none in the step; the plan counts it in.
+
+    Args:
+        config: gives the layout of the rows.
+        cache: as the step finds it.
+        active: sequences that read a token.
+        implementation: of `decode_attention`.
+
+    Returns:
+        For each number K of KV heads that some layer has, plans with a leading axis of layers.
+    """
+    slots, R, maxp = cache.page_table.shape
+    lengths = jnp.where((active & ~cache.failed)[:, None], cache.lengths + 1, 0)
+
+    def plans_of(K):
+        # Of a layer with other heads this reads other rows than its own; nobody uses that plan.
+        rows = jnp.minimum(first_rows(config)[:, None] + jnp.arange(K), R - 1)  # [L, K]
+        return plan_decode_attention(
+            lengths[:, rows].swapaxes(0, 1).reshape(-1, slots * K),
+            cache.k_pages,
+            longest=maxp * cache.k_pages.shape[1],
+            implementation=implementation,
+        )
+
+    return {K: plans_of(K) for K in set(config.kv_heads_by_layer)}
 
 
 def decode_step(
@@ -122,7 +161,11 @@ def decode_step(
         sequences that `failed` marks, which ran out of pages, and the logits of inactive ones.
     """
     attend = attend_cached(
-        config, settings, threshold=threshold, active=active, implementation=implementation
+        *(config, settings),
+        threshold=threshold,
+        active=active,
+        implementation=implementation,
+        plans=plan_step(config, cache, active, implementation),
     )
     output = forward(params, config, tokens[:, None], dtype=dtype, attend=attend, state=cache)
     cache = dataclasses.replace(output.state, position=output.state.position + active)

@@ -42,7 +42,7 @@ from dmc_jax.inference.cache import (
 from dmc_jax.inference.paged import attend_pages
 from dmc_jax.model.llama import Attend, forward
 
-# Chunks are padded to 32, 128 or 512 tokens, and so on: a program for each takes seconds to compile.
+# Chunks are padded to 32, 128, 512, ... tokens: each of these lengths takes seconds to compile.
 _SMALLEST_BUCKET, _BUCKET_STEP = 32, 4
 _SMALLEST_CHUNK = 16
 
@@ -62,7 +62,8 @@ def prefill(
     """Read prompts of any lengths, each into a slot of the cache.
 
     Compiles once for each of 32, 128, 512, ... (not above `chunk`) that a chunk's tokens are padded
-    to, and every power of two that B is. A prompt continues what its slot holds: free it for a new one.
+    to, and every power of two that B is. A prompt continues what its slot holds: free it for a new
+    one.
 
     Args:
         params: of the model.

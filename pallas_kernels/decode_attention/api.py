@@ -3,20 +3,26 @@
 A row is one KV head of one sequence (of one layer); its G query heads share its keys and values.
 Every row has its own length and its own list of pages, so a cache whose heads are compressed
 unevenly needs no padding to the longest row.
+
+An implementation is a module of this package with `decode_attention`, which takes the arguments
+after they were validated. One that needs a certain machine has `unavailable`, which says why it
+cannot run on the present one; one that splits its work by a plan has `plan_rows`.
 """
 
-from collections.abc import Callable
+import importlib
+from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention import reference, xla
+from pallas_kernels import target
+from pallas_kernels.plan import Plan
 
-# The name of an implementation and the function that takes the same arguments, already validated.
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "reference": reference.decode_attention,
-    "xla": xla.decode_attention,
-}
+IMPLEMENTATIONS = ("reference", "xla", "triton", "pallas_gpu")
+
+# What to try on a GPU, in this order; elsewhere there is but one choice.
+_ON_GPU = ("triton", "pallas_gpu", "xla")
 
 SMALLEST_PAGE = 8
 
@@ -32,6 +38,7 @@ def decode_attention(
     *,
     scale: float,
     implementation: str | None = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "R G H"]:
     """Softmax attention of G queries a row over the first `lengths[r]` slots of that row.
 
@@ -47,31 +54,109 @@ def decode_attention(
         lengths: int32, slots in use; a row of length 0 gives zeros. Values outside
             [0, maxp * page] count as the nearest one inside: under jit they cannot be refused.
         scale: factor on the dot products.
-        implementation: a name in `IMPLEMENTATIONS`; None takes the fastest for this machine. A
-            name never falls back to another.
+        implementation: a name in `IMPLEMENTATIONS`; None takes the fastest for this machine: on a
+            GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla". A name never
+            falls back to another. The machine is `target.current()`, asked while tracing.
+        plan: of `plan_decode_attention` for these rows, with lengths no less than `lengths`; None:
+            an implementation that works by a plan makes its own.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
 
     Raises:
-        ValueError: an unknown implementation, or shapes or dtypes that break the contract.
+        ValueError: an unknown implementation, a plan for other rows or for an implementation
+            without plans, or shapes or dtypes that break the contract.
+        RuntimeError: an implementation that cannot run on this machine, and why.
     """
-    attend = IMPLEMENTATIONS[_choose(implementation)]
+    name = _choose(implementation)
+    module = _module(name)
     _validate(q, k_pages, v_pages, page_table, lengths)
     capacity = page_table.shape[1] * k_pages.shape[1]
     lengths = jnp.clip(jnp.asarray(lengths), 0, capacity)
-    return attend(q, k_pages, v_pages, page_table, lengths, scale)
+    arguments = (q, k_pages, v_pages, page_table, lengths, scale)
+    if plan is None:
+        return module.decode_attention(*arguments)
+    if not hasattr(module, "plan_rows"):
+        raise ValueError(f"implementation {name!r} of decode_attention works without a plan")
+    if plan.of_row.shape != (q.shape[0] + 1,):
+        raise ValueError(
+            f"the plan must be for R = {q.shape[0]} rows as in q,"
+            f" got one with of_row of shape {tuple(plan.of_row.shape)}, which is [R + 1]"
+        )
+    return module.decode_attention(*arguments, plan)
+
+
+def plan_decode_attention(
+    lengths: Int[Array, "*layers R"],
+    k_pages: Float[Array, "P page H"],
+    *,
+    longest: int,
+    implementation: str | None = None,
+) -> Plan | None:
+    """Splits the work of `decode_attention` ahead of it, for many layers at once.
+
+    The arrays of the plan have the leading axes of `lengths`: a layer's plan is its slice.
+
+    Args:
+        lengths: int32, slots of each row. Where a step appends a slot to some rows and not to
+            others, and one plan shall serve both, count the slot in: more is no error.
+        k_pages: the pool; only its shape and dtype matter.
+        longest: slots that a row has room for, which is maxp * page: lengths count as no more.
+        implementation: as for `decode_attention`.
+
+    Returns:
+        The plan; None where the implementation works without one.
+
+    Raises:
+        ValueError, RuntimeError: as `decode_attention`.
+    """
+    module = _module(_choose(implementation))
+    if not hasattr(module, "plan_rows"):
+        return None
+
+    def plan(lengths):
+        return module.plan_rows(lengths, k_pages)
+
+    for _ in lengths.shape[:-1]:
+        plan = jax.vmap(plan)
+    return plan(jnp.clip(lengths, 0, longest))
+
+
+def unavailable(implementation: str) -> str | None:
+    """Says why an implementation cannot run on this machine; None where it can.
+
+    Args:
+        implementation: a name in `IMPLEMENTATIONS`.
+    """
+    try:
+        module = _module(implementation)
+    except ImportError as error:
+        return f"its module cannot be imported: {error}"
+    return module.unavailable() if hasattr(module, "unavailable") else None
 
 
 def _choose(implementation: str | None) -> str:
     if implementation is None:
-        return "xla"
+        if target.current().platform != "gpu":
+            return "xla"
+        return next(name for name in _ON_GPU if unavailable(name) is None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"no implementation {implementation!r} of decode_attention;"
             f" there is {', '.join(IMPLEMENTATIONS)} (or None for the fastest)"
         )
+    reason = unavailable(implementation)
+    if reason is not None:
+        raise RuntimeError(
+            f"implementation {implementation!r} of decode_attention cannot run here: {reason};"
+            " leave the choice to None, or name one that can"
+        )
     return implementation
+
+
+def _module(name: str) -> ModuleType:
+    """Imports an implementation when it is used: what one needs may be missing for others."""
+    return importlib.import_module(f"pallas_kernels.decode_attention.{name}")
 
 
 def _validate(q, k_pages, v_pages, page_table, lengths) -> None:

@@ -1,27 +1,56 @@
-"""Every implementation against the reference; the reference against numbers worked out by hand."""
+"""Every implementation against the reference; the reference against numbers worked out by hand.
+
+Without a GPU, its implementations run interpreted (see conftest), all through the same interface.
+"""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention.api import IMPLEMENTATIONS, decode_attention
+from pallas_kernels import target, tuning
+from pallas_kernels.decode_attention import api
+from pallas_kernels.decode_attention.api import (
+    IMPLEMENTATIONS,
+    decode_attention,
+    plan_decode_attention,
+)
 from pallas_kernels.decode_attention.workloads import (
     CORRECTNESS,
     Workload,
     make_inputs,
     ragged_lengths,
 )
+from pallas_kernels.plan import make_plan
+from tests.pallas_kernels.interpreted import GPU
 
 # Relative and absolute. Both sides compute in float32, so bfloat16 only rounds the result.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+PLANNED = ["triton", "pallas_gpu"]
 RAGGED = CORRECTNESS[0]
 
+# Interpreted, these take seconds; the others, too, have every G, H, dtype and kind of page.
+SLOW_WHEN_INTERPRETED = {
+    *("one_long-G4-H64-page16-float32", "one_long-G1-H32-page64-float32"),
+    *("ragged-G8-H32-page8-float32", "boundaries-G8-H64-page64-float32"),
+    *("many_short-G1-H32-page16-float32", "boundaries-G4-H32-page8-float32"),
+}
+
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# XLA takes seconds to compile an interpreted Pallas kernel, and shapes differ from test to test.
+pallas_is_slow = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "pallas_gpu" else [])
+        for name in IMPLEMENTATIONS
+    ],
+)
+without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 fast_implementation = pytest.mark.parametrize("implementation", FAST)
 
 
@@ -92,7 +121,7 @@ def scores_are_dot_products_times_the_scale_test(implementation):
     np.testing.assert_allclose(halved, out, rtol=1e-6)
 
 
-@every_implementation
+@pallas_is_slow
 def huge_scores_do_not_overflow_test(implementation):
     inputs = make_inputs(Workload("huge", (70, 3), 2, 32, 8))
     out = decode_attention(inputs.q * 1e3, *inputs[1:], scale=1e3, implementation=implementation)
@@ -102,8 +131,20 @@ def huge_scores_do_not_overflow_test(implementation):
 # ---- every implementation against the reference -------------------------------------------------
 
 
-@fast_implementation
-@pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
+@pytest.mark.parametrize(
+    "implementation, workload",
+    [
+        pytest.param(
+            *(name, workload),
+            id=f"{name}-{workload}",
+            marks=[pytest.mark.slow]
+            if name in PLANNED and str(workload) in SLOW_WHEN_INTERPRETED
+            else [],
+        )
+        for name in FAST
+        for workload in CORRECTNESS
+    ],
+)
 def output_equals_the_reference_test(implementation, workload):
     # Pages are shuffled and all that is unused is NaN: a stray read would show.
     actual = decode_attention(
@@ -115,6 +156,7 @@ def output_equals_the_reference_test(implementation, workload):
 
 
 def the_workloads_cover_the_contract_test():
+    assert {str(w) for w in CORRECTNESS} >= SLOW_WHEN_INTERPRETED
     assert {w.page for w in CORRECTNESS} >= {8, 16, 32, 64}
     assert {w.queries for w in CORRECTNESS} >= {1, 4, 8}
     assert {w.width for w in CORRECTNESS} >= {32, 64, 128}
@@ -151,7 +193,7 @@ def a_nan_in_a_live_slot_stays_in_its_row_test(implementation):
     np.testing.assert_array_equal(out[others], attend(*inputs)[others])
 
 
-@every_implementation
+@pallas_is_slow
 def permuting_the_pool_changes_nothing_test(implementation):
     inputs = inputs_of(RAGGED)
     pages = inputs.k_pages.shape[0]
@@ -162,16 +204,16 @@ def permuting_the_pool_changes_nothing_test(implementation):
     np.testing.assert_array_equal(moved, attend(*inputs))
 
 
-@every_implementation
+@pallas_is_slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def the_same_inputs_give_the_same_bits_test(implementation, dtype):
-    workload = Workload("again", ragged_lengths(40, mean=200, longest=900), 4, 64, 16, dtype)
+    workload = Workload("again", ragged_lengths(20, mean=150, longest=600), 2, 64, 16, dtype)
     attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
     first, second = (np.asarray(attend(*inputs_of(workload))).tobytes() for _ in range(2))
     assert first == second
 
 
-@every_implementation
+@pallas_is_slow
 def one_compilation_serves_every_length_test(implementation):
     traced = []
 
@@ -197,9 +239,8 @@ def lengths_beyond_the_table_count_as_full_test(implementation):
     np.testing.assert_array_equal(attend(*wild), attend(*full))
 
 
-@fast_implementation
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def temporaries_do_not_grow_with_the_pool_test(implementation, dtype):
+def temporaries_do_not_grow_with_the_pool_test(dtype):
     def temporary_bytes(pages):
         shapes = [
             jax.ShapeDtypeStruct(shape, kind)
@@ -211,16 +252,76 @@ def temporaries_do_not_grow_with_the_pool_test(implementation, dtype):
                 ((32,), "int32"),
             )
         ]
-        attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
+        attend = functools.partial(decode_attention, scale=0.125, implementation="xla")
         return jax.jit(attend).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     small, large = temporary_bytes(2_000), temporary_bytes(200_000)
     assert large <= small + 4096
 
 
-def no_name_takes_the_fastest_implementation_test():
+@without_a_gpu
+def no_name_takes_the_fastest_implementation_of_a_cpu_test():
     attend = functools.partial(decode_attention, *inputs_of(RAGGED), scale=0.125)
     np.testing.assert_array_equal(attend(), attend(implementation="xla"))
+
+
+# ---- plans made ahead ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def a_plan_made_ahead_for_longer_rows_changes_nothing_test(implementation):
+    workload = Workload("ahead", (0, 15, 16, 128, 127, 256), 2, 32, 16, longest=300)
+    inputs = inputs_of(workload)
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    plan = plan_decode_attention(
+        inputs.lengths + 1, inputs.k_pages, longest=304, implementation=implementation
+    )
+    expected = decode_attention(*inputs, scale=0.2, implementation="reference")
+    assert_close(attend(*inputs, plan=plan), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", PLANNED)
+@pytest.mark.parametrize("settings", tuning.CANDIDATES, ids=str)
+def settings_to_tune_from_change_nothing_but_rounding_test(implementation, settings):
+    module = importlib.import_module(f"pallas_kernels.decode_attention.{implementation}")
+    inputs = inputs_of(RAGGED)
+    out = module.decode_attention(*inputs, RAGGED.width**-0.5, settings=settings)
+    assert_close(out, expected_of(RAGGED))
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def layers_may_be_planned_at_once_test(implementation):
+    inputs = inputs_of(Workload("layers", (100, 3, 40), 2, 32, 16))
+    lengths = jnp.stack([inputs.lengths, inputs.lengths // 2])
+    plans = plan_decode_attention(
+        lengths, inputs.k_pages, longest=112, implementation=implementation
+    )
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    for layer in range(2):
+        now = inputs._replace(lengths=lengths[layer])
+        plan = jax.tree.map(lambda x: x[layer], plans)  # noqa: B023
+        np.testing.assert_array_equal(attend(*now, plan=plan), attend(*now))
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def a_plan_for_other_rows_is_refused_test(implementation):
+    inputs = inputs_of(Workload("other", (100, 3, 40), 2, 32, 16))
+    plan = plan_decode_attention(
+        jnp.array([100, 3], jnp.int32), inputs.k_pages, longest=112, implementation=implementation
+    )
+    with pytest.raises(ValueError, match=r"the plan must be for R = 3 rows as in q, .*\(3,\)"):
+        decode_attention(*inputs, scale=0.2, implementation=implementation, plan=plan)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def an_implementation_without_plans_makes_none_and_takes_none_test(implementation):
+    inputs = inputs_of(Workload("planless", (100, 3, 40), 2, 32, 16))
+    options = {"longest": 112, "implementation": implementation}
+    assert plan_decode_attention(inputs.lengths, inputs.k_pages, **options) is None
+    plan = make_plan(inputs.lengths, block=16, programs=2)
+    with pytest.raises(ValueError, match=f"'{implementation}' .* works without a plan"):
+        decode_attention(*inputs, scale=0.2, implementation=implementation, plan=plan)
 
 
 # ---- workloads ----------------------------------------------------------------------------------
@@ -284,7 +385,24 @@ def inputs_that_break_the_contract_are_named_test(change, message):
         decode_attention(**(inputs | change), scale=1.0)
 
 
-@pytest.mark.parametrize("name", ["triton", "pallas_gpu", "XLA", ""])
+@pytest.mark.parametrize("name", ["XLA", "pallas", ""])
 def an_unknown_implementation_is_refused_and_never_replaced_test(name):
-    with pytest.raises(ValueError, match="there is reference, xla"):
+    with pytest.raises(ValueError, match="there is reference, xla, triton, pallas_gpu"):
         decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)
+
+
+@without_a_gpu
+@pytest.mark.parametrize("name", ["triton", "pallas_gpu"])
+def a_gpu_implementation_without_a_gpu_says_what_it_lacks_test(name):
+    with pytest.raises(RuntimeError, match=f"'{name}' .* cannot run here: .*(GPU|imported)"):
+        decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)
+
+
+@without_a_gpu
+def on_a_gpu_the_best_that_can_run_is_taken_test(monkeypatch):
+    here = set(IMPLEMENTATIONS)
+    monkeypatch.setattr(target, "current", lambda: GPU)
+    monkeypatch.setattr(api, "unavailable", lambda name: None if name in here else "no")
+    for name in ("triton", "pallas_gpu", "xla"):
+        assert api._choose(None) == name
+        here.remove(name)

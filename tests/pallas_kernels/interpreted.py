@@ -1,0 +1,93 @@
+"""GPU kernels on a machine without a GPU: interpreted, one program after another.
+
+Pallas brings an interpreter along. Triton interprets every kernel of a process in which
+TRITON_INTERPRET is set; here one kernel at a time is wrapped instead, so that the same process can
+also compile it. Triton's interpreter expects torch tensors, but of what these can do it asks little
+enough for `_Tensor`.
+"""
+
+import threading
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental import pallas as pl
+
+from pallas_kernels import target
+
+# Few cores, so that programs have several items each, and items several blocks.
+GPU = target.Target(platform="gpu", kind="interpreted", cores=2, capability=90)
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "int32": "i32"}
+
+# Triton's interpreter keeps the index of the program that it is running in a global.
+_one_at_a_time = threading.Lock()
+
+
+def launch_pallas(kernel, *inputs, out, grid, num_warps, num_stages):
+    """Stands in for `pallas_gpu.launch`."""
+    return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True)(*inputs)
+
+
+def launch_triton(kernel, *inputs, out, grid, num_warps, num_stages, capability, **constants):
+    """Stands in for `triton.launch`, eagerly and under jit."""
+    # The interpreter multiplies the bits of bfloat16 matrices as if they were integers.
+    if "WIDEN" in constants:
+        constants["WIDEN"] = True
+
+    def run(*arrays):
+        return _interpret(kernel, arrays, out, grid, constants)
+
+    return jax.pure_callback(run, out, *inputs)
+
+
+def _interpret(kernel, inputs, out, grid, constants):
+    """Runs a Triton kernel on NumPy arrays; what it does not write stays NaN."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # `tl.max` and `tl.sum` are kernels themselves, and not interpreted ones; `tl.reduce` will be.
+    reductions = {
+        "max": lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max),
+        "sum": lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine),
+    }
+    arrays = [np.array(x, order="C") for x in inputs]
+    arrays += [np.full(x.shape, np.nan, x.dtype) for x in out]
+    # Unlike a GPU, NumPy warns of log2(0), which is minus infinity as it should be.
+    with _one_at_a_time, mock.patch.multiple(tl, **reductions), np.errstate(all="ignore"):
+        InterpretedFunction(kernel.fn)[grid](*map(_Tensor, arrays), **constants)
+    return tuple(arrays[len(inputs) :])
+
+
+class _Tensor:
+    """As much of a torch tensor as the interpreter asks for; all memory is the host's."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, _DTYPES[str(array.dtype)]
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def new_empty(self, size, device):
+        return _Tensor(self.array[:0])
+
+    def set_(self, storage, offset, size, stride):
+        self.array = storage.array
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.array.shape
+
+    def stride(self):
+        return self.array.strides
+
+    def copy_(self, other):
+        assert other.array is self.array

@@ -1,0 +1,146 @@
+"""A whole decoding step, lowered for a GPU on a machine that need not have one."""
+
+import importlib.util
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.inference import cache as cache_module
+from dmc_jax.inference import paged
+from dmc_jax.model.llama import init_params, unstack_layers
+from pallas_kernels import target
+from pallas_kernels.decode_attention import api
+
+PAGES, PAGE, SLOTS = 96, 16, 4
+CONFIG = ModelConfig(
+    vocab_size=50,
+    width=64,
+    layers=2,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    mlp_width=48,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    max_length=512,
+    tied_embeddings=False,
+)
+
+# Custom calls that run a kernel: of jax-triton before and since 0.4, and of Pallas.
+CALLS = {
+    "triton": r"custom_call @triton_kernel_call(?:_ffi)?\(",
+    "pallas_gpu": r"custom_call @__gpu\$xla\.gpu\.triton\(|custom_call @triton_kernel_call_ffi\(",
+}
+
+# Pallas says since jax 0.11 that its Triton lowering will go.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+
+
+def on(kind):
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    # Automatic, as without a mesh: else jax 0.12 wants to know how every array is sharded.
+    return use_abstract_mesh(
+        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    )
+
+
+def empty_cache():
+    return cache_module.init(
+        *(CONFIG, DMCSettings()),
+        slots=SLOTS,
+        pages=PAGES,
+        page_size=PAGE,
+        max_length=512,
+        dtype=jnp.bfloat16,
+    )
+
+
+def shapes_of_a_step():
+    def make():
+        params = unstack_layers(init_params(CONFIG, jax.random.key(0)), CONFIG, jnp.bfloat16)
+        return params, empty_cache(), jnp.zeros(SLOTS, jnp.int32), jnp.ones(SLOTS, bool)
+
+    return jax.eval_shape(make)
+
+
+def step_by(implementation, dtype):
+    def step(params, cache, tokens, active):
+        return paged.decode_step(
+            *(params, CONFIG, cache, tokens, active),
+            settings=DMCSettings(),
+            dtype=dtype,
+            implementation=implementation,
+        )
+
+    return step
+
+
+def lowered_step(kernels, kind):
+    shapes = shapes_of_a_step()
+    with on(kind):
+        reason = api.unavailable(kernels)
+        if reason is not None:
+            pytest.skip(f"{kernels}: {reason}")
+        step = jax.jit(step_by(kernels, "bfloat16"))
+        return step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA A100-SXM4-80GB"])
+@pytest.mark.parametrize("kernels", CALLS)
+def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kernels, kind, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or Triton 3.9 warns that 3.10 changes it
+    text = lowered_step(kernels, kind)
+    assert len(re.findall(CALLS[kernels], text)) == 2
+    assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
+    assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xbf16>" in text
+    assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xf32>" not in text, "the pool is widened"
+
+
+@pytest.mark.parametrize("implementation", CALLS)
+def a_decoding_step_gives_what_it_gives_by_xla_test(implementation):
+    rng = np.random.default_rng(0)
+    shapes, *_ = shapes_of_a_step()
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
+    cache = jax.jit(empty_cache)()
+    active = jnp.arange(SLOTS) != 3
+    by = {name: jax.jit(step_by(name, "float32")) for name in ("xla", implementation)}
+    cache, _ = by["xla"](params, cache, jnp.arange(SLOTS), active)
+    arguments = (params, cache, jnp.arange(SLOTS) + 9, active)
+    (after, logits), (expected_after, expected) = (
+        by[implementation](*arguments),
+        by["xla"](*arguments),
+    )
+    np.testing.assert_allclose(logits[active], expected[active], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(after.lengths, expected_after.lengths)
+
+
+def an_abstract_device_is_the_target_test():
+    with on("NVIDIA H200"):
+        assert target.current() == target.Target("gpu", "NVIDIA H200", 132, 90)
+    with on("NVIDIA A100-SXM4-80GB"):
+        assert target.current().capability == 80
+    assert target.current().platform == jax.default_backend()
+
+
+def an_abstract_gpu_of_unknown_capability_is_refused_test():
+    with (
+        on("NVIDIA X1"),
+        pytest.raises(ValueError, match="'NVIDIA X1' is not known; expected .*A100"),
+    ):
+        target.current()
+
+
+def what_the_gpu_lacks_is_said_test(monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    with on("NVIDIA H200"):
+        assert "jax_triton cannot be imported" in api.unavailable("triton")
+        assert api._choose(None) == "pallas_gpu"

@@ -1,0 +1,58 @@
+"""Settings: where they come from, what they mean, and how the fastest is found and kept."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pallas_kernels import tuning
+from pallas_kernels.tuning import Settings
+
+SETTINGS = Settings(block_bytes=16384, warps=4, stages=5, programs_per_core=2)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    default = {"source": "a test"} | {
+        name: dataclasses.asdict(SETTINGS) for name in ("triton", "pallas_gpu")
+    }
+    (tmp_path / "default.json").write_text(json.dumps(default))
+    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    tuning._read.cache_clear()
+    yield tmp_path
+    tuning._read.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "width, itemsize, block",
+    [(128, 2, 64), (64, 2, 128), (32, 2, 128), (128, 4, 32), (1024, 4, 16)],
+)
+def a_block_has_the_bytes_it_should_within_limits_test(width, itemsize, block):
+    assert SETTINGS.block(width, itemsize) == block
+
+
+def every_kept_file_has_settings_for_both_implementations_and_says_its_source_test():
+    files = list(tuning._FOLDER.glob("*.json"))
+    assert tuning._FOLDER / "default.json" in files
+    for file in files:
+        content = json.loads(file.read_text())
+        assert content.pop("source")
+        assert content.keys() == {"triton", "pallas_gpu"}
+        assert all(isinstance(Settings(**x), Settings) for x in content.values())
+
+
+def a_device_takes_its_own_settings_once_they_are_saved_test(empty_folder):
+    device = "NVIDIA H200 (test)"
+    assert tuning.settings_for("triton", device) == SETTINGS
+    mine = dataclasses.replace(SETTINGS, stages=7)
+    file = tuning.save(device, "measured", {"triton": mine, "pallas_gpu": SETTINGS})
+    assert file == empty_folder / "nvidia_h200_test.json"
+    assert tuning.settings_for("triton", device) == mine
+    assert tuning.settings_for("pallas_gpu", device) == SETTINGS
+    assert tuning.settings_for("triton", "another") == SETTINGS
+
+
+def the_fastest_has_the_least_product_of_times_test():
+    slow, quick, other = (dataclasses.replace(SETTINGS, stages=n) for n in (3, 5, 7))
+    times = {slow: (1e-5, 5e-3), quick: (2e-5, 1e-3), other: (4e-5, 1e-3)}
+    assert tuning.fastest(times.__getitem__, (slow, quick, other)) == quick
