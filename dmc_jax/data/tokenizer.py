@@ -1,4 +1,8 @@
-"""Text to token ids and back, on SentencePiece: own models without loss, Llama 2's as they are."""
+"""Text to token ids and back: one protocol, SentencePiece here and other formats beside it.
+
+Own SentencePiece models lose nothing, Llama 2's are used as they are; `tokenizer_formats.py` has
+`tokenizer.json` and tiktoken files.
+"""
 
 import hashlib
 import io
@@ -11,7 +15,11 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
+from dmc_jax.data.tokenizer_formats import JsonTokenizer, TiktokenTokenizer, format_of
 from dmc_jax.errors import UserError
+
+# What a tokenizer's file is called in other projects' checkpoints, the preferred name first.
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character inside its pieces
 _UNKNOWN_BYTE = "\ufffd"  # and decodes a byte that belongs to no character as this one
@@ -33,6 +41,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; control tokens stand for nothing."""
+
+    def token_bytes(self) -> Int32[np.ndarray, "V"]:
+        """Counts the UTF-8 bytes of text that each token stands for; see `token_bytes`."""
 
 
 class SentencePieceTokenizer:
@@ -72,6 +83,21 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; control tokens stand for nothing."""
         return self.processor.decode([int(token) for token in ids])
+
+    def token_bytes(self) -> Int32[np.ndarray, "V"]:
+        """UTF-8 bytes of text by id."""
+        processor = self.processor
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token in range(self.vocab_size):
+            if processor.is_byte(token):
+                sizes[token] = 1
+            elif not (
+                processor.is_control(token)
+                or processor.is_unknown(token)
+                or processor.is_unused(token)
+            ):
+                sizes[token] = len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
+        return sizes
 
 
 def train_sentencepiece(
@@ -121,28 +147,36 @@ def train_sentencepiece(
     Path(path).write_bytes(model.getvalue())
 
 
-def load_tokenizer(path: str | os.PathLike) -> SentencePieceTokenizer:
-    """Loads a SentencePiece model: one of `train_sentencepiece`, Llama 2's, or another.
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Loads a tokenizer, told by its contents.
 
     Args:
-        path: a SentencePiece model file (`tokenizer.model`).
+        path: a SentencePiece model (one of `train_sentencepiece`, Llama 2's `tokenizer.model`, or
+            another), a `tokenizer.json`, or a tiktoken file (Llama 3's `tokenizer.model`). The
+            latter two need the libraries tokenizers and tiktoken.
 
     Returns:
         The tokenizer. With a dummy prefix (Llama 2), decoding an encoding gives the text back;
         `token_bytes` is then approximate.
 
     Raises:
-        UserError: no such file, not a SentencePiece model, or one without BOS and EOS.
+        UserError: no such file, of no such format, one without BOS and EOS, or a library that is
+            not installed.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist: give a SentencePiece model file")
+    data = path.read_bytes()
+    kind = format_of(data)
+    if kind is not None:
+        return JsonTokenizer(path) if kind == "json" else TiktokenTokenizer(path)
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.load_from_serialized_proto(Path(path).read_bytes())
+        processor.load_from_serialized_proto(data)
     except RuntimeError:
         raise UserError(
-            f"tokenizer {path} is not a SentencePiece model: expected a file such as Llama 2's "
-            "tokenizer.model (tokenizer.json and tiktoken files are not supported)"
+            f"tokenizer {path} is not a SentencePiece model, nor a tokenizer.json or a tiktoken "
+            "file: expected a file such as Llama 2's tokenizer.model"
         ) from None
     if min(processor.bos_id(), processor.eos_id()) < 0:
         raise UserError(
@@ -150,6 +184,15 @@ def load_tokenizer(path: str | os.PathLike) -> SentencePieceTokenizer:
             "use a model trained with both"
         )
     return SentencePieceTokenizer(processor)
+
+
+def format_of_file(path: str | os.PathLike) -> str:
+    """Tells the format of a tokenizer's file: sentencepiece (also what is none), json or tiktoken.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return format_of(Path(path).read_bytes()) or "sentencepiece"
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -178,7 +221,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def token_bytes(tokenizer: SentencePieceTokenizer) -> Int32[np.ndarray, "V"]:
+def token_bytes(tokenizer: Tokenizer) -> Int32[np.ndarray, "V"]:
     """Counts the UTF-8 bytes of text that each token stands for.
 
     Summed over `encode(x)` this is `len(x.encode())`: exactly so for a model without a dummy
@@ -190,16 +233,7 @@ def token_bytes(tokenizer: SentencePieceTokenizer) -> Int32[np.ndarray, "V"]:
     Returns:
         Bytes by id: 0 for control, unknown and unused tokens, 1 for byte tokens.
     """
-    processor = tokenizer.processor
-    sizes = np.zeros(tokenizer.vocab_size, np.int32)
-    for token in range(tokenizer.vocab_size):
-        if processor.is_byte(token):
-            sizes[token] = 1
-        elif not (
-            processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token)
-        ):
-            sizes[token] = len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
-    return sizes
+    return tokenizer.token_bytes()
 
 
 def fingerprint(path: str | os.PathLike) -> str:

@@ -1,0 +1,150 @@
+"""Other people's checkpoints: `python -m dmc_jax.convert --input=PATH --output=DIR`.
+
+Reads checkpoints of Hugging Face, Meta and Megatron(-DMC) and our own, which it recognises, and
+writes one of ours (`--to=orbax`) or a Hugging Face one. DIR appears only when it is complete.
+`--verify --input=A --against=B --prompt=TEXT` compares the logits of two checkpoints instead.
+
+Exit codes: 0 done; 1 a failure such as a full disk, or logits further apart than `--tolerance`;
+2 bad input or flags; 130 interrupted.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from absl import flags, logging
+
+from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
+from dmc_jax.errors import UserError, run_door
+from dmc_jax.interop.compare import Comparison, compare, logits_of
+from dmc_jax.interop.export import write_huggingface
+from dmc_jax.interop.formats import FORMATS, check_tokenizer, describe, open_source
+from dmc_jax.interop.native import write_native
+from dmc_jax.interop.output import new_folder, progress_of
+from dmc_jax.interop.source import Source
+from dmc_jax.training.checkpoint import quiet_orbax
+
+_INPUT = flags.DEFINE_string("input", None, "Folder of the checkpoint to read.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.")
+_FROM = flags.DEFINE_enum("from", "auto", ["auto", *FORMATS], "Format of the input.")
+_TO = flags.DEFINE_enum(
+    "to",
+    None,
+    ["orbax", "huggingface"],
+    "Format to write; default: orbax, which is ours, and huggingface for a checkpoint of ours.",
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Of the weights written; default: as in the input. Training takes float32 from any of them.",
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Tokenizer file to go along, in place of the input's own."
+)
+_VERIFY = flags.DEFINE_boolean("verify", False, "Compare --input with --against; write nothing.")
+_AGAINST = flags.DEFINE_string("against", None, "With --verify: the other checkpoint.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "With --verify: text to read; may be repeated.")
+_TOLERANCE = flags.DEFINE_float(
+    "tolerance",
+    1e-4,
+    "With --verify: largest difference of two logits, in float32. The same weights stay below "
+    "1e-5; weights rounded to bfloat16 do not.",
+)
+
+
+def main() -> int:
+    """Convert or verify."""
+    logging.set_verbosity(logging.WARNING)  # saving a checkpoint is talkative
+    quiet_orbax()
+    return _verify() if _VERIFY.value else _convert()
+
+
+# ---- converting -------------------------------------------------------------------------------
+
+
+def _convert() -> int:
+    if not _OUTPUT.value:
+        raise UserError("--output is missing: name a folder to write, or give --verify")
+    _refuse("only with --verify", against=_AGAINST.value, prompt=_PROMPT.value)
+    source = _open(_INPUT.value, _FROM.value)
+    print(describe(source), flush=True)
+    to = _TO.value or ("huggingface" if source.format == "orbax" else "orbax")
+    dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
+    output = Path(_OUTPUT.value)
+    # Orbax takes the source's bytes in, a Hugging Face file is counted as it goes out.
+    read = sum(tensor.nbytes for tensor in source.tensors.values())
+    written = sum(
+        tensor.nbytes // tensor.dtype.itemsize * (dtype or tensor.dtype).itemsize
+        for tensor in source.tensors.values()
+    )
+    write, counted = (write_native, read) if to == "orbax" else (write_huggingface, written)
+    with (
+        new_folder(output, written) as folder,
+        progress_of(f"writing {output}", counted) as progress,
+    ):
+        write(source, folder, dtype, progress)
+    print(f"wrote {output} ({to}, {_DTYPE.value or 'dtypes of the input'})")
+    return 0
+
+
+def _open(path: str, form: str) -> Source:
+    """Open a checkpoint, with the tokenizer that the flag names if any."""
+    source = open_source(path, form)
+    if _TOKENIZER.value is None:
+        return source
+    source = dataclasses.replace(source, tokenizer=(Path(_TOKENIZER.value),))
+    check_tokenizer(source)
+    return source
+
+
+def _refuse(why: str, **given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UserError(f"--{name} is {why}")
+
+
+# ---- verifying --------------------------------------------------------------------------------
+
+
+def _verify() -> int:
+    if not _AGAINST.value or not _PROMPT.value:
+        raise UserError("--verify needs --against=PATH and --prompt=TEXT")
+    _refuse("not for --verify", output=_OUTPUT.value, to=_TO.value, dtype=_DTYPE.value)
+    ours, other = _open(_INPUT.value, _FROM.value), open_source(_AGAINST.value)
+    for source in (ours, other):
+        print(describe(source), flush=True)
+    if ours.config.vocab_size != other.config.vocab_size:
+        raise UserError(
+            f"{ours.path} has {ours.config.vocab_size} ids and {other.path} "
+            f"{other.config.vocab_size}: their logits cannot be compared"
+        )
+    files = ours.tokenizer or other.tokenizer
+    if not files:
+        raise UserError("neither checkpoint has a tokenizer: name one with --tokenizer=FILE")
+    tokenizer = load_tokenizer(files[0])
+    prompts = [encode_prompt(tokenizer, text) for text in _PROMPT.value]
+    found = compare(logits_of(ours, prompts), logits_of(other, prompts))
+    for text, comparison in zip(_PROMPT.value, found, strict=True):
+        print(_as_text(text, comparison))
+    largest = float(np.max([comparison.largest for comparison in found]))
+    same = largest <= _TOLERANCE.value  # not so where a logit is NaN
+    print(
+        f"\n{'same' if same else 'DIFFERENT'}: largest difference {largest:.3g}, tolerance "
+        f"{_TOLERANCE.value:g}"
+    )
+    return 0 if same else 1
+
+
+def _as_text(text: str, found: Comparison) -> str:
+    divergence = " ".join(f"{value:.2g}" for value in found.divergence)
+    return (
+        f"\n{text[:60]!r}: {len(found.divergence)} positions\n"
+        f"  logits apart      max {found.largest:.3g}, mean {found.mean:.3g}\n"
+        f"  same top token    {100 * found.agreement:.1f} %\n"
+        f"  KL by position    {divergence} nats"
+    )
+
+
+if __name__ == "__main__":
+    run_door(main)

@@ -1,0 +1,146 @@
+"""Checkpoints for Hugging Face's transformers, of dense and of DMC models.
+
+Any Llama of ours loads in `LlamaForCausalLM.from_pretrained`. A DMC model's weights do so too, but
+the merging is not in them: its export says so and carries `modeling_llama_dmc.py`, which computes
+it, for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dmc_jax.data.tokenizer import load_tokenizer
+from dmc_jax.errors import UserError
+from dmc_jax.interop.huggingface import DMC_CONFIG, dmc_config_json
+from dmc_jax.interop.huggingface_config import config_json
+from dmc_jax.interop.output import copy_tokenizer
+from dmc_jax.interop.safetensors_files import shard_names, split_into_shards, write_safetensors
+from dmc_jax.interop.source import Source, Tensor
+
+SHARD_BYTES = 5_000_000_000
+
+# Copied, never imported: it needs torch and transformers.
+_REMOTE_CODE = Path(__file__).with_name("modeling_llama_dmc.py")
+
+_WARNING = (
+    "Attention of any other implementation ignores the merging of this DMC model: it computes a "
+    "dense model that this one is not. Load it with AutoModelForCausalLM.from_pretrained(PATH, "
+    "trust_remote_code=True), or with dmc_jax."
+)
+
+
+def write_huggingface(
+    source: Source,
+    folder: Path,
+    dtype: np.dtype | None,
+    progress: Callable[[int], object],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write any checkpoint as a Hugging Face one, tensor by tensor.
+
+    Args:
+        source: what to write.
+        folder: an existing, empty folder.
+        dtype: of the file; None: as in the source.
+        progress: called with the bytes of every tensor written.
+        shard_bytes: of a weights file at most; larger models get several and an index.
+
+    Raises:
+        OSError: the disk is full.
+        UserError: the source is damaged.
+    """
+    tensors = {name: _converted(tensor, dtype) for name, tensor in source.tensors.items()}
+    written = str(tensors["model.embed_tokens.weight"].dtype)
+    tokenizer = copy_tokenizer(source.tokenizer, folder)
+    special = {"bos_token_id": None, "eos_token_id": None}
+    if tokenizer is not None:
+        special = _special_ids(folder / tokenizer)
+    config = config_json(source.config, written, source.settings, special)
+    if source.settings is not None:
+        config["dmc"] = {"warning": _WARNING} | dmc_config_json(source.settings, source.threshold)
+        _write_json(folder / DMC_CONFIG, dmc_config_json(source.settings, source.threshold))
+    if "auto_map" in config:
+        shutil.copyfile(_REMOTE_CODE, folder / _REMOTE_CODE.name)
+    _write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(model_card(source))
+
+    shards = split_into_shards(tensors, shard_bytes)
+    names = shard_names(len(shards))
+    for file, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / file, shard, progress)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {
+                name: file for file, shard in zip(names, shards, strict=True) for name in shard
+            },
+        }
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def model_card(source: Source) -> str:
+    """README.md of an export."""
+    c = source.config
+    kv_heads = c.kv_heads if isinstance(c.kv_heads, int) else "/".join(map(str, c.kv_heads))
+    lines = [
+        "---",
+        "library_name: transformers",
+        "---",
+        "",
+        f"A Llama of {c.layers} layers, width {c.width}, {c.heads} query heads and {kv_heads} KV "
+        f"heads of {c.head_dim}, written by dmc_jax.",
+        "",
+    ]
+    if source.settings is None:
+        return "\n".join(lines)
+    s = source.settings
+    window = f"a window of {s.window} tokens" if s.window else "an unlimited window"
+    return "\n".join(
+        [
+            *lines,
+            "## A model with Dynamic Memory Compression",
+            "",
+            f"**{_WARNING}**",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)',
+            "logits = model(input_ids).logits",
+            "```",
+            "",
+            "Every KV head merges a token into its newest slot where the last channel of the key, "
+            f"less {s.offset:g}, exceeds {source.threshold:g}, within {window} "
+            "(Nawrot et al. 2024, arXiv 2403.09636). The remote code computes whole sequences "
+            "without a cache: it is for evaluation. "
+            f"`{DMC_CONFIG}` holds the settings, with which dmc_jax reads this folder back as the "
+            "same DMC model.",
+            "",
+        ]
+    )
+
+
+def _converted(tensor: Tensor, dtype: np.dtype | None) -> Tensor:
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+
+    def read() -> np.ndarray:
+        return tensor.read().astype(dtype)
+
+    return dataclasses.replace(tensor, dtype=dtype, read=read)
+
+
+def _special_ids(file: Path) -> dict[str, int | None]:
+    try:
+        tokenizer = load_tokenizer(file)
+    except UserError:  # its library is not installed, for instance; it is passed on unread
+        return {"bos_token_id": None, "eos_token_id": None}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,44 @@
+"""What every foreign format is read into: a model's sizes, and its tensors not read yet.
+
+Each reader (`huggingface`, `meta`, `megatron`) opens a checkpoint as a `Source`, whose tensors have
+the names and the layout of Hugging Face's Llama. So one table leads from there to our parameters,
+and one tensor at a time has to be in memory.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, still on disk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype  # of NumPy, or of ml_dtypes
+    read: Callable[[], np.ndarray]  # gives an array of that shape and dtype, in C order
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that was recognised and checked, but for the contents of its tensors."""
+
+    format: str  # huggingface | meta | megatron | orbax
+    path: Path
+    config: ModelConfig
+    settings: DMCSettings | None  # None: a dense model
+    threshold: float  # of hard decisions; 0 for a dense model
+    tensors: dict[str, Tensor]  # by name, such as "model.layers.0.self_attn.q_proj.weight"
+    tokenizer: tuple[Path, ...]  # files to go along with the weights; the one to load comes first
+    notes: tuple[str, ...] = ()  # what the user should know, a sentence each

@@ -1,0 +1,188 @@
+"""Against transformers itself, where it and torch are installed: requirements-parity.txt.
+
+Its own models are read here, ours are read there, and the file of remote code computes what we do.
+"""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.interop.compare import logits_of
+from dmc_jax.interop.export import write_huggingface
+from dmc_jax.interop.formats import open_source
+from tests.interop.checkpoint_files import (
+    assert_same_bits,
+    read_safetensors,
+    write_checkpoint,
+)
+from tests.interop.reference_llama import Sizes, random_weights, with_decisions
+
+torch = pytest.importorskip("torch")
+with warnings.catch_warnings():  # of its own deprecated imports, which differ by version
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers")
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+    )
+
+# Whatever it says of its own future is not about this project.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOLERANCE = 1e-5  # float32 logits of about 5
+TOKENS = np.random.default_rng(3).integers(0, 40, 30)
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMAS = {
+    "every head its own": {"num_key_value_heads": 4},
+    "grouped": {"num_key_value_heads": 2, "rms_norm_eps": 1e-3},
+    "one KV head": {"num_key_value_heads": 1},
+    "scaled frequencies": {
+        "num_key_value_heads": 2,
+        "rope_theta": 500_000.0,
+        "rope_scaling": SCALING,
+    },
+    "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "wide heads": {"num_key_value_heads": 2, "head_dim": 10},
+}
+
+
+@pytest.fixture(autouse=True)
+def remote_code_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """`trust_remote_code` copies modules to a cache in the home folder by default."""
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+
+
+def computed(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS)[None]).logits[0].float().numpy()
+
+
+def ours(folder):
+    return logits_of(open_source(folder), [TOKENS.tolist()])[0]
+
+
+def exported(source, folder, **changes):
+    folder.mkdir()
+    write_huggingface(dataclasses.replace(source, **changes), folder, None, lambda _: None)
+    return folder
+
+
+def loaded(cls, folder, **options):
+    model, report = cls.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(report.values()), report
+    return model
+
+
+@pytest.mark.parametrize("change", LLAMAS.values(), ids=LLAMAS)
+def llamas_of_transformers_give_the_same_logits_here_and_go_back_test(change, tmp_path):
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, **change))
+    model.save_pretrained(tmp_path / "theirs")
+    np.testing.assert_allclose(ours(tmp_path / "theirs"), computed(model), atol=TOLERANCE, rtol=0)
+    back = exported(open_source(tmp_path / "theirs"), tmp_path / "back")
+    assert_same_bits(read_safetensors(back), read_safetensors(tmp_path / "theirs"))
+    again = loaded(LlamaForCausalLM, back)
+    np.testing.assert_array_equal(computed(again), computed(model))
+
+
+def mistral_without_a_window_gives_the_same_logits_and_goes_back_as_a_llama_test(tmp_path):
+    torch.manual_seed(2)
+    config = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)
+    model = MistralForCausalLM(config)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    np.testing.assert_allclose(ours(tmp_path / "theirs"), computed(model), atol=TOLERANCE, rtol=0)
+    back = exported(open_source(tmp_path / "theirs"), tmp_path / "back")
+    np.testing.assert_array_equal(computed(loaded(LlamaForCausalLM, back)), computed(model))
+
+
+def bfloat16_exports_are_loaded_as_bfloat16_with_every_bit_test(tmp_path):
+    weights = write_checkpoint(tmp_path / "hf")
+    back = exported(open_source(tmp_path / "hf"), tmp_path / "back")
+    model = loaded(LlamaForCausalLM, back, torch_dtype="auto")
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert tensor.view(torch.int16).numpy().tobytes() == weights[name].tobytes()
+
+
+@pytest.mark.parametrize("window", [3, None])
+@pytest.mark.parametrize("tied, kv_heads", [(True, 2), (False, 4)])
+def remote_code_computes_the_logits_of_a_dmc_model_test(window, tied, kv_heads, tmp_path):
+    sizes = Sizes(V=40, L=3, K=kv_heads, tied=tied)
+    weights = with_decisions(random_weights(sizes, np.float32), sizes)
+    write_checkpoint(tmp_path / "hf", sizes, weights, rope_scaling=SCALING)
+    settings = DMCSettings(window=window, offset=1.0, eps=0.01)
+    dense = open_source(tmp_path / "hf")
+    folder = exported(dense, tmp_path / "dmc", settings=settings, threshold=0.25)
+    expected = ours(folder)
+    model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
+    assert type(model).__name__ == "LlamaDMCForCausalLM"
+    np.testing.assert_allclose(computed(model), expected, atol=TOLERANCE, rtol=0)
+    vanilla = computed(loaded(LlamaForCausalLM, folder))
+    np.testing.assert_allclose(vanilla, ours(tmp_path / "hf"), atol=10 * TOLERANCE, rtol=0)
+    assert np.abs(vanilla - expected).max() > 0.1
+
+
+def remote_code_pads_on_the_right_and_scores_what_it_is_given_test(tmp_path):
+    sizes = Sizes(V=40)
+    write_checkpoint(
+        tmp_path / "hf", sizes, with_decisions(random_weights(sizes, np.float32), sizes)
+    )
+    folder = exported(
+        open_source(tmp_path / "hf"), tmp_path / "dmc", settings=DMCSettings(offset=1.0)
+    )
+    model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
+    tokens = torch.tensor(TOKENS)[None]
+    mask = torch.ones_like(tokens)
+    mask[:, -5:] = 0
+    with torch.no_grad():
+        padded = model(tokens, attention_mask=mask).logits[0, :-5].numpy()
+        np.testing.assert_allclose(padded, computed(model)[:-5], atol=TOLERANCE)
+        with pytest.raises(ValueError, match="pad on the right"):
+            model(tokens, attention_mask=mask.flip(1))
+        loss, logits = model(tokens, labels=tokens, return_dict=False)
+    log_likelihood = torch.log_softmax(logits[0, :-1], dim=-1)[range(29), TOKENS[1:]]
+    np.testing.assert_allclose(loss, -log_likelihood.mean(), rtol=1e-5)
+
+
+def remote_code_computes_dense_models_of_unequal_layers_test(tmp_path):
+    sizes = Sizes(V=40, L=3)
+    weights = random_weights(sizes, np.float32)
+    rng = np.random.default_rng(0)
+    for layer, kv_heads in enumerate((4, 1, 2)):
+        for name in "kv":
+            rows = rng.normal(size=(kv_heads * sizes.H, sizes.D)).astype(np.float32) / 4
+            weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = rows
+    write_checkpoint(
+        tmp_path / "hf",
+        sizes,
+        weights,
+        architectures=["DeciLMForCausalLM"],
+        num_key_value_heads_per_layer=[4, 1, 2],
+    )
+    folder = exported(open_source(tmp_path / "hf"), tmp_path / "back")
+    model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
+    np.testing.assert_allclose(computed(model), ours(folder), atol=TOLERANCE, rtol=0)
