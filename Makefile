@@ -22,6 +22,7 @@ test: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m "not slow"
 
 test-all: $(STAMP)
+	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
 	$(VENV_PYTHON) -m pytest
 
 lint: $(STAMP)

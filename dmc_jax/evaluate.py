@@ -48,6 +48,10 @@ def main() -> None:
                 "flag out or name a checkpoint of the retrofit or finetune stage"
             )
         model = dataclasses.replace(model, threshold=_THRESHOLD.value)
+    if not (_DATA.value or model.metadata["data"]):
+        raise UserError(
+            f"{model.ref.path} was converted, not trained here: name a prepared folder with --data"
+        )
     data = open_data(_DATA.value or model.data)
     length = _LENGTH.value
     if length is None:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from dmc_jax.data.corpus import (
     open_corpus,
     unit_hash,
 )
+from dmc_jax.data.folders import appears_when_complete
 from dmc_jax.data.prepared import (
     FORMAT,
     FORMAT_VERSION,
@@ -101,7 +101,7 @@ def prepare(
     if _is_prepared(output, request):
         report(f"already prepared: {output}")
         return open_data(output)
-    with _appears_when_complete(output) as folder:
+    with appears_when_complete(output) as folder:
         _fill(folder, corpus, request, tokenizer, workers, report)
     return open_data(output)
 
@@ -170,41 +170,6 @@ def _is_prepared(output: Path, request: dict) -> bool:
             f"{output} was prepared from another request ({', '.join(differing)} changed): "
             "choose another output, or delete it"
         )
-    return True
-
-
-@contextlib.contextmanager
-def _appears_when_complete(output: Path) -> Iterator[Path]:
-    """Gives a temporary sibling of `output` that takes its name on success and else disappears."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # The name tells whose it is, so that what a killed run left behind can be cleared away.
-    prefix = f".{output.name}.partial-{socket.gethostname()}-"
-    for left in output.parent.glob(f"{_glob_escape(prefix)}*"):
-        owner = left.name.removeprefix(prefix)
-        if owner.isdecimal() and not _is_running(int(owner)):
-            shutil.rmtree(left)
-    folder = output.with_name(f"{prefix}{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        # Fails if another run has put something there meanwhile; an empty folder is replaced.
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _glob_escape(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
     return True
 
 

@@ -7,7 +7,7 @@ Own SentencePiece models lose nothing, Llama 2's are used as they are; `tokenize
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +22,7 @@ from dmc_jax.errors import UserError
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character inside its pieces
-_UNKNOWN_BYTE = "\ufffd"  # and decodes a byte that belongs to no character as this one
 _CHUNK = 2048  # characters a training sentence; the trainer drops those beyond 4,192 bytes
-_STREAM_TAIL = 8  # tokens of context kept when a streaming decode moves on
-_STREAM_LIMIT = 64  # tokens decoded at most, normally, for each new token
 
 
 class Tokenizer(Protocol):
@@ -250,42 +247,6 @@ def fingerprint(path: str | os.PathLike) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Decodes tokens as they come; the parts join to `decode` of them all.
-
-    A token's text depends on its neighbours (leading spaces, characters spread over byte tokens),
-    so each part is the difference of two decodes of a common prefix, and the bytes of a character
-    that is not complete yet are held back.
-
-    Args:
-        tokenizer: any `Tokenizer`.
-        ids: tokens, possibly endless.
-
-    Yields:
-        Non-empty text, as early as it is certain.
-    """
-    held: list[int] = []
-    text, shown = "", 0
-    for token in ids:
-        held.append(token)
-        text = tokenizer.decode(held)
-        # An incomplete character is at most 3 bytes, each decoded as one replacement character.
-        certain = len(text)
-        while text[certain - 1 : certain] == _UNKNOWN_BYTE and len(text) - certain < 3:
-            certain -= 1
-        if certain > shown:
-            yield text[shown:certain]
-            shown = certain
-        if len(held) >= _STREAM_LIMIT and certain == len(text):
-            # Keep the cost of a token constant. What follows a complete character decodes the same
-            # after any context that is not empty.
-            tail = tokenizer.decode(held[-_STREAM_TAIL:])
-            if tail:
-                held, text, shown = held[-_STREAM_TAIL:], tail, len(tail)
-    if len(text) > shown:
-        yield text[shown:]
 
 
 def _reason(error: Exception) -> str:

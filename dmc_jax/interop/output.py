@@ -4,13 +4,13 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
+from dmc_jax.data.folders import appears_when_complete
 from dmc_jax.data.tokenizer import format_of_file
 from dmc_jax.errors import UserError
 
@@ -32,34 +32,19 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
     output = Path(os.path.abspath(output))
     if os.path.lexists(output):
         raise UserError(f"{output} exists: choose another output, or remove it")
-    # The name tells whose it is, so that what a killed process left can be cleared away.
-    prefix = f".{output.name}.partial-{socket.gethostname()}-"
-    folder = output.with_name(f"{prefix}{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.iterdir():
-            owner = left.name.removeprefix(prefix)
-            if left.name.startswith(prefix) and owner.isdecimal() and not _is_running(int(owner)):
-                shutil.rmtree(left)
-        free = shutil.disk_usage(output.parent).free
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
+    parent = next(folder for folder in output.parents if folder.exists())
+    free = shutil.disk_usage(parent).free
     if free < size + _SPARE_BYTES:
         raise UserError(
             f"{output} needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: make "
             "room, or choose an output elsewhere"
         )
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(appears_when_complete(output))
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror or error}") from None
         yield folder
-        # Fails where another process has put something there meanwhile.
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def copy_tokenizer(files: tuple[Path, ...], folder: Path) -> str | None:
@@ -145,13 +130,3 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

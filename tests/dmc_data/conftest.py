@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dmc_jax.data.prepare import prepare
+from dmc_jax.inference.sampling import begin_text, end_text, extend_text
 
 WORDS = ["the", "cache", "merges", "a", "token", "into\n\t", "its", "", "newest", "slot", "x+1"]
 
@@ -32,3 +33,19 @@ def data(corpus_folder, tmp_path_factory):
 @pytest.fixture
 def make_corpus():
     return write_corpus
+
+
+@pytest.fixture(scope="session")
+def stream_decode():
+    """Decodes tokens as they come, as the engine does where no string stops it."""
+
+    def parts(tokenizer, ids):
+        state = begin_text(tokenizer, ())
+        for token in ids:
+            state, ready, _ = extend_text(tokenizer, state, token, ())
+            if ready:
+                yield ready
+        if rest := end_text(tokenizer, state):
+            yield rest
+
+    return parts

@@ -12,7 +12,6 @@ from dmc_jax.data.tokenizer import (
     encode_prompt,
     format_of_file,
     load_tokenizer,
-    stream_decode,
     token_bytes,
     train_sentencepiece,
 )
@@ -57,7 +56,7 @@ def tokenizer(files, request):
 
 @settings(deadline=None, max_examples=100)
 @given(text=TEXTS)
-def text_its_bytes_and_its_stream_survive_test(tokenizer, text):
+def text_its_bytes_and_its_stream_survive_test(tokenizer, text, stream_decode):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert token_bytes(tokenizer)[ids].sum() == len(text.encode())

@@ -12,7 +12,6 @@ from dmc_jax.data.tokenizer import (
     encode_prompt,
     fingerprint,
     load_tokenizer,
-    stream_decode,
     token_bytes,
     train_sentencepiece,
 )
@@ -88,7 +87,7 @@ def ends_are_added_by_the_two_framing_functions_only_test(own, like_llama):
 
 @settings(deadline=None, max_examples=200)
 @given(text=TEXTS)
-def streamed_parts_of_any_text_join_to_it_without_broken_characters_test(own, text):
+def streamed_parts_of_any_text_join_to_it_without_broken_characters_test(own, text, stream_decode):
     parts = list(stream_decode(own, encode_document(own, text)))
     assert "".join(parts) == text
     assert all(parts)
@@ -98,18 +97,20 @@ def streamed_parts_of_any_text_join_to_it_without_broken_characters_test(own, te
 
 @settings(deadline=None, max_examples=200)
 @given(ids=st.lists(st.integers(0, 299), max_size=40), repeats=st.integers(1, 6))
-def streamed_parts_of_any_tokens_join_to_the_whole_decoding_test(own, like_llama, ids, repeats):
+def streamed_parts_of_any_tokens_join_to_the_whole_decoding_test(
+    own, like_llama, ids, repeats, stream_decode
+):
     for tokenizer in (own, like_llama):
         assert "".join(stream_decode(tokenizer, ids * repeats)) == tokenizer.decode(ids * repeats)
 
 
-def streaming_keeps_the_space_after_a_run_of_control_tokens_test(like_llama):
+def streaming_keeps_the_space_after_a_run_of_control_tokens_test(like_llama, stream_decode):
     ids = [*like_llama.encode("fox " * 60)[:56], *[like_llama.bos_id] * 8]
     ids += like_llama.encode("fox")  # starts with a space token, which decoding drops at a start
     assert "".join(stream_decode(like_llama, ids)) == like_llama.decode(ids)
 
 
-def streaming_shows_each_character_as_soon_as_it_is_complete_test(own):
+def streaming_shows_each_character_as_soon_as_it_is_complete_test(own, stream_decode):
     ids = own.encode("a😀b")
     shown, seen = [], []
 
@@ -123,7 +124,7 @@ def streaming_shows_each_character_as_soon_as_it_is_complete_test(own):
     assert seen == ["a", "a", "a", "a", "a😀", "a😀b"]
 
 
-def streaming_a_long_text_decodes_a_bounded_number_of_tokens_at_a_time_test(own):
+def streaming_a_long_text_decodes_a_bounded_number_of_tokens_at_a_time_test(own, stream_decode):
     longest = 0
 
     class Counting:
