@@ -73,9 +73,8 @@ def main() -> int:
         started = time.perf_counter()
         # Text comes as it is made where there is one prompt; that of several would be mingled.
         live = len(lines) == 1 and _STREAM.value and not _JSON.value
-        if live:
-            print(lines[0].prompt, end="", flush=True)
-        results, code = _run(engine, lambda event: _show(event, lines, live))
+        opening = lines[0].prompt if live else ""
+        results, code = _run(engine, opening, lambda event: _show(event, lines, live))
         for sequence in sorted(results) if output else ():
             print(_as_json(sequence, lines[sequence], results[sequence]), file=output)
     if not _JSON.value:
@@ -83,24 +82,28 @@ def main() -> int:
     return code
 
 
-def _run(engine: Engine, show: Callable[[Event], None]) -> tuple[dict[int, Result], int]:
+def _run(
+    engine: Engine, opening: str, show: Callable[[Event], None]
+) -> tuple[dict[int, Result], int]:
     """The results of all sequences, cut short by Ctrl-C, and the exit code."""
     events, results, code = collections.deque(), {}, 0
-    while events or engine.unfinished:
+    while True:
         try:
-            if not events:
-                events.extend(engine.step())
-            while events:
-                show(events[0])
-                event = events.popleft()
-                if event.finish_reason:
-                    results[event.sequence] = event.result
+            print(opening, end="", flush=True)
+            while events or engine.unfinished:
+                if not events:
+                    events.extend(engine.step())
+                while events:
+                    show(events[0])
+                    event = events.popleft()
+                    if event.finish_reason:
+                        results[event.sequence] = event.result
+            return results, code
         except KeyboardInterrupt:
-            code = 130
+            opening, code = "", 130
             for sequence in engine.unfinished:
                 engine.cancel(sequence)
             events.extend(engine.step())
-    return results, code
 
 
 def _prompts() -> list[PromptLine]:

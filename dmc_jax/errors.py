@@ -1,5 +1,6 @@
 """How this project says no: one exception for mistakes the user can mend, one way to report it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -26,7 +27,8 @@ def run_door(main: Callable[[], int | None], argv: list[str] | None = None) -> N
         argv: the command line, program name first; `sys.argv` when None.
 
     Raises:
-        SystemExit: always, with the exit code.
+        SystemExit: with the exit code. After a known error of a real command line the process has
+            ended by then.
     """
     try:
         app.run(lambda _: main(), argv=argv, flags_parser=_parse_flags)
@@ -36,7 +38,13 @@ def run_door(main: Callable[[], int | None], argv: list[str] | None = None) -> N
         code, message = 1, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    # One write: threads of a library that failed may be writing too.
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    if argv is None:
+        # Leaves at once, or those threads go on to print tracebacks while Python winds up.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 
