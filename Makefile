@@ -11,7 +11,7 @@ export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo test test-all lint clean
+.PHONY: venv demo test test-all gpu lint clean
 
 venv: $(STAMP)
 
@@ -24,6 +24,20 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
 	$(VENV_PYTHON) -m pytest
+
+# On a machine with an NVIDIA GPU: tests of the kernels on it, then both benchmarks; docs/gpu.md.
+# PYTHON_GPU: an interpreter that has all it needs, then no .venv is made; PACKAGES: a folder of more.
+# That one's versions are not ours, so their warnings are no errors.
+GPU_RUN = JAX_PLATFORMS=cuda,cpu PYTHONPATH="$(CURDIR)$(if $(PACKAGES),:$(abspath $(PACKAGES)))" \
+  $(or $(PYTHON_GPU),$(VENV_PYTHON))
+
+gpu: $(if $(PYTHON_GPU),,$(STAMP))
+	@$(GPU_RUN) -c 'import jax; jax.devices("gpu")' >/dev/null 2>&1 || { \
+	  echo "make: JAX sees no NVIDIA GPU with $(or $(PYTHON_GPU),$(VENV_PYTHON)): it needs one, and JAX with CUDA (docs/gpu.md)" >&2; exit 1; }
+	$(GPU_RUN) -m pytest -W default tests/pallas_kernels
+	$(GPU_RUN) -m pallas_kernels.bench --tune
+	$(GPU_RUN) -m pallas_kernels.bench
+	$(GPU_RUN) -m benchmarks.end_to_end
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff format --check .
@@ -49,4 +63,8 @@ $(STAMP): requirements.txt requirements-dev.txt
 	  $$python -m venv --clear $(VENV); \
 	fi
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-dev.txt
+	@# Lets jax-triton be imported without a GPU, so that the tests can lower the kernels for one.
+	@# Alone and of JAX's own version: a requirements file can say neither.
+	-$(VENV_PYTHON) -m pip install --quiet --no-deps \
+	  "jax-cuda12-plugin==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')"
 	@touch $@

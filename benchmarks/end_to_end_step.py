@@ -1,0 +1,314 @@
+"""A decoding step of the engine, timed on a cache that was filled to a given length.
+
+`end_to_end` says what stands in for a trained model, and why.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.inference import batch as batch_module
+from dmc_jax.inference import cache as cache_module
+from dmc_jax.inference.batch import Batch
+from dmc_jax.inference.cache import PagedCache
+from dmc_jax.inference.sampling import SamplingParams, stack_params
+from dmc_jax.model.llama import init_params, unstack_layers
+
+DTYPE = "bfloat16"
+POINTS, WEIGHTS = (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6)  # Simpson's rule
+# An offset of 0, since the merge logits of random weights are symmetric around minus the offset.
+SETTINGS = DMCSettings(window=12, offset=0.0)
+_MEASURED = Path(__file__).with_name("demo_cpu.json")
+_BLOCK_PAGES = 2**12  # random pages, which the pool repeats
+_BISECTIONS = 10
+_WARM_UP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is measured at a time.
+
+    Attributes:
+        prompt: tokens.
+        new: tokens.
+        ratio: tokens a slot; 1 is dense.
+        batch: sequences.
+        memory: what the batch is the largest for; None for other batches.
+    """
+
+    prompt: int
+    new: int
+    ratio: int
+    batch: int
+    memory: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all runs share."""
+
+    config: ModelConfig
+    params: Any
+    page: int
+    steps: int  # timed at a point
+    rate: float  # bytes a second of copying
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters that a step reads, which of the embedding are but a few rows."""
+        embedding = 0 if self.config.tied_embeddings else self.params["embedding"].nbytes
+        return sum(x.nbytes for x in jax.tree.leaves(self.params)) - embedding
+
+
+# ---- the model --------------------------------------------------------------------------------
+
+
+def random_params(config: ModelConfig) -> Any:
+    """Parameters for decoding, made one by one in their dtypes; norms are one."""
+
+    def shapes(key):
+        return unstack_layers(init_params(config, key), config, jnp.dtype(DTYPE))
+
+    leaves, tree = jax.tree.flatten(jax.eval_shape(shapes, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return tree.unflatten(
+        [
+            jnp.ones(leaf.shape, leaf.dtype)
+            if len(leaf.shape) == 1
+            else _normal(key, leaf.shape, leaf.dtype)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key, shape, dtype):
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def slots_per_token(config: ModelConfig, ratio: float) -> np.ndarray:
+    """Of every row, [R], with mean 1 / ratio; see the top of this file."""
+    if ratio == 1:
+        return np.ones(config.kv_rows)
+    rows = json.loads(_MEASURED.read_text())["rows"]
+    ratios = next(row["ratio_by_head"] for row in rows if row["name"] == "DMC")
+    measured = 1 / np.concatenate(ratios)
+    rng = np.random.default_rng(0)
+    slots = np.concatenate(
+        [rng.permutation(np.resize(measured, heads)) for heads in config.kv_heads_by_layer]
+    )
+    for _ in range(50):  # none takes more than a slot a token
+        slots = np.minimum(slots / (slots.mean() * ratio), 1.0)
+    return slots
+
+
+# ---- the cache --------------------------------------------------------------------------------
+
+
+def new_cache(setup: Setup, run: Run, batch: int, key: Array) -> PagedCache:
+    """Room for `batch` sequences with all their tokens, and the steps that are timed.
+
+    The pool is full of random keys and values.
+    """
+    total = run.prompt + run.new + setup.steps + _BISECTIONS + _WARM_UP
+    lengths = np.ceil(slots_per_token(setup.config, run.ratio) * total)
+    # A page more than each row needs: rows here do not all grow at the rates that they stand for.
+    pages = int(cache_module.pages_of(lengths, setup.page).sum()) + setup.config.kv_rows
+    cache = cache_module.init(
+        setup.config,
+        SETTINGS if run.ratio > 1 else None,
+        slots=batch,
+        pages=batch * pages,
+        page_size=setup.page,
+        max_length=total,
+        dtype=jnp.dtype(DTYPE),
+    )
+    shape = min(batch * pages, _BLOCK_PAGES), *cache.k_pages.shape[1:]
+    pools = [
+        _repeated(jax.random.normal(key, shape, DTYPE), batch * pages)
+        for key in jax.random.split(key)
+    ]
+    return dataclasses.replace(cache, k_pages=pools[0], v_pages=pools[1])
+
+
+def _repeated(block, pages):
+    times = -(-pages // block.shape[0])
+    return jnp.broadcast_to(block, (times, *block.shape)).reshape(-1, *block.shape[1:])[:pages]
+
+
+def largest_batch(setup: Setup, run: Run, memory: int, reserve: int) -> int:
+    """Sequences that fit beside the weights and the reserve; 0 where none does."""
+
+    def size(batch):
+        shapes = jax.eval_shape(lambda key: new_cache(setup, run, batch, key), jax.random.key(0))
+        return cache_module.bytes_reserved(shapes)
+
+    weights = sum(x.nbytes for x in jax.tree.leaves(setup.params))
+    one = size(2) - size(1)
+    one += setup.config.vocab_size * 9  # logits twice and tokens seen
+    return max(0, (memory - weights - reserve - (size(1) - one)) // one)
+
+
+# What is not read is kept too: only so is its memory used again.
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def filled(cache: PagedCache, lengths, tokens, order) -> PagedCache:
+    """The cache after so many tokens, with rows of these lengths in all slots.
+
+    Args:
+        cache: given up; its pool stays as it is.
+        lengths: slots of every row, int32 [R].
+        tokens: position of all sequences.
+        order: of the pages, a permutation.
+    """
+    slots, rows, maxp = cache.page_table.shape
+    pages = jnp.tile(cache_module.pages_of(lengths, cache.k_pages.shape[1]), (slots, 1))
+    ends = jnp.cumsum(pages.reshape(-1)).reshape(slots, rows)
+    entry = jnp.arange(maxp)
+    at = jnp.where(entry < pages[..., None], (ends - pages)[..., None] + entry, 0)
+    taken = ends[-1, -1]
+    return dataclasses.replace(
+        cache,
+        page_table=order[at],
+        lengths=jnp.tile(lengths, (slots, 1)),
+        # One token of ones: what is in the ring costs as much as anything else.
+        open_segment=jax.tree.map(jnp.ones_like, cache.open_segment),
+        position=jnp.full_like(cache.position, tokens),
+        free_pages=jnp.roll(order, -taken),  # those of the rows come last
+        free_count=order.size - taken,
+        failed=jnp.zeros_like(cache.failed),
+    )
+
+
+# ---- one measurement --------------------------------------------------------------------------
+
+
+class Decoder:
+    """The engine's step for one batch size, compiled, and the batch that it works on."""
+
+    def __init__(self, setup: Setup, run: Run):
+        self.setup, self.run = setup, run
+        B, config = run.batch, setup.config
+        self.rows = slots_per_token(config, run.ratio)
+        self.active, self.index = jnp.ones(B, bool), jnp.zeros(B, jnp.int32)
+        self.sampling = jax.tree.map(
+            jnp.asarray, stack_params([SamplingParams(temperature=0.0)] * B)
+        )
+        self.threshold = jnp.float32(0)
+        self.tokens = jnp.arange(B, dtype=jnp.int32) % config.vocab_size
+        # Made inside a program, so that the pool of zeros in it never takes memory.
+        cache = jax.jit(lambda key: new_cache(setup, run, B, key))(jax.random.key(2))
+        self.batch = Batch(cache, jnp.zeros((B, config.vocab_size), bool))
+        pages = cache.free_pages.size
+        self.order = jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32)
+        started = time.perf_counter()
+        self.program = self._compiled()
+        self.compile_seconds = time.perf_counter() - started
+
+    def _compiled(self):
+        return batch_module.next_tokens.lower(
+            *(self.setup.params, self.setup.config, self.batch, self.tokens, self.active),
+            *(self.sampling, self.index),
+            settings=SETTINGS if self.run.ratio > 1 else None,
+            threshold=self.threshold,
+            dtype=DTYPE,
+        ).compile()
+
+    def fill(self, tokens: int) -> int:
+        """Sets every sequence to so many tokens; returns the slots of one."""
+        lengths = np.maximum(np.round(self.rows * tokens), 1).astype(np.int32)
+        cache = filled(self.batch.cache, lengths, np.int32(tokens), self.order)
+        self.batch = dataclasses.replace(self.batch, cache=cache)
+        return int(lengths.sum())
+
+    def step(self):
+        """A token more for every sequence; returns what the engine reads of the cache."""
+        self.batch, self.tokens, tally = self.program(
+            self.setup.params,
+            *(self.batch, self.tokens, self.active, self.sampling, self.index),
+            threshold=self.threshold,
+        )
+        return tally
+
+    def set_threshold(self) -> float:
+        """By bisection, on steps; returns the slots that a row then takes for a token."""
+        low, high = -4.0, 4.0  # merges nearly all, nearly nothing
+        self.fill(self.run.prompt)
+        before, grown = int(self.batch.cache.lengths.sum()), 1.0
+        for _ in range(_BISECTIONS if self.run.ratio > 1 else 0):
+            self.threshold = jnp.float32((low + high) / 2)
+            after = int(self.step().slots.sum())
+            grown, before = (after - before) / self.batch.cache.lengths.size, after
+            middle = float(self.threshold)
+            low, high = (middle, high) if grown < 1 / self.run.ratio else (low, middle)
+        return grown
+
+    def seconds(self, tokens: int) -> tuple[float, int]:
+        """Of a step after so many tokens, and the slots of a sequence then.
+
+        Raises:
+            RuntimeError: the pages ran out.
+        """
+        slots = self.fill(tokens)
+        for _ in range(_WARM_UP):
+            self.step()
+        jax.block_until_ready(self.batch)
+        started = time.perf_counter()
+        for _ in range(self.setup.steps):  # nothing is read: the device does one after another
+            tally = self.step()
+        jax.block_until_ready((self.batch, tally))
+        seconds = (time.perf_counter() - started) / self.setup.steps
+        if bool(tally.failed.any()):
+            raise RuntimeError("a sequence had no page left")
+        return seconds, slots
+
+
+def measure(setup: Setup, run: Run) -> dict:
+    """Tokens a second of one batch, and what bounds them.
+
+    Raises:
+        RuntimeError: no memory for it.
+    """
+    decoder = Decoder(setup, run)
+    grown = decoder.set_threshold()
+    slot_bytes = 2 * setup.config.head_dim * jnp.dtype(DTYPE).itemsize
+    points = []
+    for point in POINTS:
+        tokens = run.prompt + round(point * run.new)
+        seconds, slots = decoder.seconds(tokens)
+        live = run.batch * slots * slot_bytes
+        points.append(
+            {
+                "tokens": tokens,
+                "milliseconds": round(1e3 * seconds, 4),
+                "live_bytes": live,
+                "floor_milliseconds": round(1e3 * (setup.weight_bytes + live) / setup.rate, 4),
+                "slots_per_token": round(slots / tokens / setup.config.kv_rows, 4),
+            }
+        )
+
+    def mean(name):  # over the generation
+        return sum(w * point[name] for w, point in zip(WEIGHTS, points, strict=True))
+
+    memory = decoder.program.memory_analysis()
+    return vars(run) | {
+        "tokens_per_second": round(1e3 * run.batch / mean("milliseconds"), 1),
+        "floor_weights": round(run.batch * setup.rate / setup.weight_bytes, 1),
+        "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
+        "copy_bytes_per_second": setup.rate,
+        "points": points,
+        "threshold": float(decoder.threshold),
+        "slots_per_token_in_the_steps": round(grown, 4),
+        "cache_bytes": cache_module.bytes_reserved(decoder.batch.cache),
+        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "compile_seconds": round(decoder.compile_seconds, 1),
+    }
