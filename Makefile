@@ -10,6 +10,9 @@ CANDIDATES := $(PYTHON) python3.12 python3.11 python3
 export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Most of a test's time is compilation, on one core; a file's tests share what its fixtures made.
+PARALLEL := --numprocesses 2 --dist loadfile
+
 .DEFAULT_GOAL := test
 .PHONY: venv demo test test-all gpu lint clean
 
@@ -19,11 +22,11 @@ demo: $(STAMP)
 	$(VENV_PYTHON) experiments/demo.py
 
 test: $(STAMP)
-	$(VENV_PYTHON) -m pytest -m "not slow"
+	$(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(STAMP)
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest $(PARALLEL)
 
 # On a machine with an NVIDIA GPU: tests of the kernels on it, then both benchmarks; docs/gpu.md.
 # PYTHON_GPU: an interpreter that has all it needs, then no .venv is made; PACKAGES: a folder of more.
