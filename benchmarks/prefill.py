@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import random_model
-from benchmarks.random_model import SETTINGS
+from benchmarks.random_model import SETTINGS, WIDE
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.evaluation.report import machine
@@ -37,24 +37,10 @@ from dmc_jax.inference.prefill import prefill
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.model.presets import PRESETS
 
-WIDE = ModelConfig(
-    vocab_size=2048,
-    width=512,
-    layers=8,
-    heads=8,
-    kv_heads=8,
-    head_dim=64,
-    mlp_width=1408,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    max_length=4096,
-    tied_embeddings=True,
-)
 TINY = dataclasses.replace(PRESETS["tiny"], max_length=4096)
 CASES = ((TINY, 1024), (WIDE, 1024), (WIDE, 4096))
 PAGE = 16
 RATIOS = (4, 8)
-SIZES = ("layers", "width", "kv_heads", "head_dim", "mlp_width", "vocab_size")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="cache")
@@ -118,7 +104,7 @@ def measure(model: random_model.RandomModel, tokens: int, rounds: int, one_by_on
         np.testing.assert_allclose(logits[one], logits[f"one_by_one_{one}"], atol=1e-4)
     median = {name: statistics.median(taken) for name, taken in seconds.items()}
     report = {
-        "model": {name: getattr(config, name) for name in SIZES},
+        "model": random_model.sizes(config),
         "row_ratios_least_mean_greatest": {f"{r}x": model.row_ratios[r] for r in RATIOS},
         "tokens": tokens,
         "seconds": {name: round(value, 4) for name, value in median.items()},

@@ -24,6 +24,21 @@ from dmc_jax.model.llama import Llama, init_params
 SETTINGS = DMCSettings(window=12, offset=0.0)
 _SAMPLE = (4, 512)  # sequences and tokens that the ratio is set on
 
+# 26 million parameters: its cache outweighs them from some thousand tokens on.
+WIDE = ModelConfig(
+    vocab_size=2048,
+    width=512,
+    layers=8,
+    heads=8,
+    kv_heads=8,
+    head_dim=64,
+    mlp_width=1408,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    max_length=4096,
+    tied_embeddings=True,
+)
+
 
 class NoText:
     """A tokenizer for prompts that are ids; no token ends a sequence."""
@@ -50,6 +65,12 @@ class RandomModel:
     params: Any
     thresholds: dict[float, float]  # by the ratio asked for; 1 never merges
     row_ratios: dict[float, tuple[float, float, float]]  # least, mean and greatest over the rows
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """What a JSON file says of a model."""
+    names = ("layers", "width", "kv_heads", "head_dim", "mlp_width", "vocab_size")
+    return {name: getattr(config, name) for name in names}
 
 
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:

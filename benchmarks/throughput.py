@@ -13,6 +13,7 @@ waiting included, compilation not; how often a sequence had to give its pages ba
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -22,25 +23,12 @@ import jax
 import numpy as np
 
 from benchmarks import random_model
-from benchmarks.random_model import SETTINGS, NoText, RandomModel
-from dmc_jax.config import ModelConfig
+from benchmarks.random_model import SETTINGS, WIDE, NoText, RandomModel
 from dmc_jax.evaluation.report import machine
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 
-MODEL = ModelConfig(
-    vocab_size=2048,
-    width=512,
-    layers=8,
-    heads=8,
-    kv_heads=8,
-    head_dim=64,
-    mlp_width=1408,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    max_length=1024,
-    tied_embeddings=True,
-)
+MODEL = dataclasses.replace(WIDE, max_length=1024)
 RATIOS = (1, 4, 8)
 PROMPT, NEW, PAGE = 512, 256, 16
 # Keys and values of a dense sequence at its end, float32.
@@ -106,11 +94,10 @@ def compare(model: RandomModel, kv_bytes: int, requests: int) -> dict:
 
 def about(model: RandomModel, command: str) -> dict:
     """What a JSON file of these figures begins with."""
-    sizes = ("layers", "width", "kv_heads", "head_dim", "mlp_width", "vocab_size")
     return {
         "measures": "sequences in the cache and new tokens a second, at equal bytes of cache",
         "machine": machine(command),
-        "model": {name: getattr(model.config, name) for name in sizes},
+        "model": random_model.sizes(model.config),
         "weights": "random; thresholds set on random tokens for the ratios",
         "row_ratios_least_mean_greatest": model.row_ratios,
         "prompt_tokens": PROMPT,

@@ -138,7 +138,6 @@ def main() -> None:
     for batch in BATCHES:
         results.append(compare(params, theirs, batch, options.rounds))
         print(json.dumps(results[-1]))
-    sizes = ("layers", "width", "kv_heads", "head_dim", "mlp_width", "vocab_size")
     report = {
         "measures": "milliseconds of a decoding step, dense policy against transformers, medians",
         "machine": machine(" ".join(["python -m benchmarks.transformers_generate", *sys.argv[1:]])),
@@ -146,7 +145,7 @@ def main() -> None:
         "torch_threads": torch.get_num_threads(),
         "transformers": transformers.__version__,
         "attention": theirs.config._attn_implementation,
-        "model": {name: getattr(MODEL, name) for name in sizes},
+        "model": random_model.sizes(MODEL),
         "prompt_tokens": PROMPT,
         "dtype": "float32",
         "results": results,
