@@ -273,7 +273,8 @@ def unstacked_matrices_are_narrowed_as_the_forward_pass_would_and_norms_are_not_
         assert leaf.dtype == expected, path
     attend = modes.dense(SMALL, POSITIONS)
     wide, narrow = (
-        forward(p, SMALL, TOKENS, dtype="bfloat16", attend=attend).logits for p in (params, narrow)
+        jax.jit(lambda p: forward(p, SMALL, TOKENS, dtype="bfloat16", attend=attend).logits)(p)
+        for p in (params, narrow)
     )
     np.testing.assert_allclose(wide, narrow, atol=5e-3, rtol=0)
     assert np.abs(np.asarray(wide)).max() > 0.1

@@ -22,7 +22,7 @@ from dmc_jax.training.step import make_train_step
 
 NAMES = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 MESHES = [(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8)]
-QUICK = [(8, 1, 1), (1, 1, 8), (2, 2, 2)]
+QUICK = [(2, 2, 2)]  # which uses all axes at once
 MESHES = [
     pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MESHES if np.prod(m) == 8
 ]
