@@ -1,10 +1,12 @@
-"""How this project says no: one exception for mistakes the user can mend, one way to report it."""
+"""How a command ends early: by mistakes the user can mend, by failures, on request."""
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(Exception):
@@ -46,6 +48,34 @@ def run_door(main: Callable[[], int | None], argv: list[str] | None = None) -> N
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def stop_requests(notice: str) -> Iterator[list[int]]:
+    """A list that fills when SIGINT or SIGTERM asks to stop; the second SIGINT stops at once.
+
+    For work that may end between two steps only.
+
+    Args:
+        notice: logged when that is asked.
+    """
+    asked: list[int] = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        logging.info(notice)
+
+    try:
+        previous = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: a notebook's worker, for instance
+        previous = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from dmc_jax.data.folders import appears_when_complete
 from dmc_jax.data.tokenizer import format_of_file
-from dmc_jax.errors import UserError
+from dmc_jax.errors import UserError, stop_requests
 
 # Beside the weights: tokenizer, configuration, and what file systems add.
 _SPARE_BYTES = 50_000_000
@@ -99,34 +98,11 @@ def progress_of(what: str, total: int) -> Iterator[Callable[[int], object]]:
 
     hidden = not sys.stderr.isatty()
     with (
-        _stop_requests() as asked,
+        # Between two tensors no thread of Orbax or TensorStore is left to write into a folder that
+        # is being removed.
+        stop_requests("stopping after this tensor") as asked,
         tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=hidden) as bar,
     ):
         yield advance
         if asked:
             raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that fills when SIGINT or SIGTERM asks to stop; the second SIGINT stops at once.
-
-    Stopped between two tensors, no thread of Orbax or TensorStore is left to write into a folder
-    that is being removed.
-    """
-    asked: list[int] = []
-
-    def ask(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        previous = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: a notebook's worker, for instance
-        previous = {}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

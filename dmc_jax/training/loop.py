@@ -1,9 +1,7 @@
 """The retrofit from top to bottom: stages, steps, metrics, checkpoints."""
 
-import contextlib
 import dataclasses
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from jax.sharding import Mesh
 from dmc_jax.config import STAGES, RunConfig, to_dict
 from dmc_jax.data.loader import longest_document, training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
-from dmc_jax.errors import RunFailure, UserError
+from dmc_jax.errors import RunFailure, UserError, stop_requests
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import checkpoint, metrics, stages
 from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, write_metadata
@@ -93,7 +91,7 @@ def _train_stage(run: RunConfig, stage: str, datas: list, mesh: Mesh, quiet: boo
     with (
         checkpoint.open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
         _open_metrics(run, stage, first, quiet) as sink,
-        _stop_requests() as stopping,
+        stop_requests("stopping after this step; the run can be resumed") as stopping,
     ):
         recent = _Recent(run, stage, sink, saver)
         for step in range(first, steps):
@@ -290,25 +288,3 @@ def _speed(run: RunConfig, steps: int, seconds: float) -> dict[str, float]:
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
     return {"tokens_per_second": rate} | ({} if utilisation is None else {"mfu": utilisation})
-
-
-@contextlib.contextmanager
-def _stop_requests():
-    """A list that fills when SIGINT or SIGTERM asks to stop; the second SIGINT stops at once."""
-    asked: list[int] = []
-
-    def ask(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        logging.info("stopping after this step; the run can be resumed")
-
-    try:
-        previous = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: a notebook's worker, for instance
-        previous = {}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
