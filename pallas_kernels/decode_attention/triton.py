@@ -17,8 +17,6 @@ FlashDecoding.
 """
 
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +28,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import target, tuning
 from pallas_kernels.decode_attention import split
 from pallas_kernels.plan import Plan
+from pallas_kernels.triton_call import launch, unavailable
+
+__all__ = ["decode_attention", "plan_rows", "unavailable"]
 
 
 @triton.jit
@@ -179,63 +180,6 @@ def decode_attention(
 def plan_rows(lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]) -> Plan:
     """Makes the plan that suits this pool on this device."""
     return split.plan_rows(split.settings_for("triton"), lengths, k_pages)
-
-
-def unavailable() -> str | None:
-    """Says why this cannot run here; None where it can."""
-    device = target.current()
-    if device.platform != "gpu" or device.capability is None:
-        return f"it needs an NVIDIA GPU, and JAX runs on {device.kind!r} ({device.platform}) here"
-    try:
-        import jax_triton
-    except ImportError as error:
-        return f"jax_triton cannot be imported: {error}"
-    # Its rule for unused outputs takes one argument less than jax passes since 0.12.
-    if (0, 4) <= jax_triton.__version_info__ < (0, 4, 2) and jax.__version_info__ >= (0, 12):
-        return (
-            f"jax_triton {jax_triton.__version__} does not work with jax {jax.__version__};"
-            " jax-triton 0.3.1 does"
-        )
-    return None
-
-
-def launch(
-    kernel: Callable,
-    *inputs: Array,
-    out: tuple[jax.ShapeDtypeStruct, ...],
-    grid: tuple[int, ...],
-    num_warps: int,
-    num_stages: int,
-    capability: int | None,
-    **constants: Any,
-) -> tuple[Array, ...]:
-    """Calls a Triton kernel that takes its inputs, then its outputs, then constants.
-
-    Args:
-        kernel: decorated with `triton.jit`.
-        *inputs: arrays.
-        out: of the outputs.
-        grid: programs.
-        num_warps: per program.
-        num_stages: of the software pipeline.
-        capability: to compile for; None: that of the first GPU.
-        **constants: the kernel's `constexpr` arguments.
-    """
-    # Here, not above: without a GPU build of JAX the import fails.
-    import jax_triton
-
-    # Renamed in 0.4. Nothing else in this call differs, as long as no output aliases an input.
-    renamed = "out_type" in inspect.signature(jax_triton.triton_call).parameters
-    return jax_triton.triton_call(
-        *inputs,
-        kernel=kernel,
-        grid=grid,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        compute_capability=capability,
-        **{"out_type" if renamed else "out_shape": out},
-        **constants,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "capability", "launch"))

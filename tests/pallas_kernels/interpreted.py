@@ -30,7 +30,7 @@ def launch_pallas(kernel, *inputs, out, grid, num_warps, num_stages):
 
 
 def launch_triton(kernel, *inputs, out, grid, num_warps, num_stages, capability, **constants):
-    """Stands in for `triton.launch`, eagerly and under jit."""
+    """Stands in for `triton_call.launch`, eagerly and under jit."""
     # The interpreter multiplies the bits of bfloat16 matrices as if they were integers.
     if "WIDEN" in constants:
         constants["WIDEN"] = True
