@@ -106,6 +106,6 @@ def slots_per_token(params: Any, config: ModelConfig, threshold: float) -> np.nd
 @functools.partial(jax.jit, static_argnames="config")
 def _records(params, config, threshold):
     positions = jnp.broadcast_to(jnp.arange(_SAMPLE[1]), _SAMPLE)
-    attend = modes.compressed(config, SETTINGS, positions, threshold=threshold, block=256)
+    attend = modes.compressed(config, SETTINGS, positions, threshold=threshold)
     tokens = random_tokens(config, *_SAMPLE)
     return Llama(config).apply({"params": params}, tokens, attend=attend).records

@@ -173,7 +173,8 @@ class RunConfig:
     seed: int = 0
     compute_dtype: str = "bfloat16"  # float32 | bfloat16; parameters are always float32
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
-    attention_block: int = 256  # tokens per block of the attention
+    attention: str = "auto"  # auto | xla | triton: what computes it; auto: the fastest here
+    attention_block: int = 256  # tokens per block of xla's
     accumulation: int = 1  # gradient accumulation: parts of a batch
     log_every: int = 10  # steps
     eval_every: int = 0  # steps between validation losses; 0: at the end of each stage only
@@ -201,6 +202,10 @@ class RunConfig:
         _require(
             self.remat in ("none", "full", "dots"),
             f"remat is {self.remat!r}; expected none, full or dots",
+        )
+        _require(
+            self.attention in ("auto", "xla", "triton"),
+            f"attention is {self.attention!r}; expected auto, xla or triton",
         )
         for name in ("accumulation", "log_every", "save_every", "keep", "attention_block"):
             value = getattr(self, name)

@@ -16,6 +16,7 @@ from dmc_jax.errors import UserError, run_door
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.report import head_table
 from dmc_jax.interop.native import LoadedModel, load_model
+from dmc_jax.model.attention import choose_attention
 from dmc_jax.training.checkpoint import latest, load_metadata
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -106,7 +107,7 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
         threshold=model.threshold,
         limit=_WINDOWS.value,
         dtype=run["compute_dtype"],
-        block=run["attention_block"],
+        attention=choose_attention(block=run["attention_block"]),
     )
 
 

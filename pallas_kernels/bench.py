@@ -154,7 +154,7 @@ def tune(
         # Those in use first: they stay where no other is faster.
         first = chosen[name], *(one for one in candidates if one != chosen[name])
         chosen[name] = tuning.fastest(seconds, first)
-        tuning.save(kind, source, chosen)
+        tuning.save(kind, source, {name: chosen[name]})
         print(f"{name}: {chosen[name]}")
     return tuning.file_of(kind)
 

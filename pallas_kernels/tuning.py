@@ -1,8 +1,9 @@
 """Settings of the GPU kernels: how many slots at a time, how many warps, how far ahead to load.
 
 `tuned/<device>.json` keeps what was fastest on a device, `tuned/default.json` what to take on a
-device without such a file. To make one, time every setting in `CANDIDATES` on that device (see
-`fastest`) and `save` the winners.
+device without such a file; both say where each entry comes from. To make an entry, time every
+candidate on that device (see `fastest`) and `save` the winner. Here are the candidates of decode
+attention; other kernels keep theirs beside them.
 """
 
 import dataclasses
@@ -12,8 +13,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 _FOLDER = Path(__file__).parent / "tuned"
+
+Candidate = TypeVar("Candidate")
 
 # Slots that a kernel takes at a time: no fewer than a matrix product of tensor cores needs, and no
 # more than keep the scores in registers.
@@ -65,13 +69,23 @@ CANDIDATES = tuple(
 
 
 def settings_for(implementation: str, device_kind: str) -> Settings:
-    """Reads the settings of a device, or the default ones.
+    """Reads the settings of decode attention on a device, or the default ones.
 
     Args:
         implementation: "triton" or "pallas_gpu".
         device_kind: as JAX names the device.
     """
-    return Settings(**_read(file_of(device_kind))[implementation])
+    return Settings(**entry(implementation, device_kind))
+
+
+def entry(name: str, device_kind: str) -> Any:
+    """Reads what is kept under a name for a device, or else for any.
+
+    Args:
+        name: of an entry of `tuned/default.json`.
+        device_kind: as JAX names the device.
+    """
+    return (_read(_FOLDER / "default.json") | _read(file_of(device_kind)))[name]
 
 
 def file_of(device_kind: str) -> Path:
@@ -80,8 +94,8 @@ def file_of(device_kind: str) -> Path:
 
 
 def fastest(
-    time: Callable[[Settings], Iterable[float]], candidates: Iterable[Settings] = CANDIDATES
-) -> Settings:
+    time: Callable[[Candidate], Iterable[float]], candidates: Iterable[Candidate] = CANDIDATES
+) -> Candidate:
     """Picks the setting with the least product of its times.
 
     The product, not the sum: so a workload counts as much as another that takes ten times longer.
@@ -94,24 +108,27 @@ def fastest(
     return min(candidates, key=lambda settings: sum(math.log(t) for t in time(settings)))
 
 
-def save(device_kind: str, source: str, chosen: Mapping[str, Settings]) -> Path:
-    """Writes the settings of a device, for this process too.
+def save(device_kind: str, source: str, chosen: Mapping[str, Any]) -> Path:
+    """Writes entries of a device's file, for this process too; its other entries stay.
 
     Args:
         device_kind: as JAX names the device.
         source: how they were found: what was timed, when, with which versions.
-        chosen: by implementation, all of those that have settings.
+        chosen: dataclasses, or what JSON can hold, by name.
 
     Returns:
         The file.
     """
     file = file_of(device_kind)
-    content = {"source": source} | {k: dataclasses.asdict(v) for k, v in chosen.items()}
+    content = dict(_read(file))
+    content["source"] = content.get("source", {}) | dict.fromkeys(chosen, source)
+    for name, value in chosen.items():
+        content[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     file.write_text(json.dumps(content, indent=2) + "\n")
     _read.cache_clear()
     return file
 
 
 @functools.cache
-def _read(file: Path) -> dict:
-    return json.loads((file if file.exists() else _FOLDER / "default.json").read_text())
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}

@@ -9,6 +9,7 @@ ever made. Without a bias it is the ordinary attention of the dense model.
 """
 
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,22 @@ from jaxtyping import Array, Float, Int
 
 # A finite stand-in for minus infinity: a block may be masked as a whole, and inf - inf is NaN.
 _MASKED = -1e30
+
+
+class CausalAttention(Protocol):
+    """What attends: `causal_attention`, or a kernel in its place."""
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        key_bias: Array | None = None,
+        *,
+        scale: float,
+        segment_ids: Array | None = None,
+    ) -> Array:
+        """Attend as `causal_attention` does."""
 
 
 def causal_attention(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dmc_jax.core.attention import causal_attention
+from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.core.pooling import OpenSegment, empty_segment, merge_step, pool
 from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies, rotate
 
@@ -180,7 +180,7 @@ def dmc_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     rope_scaling: Llama3Scaling | None = None,
     threshold: float | Array = 0.0,
-    block: int = 256,
+    attention: CausalAttention = causal_attention,
 ) -> DMCOutput:
     """DMC attention over whole sequences, S = T of the paper's section 3.
 
@@ -198,7 +198,7 @@ def dmc_attention(
         rope_scaling: Llama 3.1's stretching of the frequencies, if the model has it.
         threshold: of hard decisions on the merge logit (calibrated for a wanted ratio; 0 is even
             odds).
-        block: tokens per block of the attention.
+        attention: what computes the attention itself.
 
     Returns:
         See `DMCOutput`.
@@ -225,14 +225,13 @@ def dmc_attention(
     key_bias = jnp.pad((log_keep * may_merge)[:, 1:], [(0, 0), (0, 1), (0, 0)])
 
     frequencies = rotary_frequencies(H, rope_theta, rope_scaling)
-    out = causal_attention(
+    out = attention(
         rotate_for_attention(q, positions, frequencies),
         rotate_for_attention(pooled_k, positions, frequencies),
         pooled_v,
         key_bias,
         scale=H**-0.5,
         segment_ids=segment_ids,
-        block=block,
     )
     return DMCOutput(out, decisions, merged, pooled_k, pooled_v, key_bias)
 
@@ -247,12 +246,13 @@ def dense_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     rope_scaling: Llama3Scaling | None = None,
     channel_scale: float | Array | None = None,
-    block: int = 256,
+    attention: CausalAttention = causal_attention,
 ) -> Float[Array, "B T N H"]:
     """Ordinary causal attention, with the decision channel fading out where asked.
 
     Args:
-        q, k, v, positions, rope_theta, segment_ids, rope_scaling, block: as in `dmc_attention`.
+        q, k, v, positions, rope_theta, segment_ids, rope_scaling, attention: as in
+            `dmc_attention`.
         channel_scale: factor on the decision channel of q and k, applied before the rotation and
             again after it; None: the untouched pretrained model.
     """
@@ -263,4 +263,4 @@ def dense_attention(
     else:
         channel = jnp.ones(H).at[DECISION_CHANNEL].set(channel_scale).astype(q.dtype)
         rotated = (channel * rotate(channel * x, positions, frequencies) for x in (q, k))
-    return causal_attention(*rotated, v, scale=H**-0.5, segment_ids=segment_ids, block=block)
+    return attention(*rotated, v, scale=H**-0.5, segment_ids=segment_ids)

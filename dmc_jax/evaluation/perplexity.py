@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from dmc_jax.config import ModelConfig
+from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.losses import token_cross_entropy
 from dmc_jax.data.loader import evaluation_batches
@@ -51,7 +52,7 @@ def evaluate(
     threshold: float = 0.0,
     limit: int | None = None,
     dtype: str = "float32",
-    block: int = 256,
+    attention: CausalAttention = causal_attention,
 ) -> Evaluation:
     """Run a model over a split with the decisions it makes at inference.
 
@@ -66,7 +67,7 @@ def evaluate(
         threshold: of hard decisions.
         limit: windows to read at most.
         dtype: of the forward pass.
-        block: tokens per block of the attention.
+        attention: what computes the attention itself; see `model.attention`.
 
     Raises:
         UserError: the data has another vocabulary than the model.
@@ -78,7 +79,7 @@ def evaluate(
         )
     batches = evaluation_batches(data, split, length=length, batch=batch, limit=limit)
     bytes_of = token_bytes(load_tokenizer(data.tokenizer_path))
-    run = functools.partial(_evaluate_batch, config, settings, dtype, block)
+    run = functools.partial(_evaluate_batch, config, settings, dtype, attention)
     nats = tokens = real_bytes = positions = windows = 0.0
     merges = None
     for numpy_batch in batches:
@@ -108,13 +109,15 @@ def evaluate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _evaluate_batch(config, settings, dtype, block, params, batch, threshold):
+def _evaluate_batch(config, settings, dtype, attention, params, batch, threshold):
     """Summed loss in nats, and merged tokens per KV head, one [layers, K] array per run."""
     where = batch["positions"], batch["segment_ids"]
     if settings is None:
-        attend = modes.dense(config, *where, block=block)
+        attend = modes.dense(config, *where, attention=attention)
     else:
-        attend = modes.compressed(config, settings, *where, threshold=threshold, block=block)
+        attend = modes.compressed(
+            config, settings, *where, threshold=threshold, attention=attention
+        )
     output = Llama(config, dtype=jnp.dtype(dtype)).apply(
         {"params": params}, batch["tokens"], attend=attend
     )
@@ -136,7 +139,7 @@ def calibrate_threshold(
     length: int,
     batch: int,
     dtype: str = "float32",
-    block: int = 256,
+    attention: CausalAttention = causal_attention,
     steps: int = 14,
 ) -> float:
     """Threshold on the merge logit with which a model compresses by `ratio` on training text.
@@ -145,7 +148,7 @@ def calibrate_threshold(
     bisections. A higher threshold merges less.
 
     Args:
-        params, config, data, settings, length, batch, dtype, block: as in `evaluate`.
+        params, config, data, settings, length, batch, dtype, attention: as in `evaluate`.
         ratio: wanted tokens per slot.
         windows: training windows to measure on.
         steps: bisections.
@@ -169,7 +172,7 @@ def calibrate_threshold(
             threshold=middle,
             limit=windows,
             dtype=dtype,
-            block=block,
+            attention=attention,
         ).ratio
         low, high = (middle, high) if measured >= ratio else (low, middle)
     if low == -bracket:

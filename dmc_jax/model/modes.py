@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import ModelConfig
+from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.core.dmc import DMCSettings, dense_attention, dmc_attention
 from dmc_jax.model.llama import Attend, ModelOutput
 
@@ -30,7 +31,7 @@ def dense(
     segment_ids: Int[Array, "B T"] | None = None,
     *,
     channel_scale: float | Array | None = None,
-    block: int = 256,
+    attention: CausalAttention = causal_attention,
 ) -> Attend:
     """Ordinary causal attention; `channel_scale` makes it the zero-out stage's.
 
@@ -39,7 +40,7 @@ def dense(
         positions: of the tokens in their document.
         segment_ids: documents of packed windows.
         channel_scale: factor on the decision channel, None to leave it alone.
-        block: tokens per block of the attention.
+        attention: what computes the attention itself; see `model.attention`.
     """
 
     def attend(q, k, v, layer, state):
@@ -52,7 +53,7 @@ def dense(
             rope_scaling=config.rope_scaling,
             segment_ids=segment_ids,
             channel_scale=channel_scale,
-            block=block,
+            attention=attention,
         )
         return out, state, None
 
@@ -67,7 +68,7 @@ def compressed(
     *,
     noise_key: Array | None = None,
     threshold: float | Array = 0.0,
-    block: int = 256,
+    attention: CausalAttention = causal_attention,
 ) -> Attend:
     """DMC attention: relaxed where a noise key is given, with hard decisions otherwise.
 
@@ -78,7 +79,7 @@ def compressed(
         segment_ids: documents of packed windows; merging stays inside them.
         noise_key: of this step's Gumbel noise; layers fold their index in.
         threshold: of hard decisions.
-        block: tokens per block of the attention.
+        attention: what computes the attention itself; see `model.attention`.
     """
 
     def attend(q, k, v, layer, state):
@@ -97,7 +98,7 @@ def compressed(
             noise=noise,
             segment_ids=segment_ids,
             threshold=threshold,
-            block=block,
+            attention=attention,
         )
         return result.out, state, Decisions(result.decisions, result.merged)
 

@@ -10,9 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dmc_jax.config import STAGES, ModelConfig, RunConfig
+from dmc_jax.core.attention import CausalAttention
 from dmc_jax.core.losses import compression_loss, distillation, token_cross_entropy
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
 from dmc_jax.model import modes
+from dmc_jax.model.attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
 from dmc_jax.training.sharding import shardings
 from dmc_jax.training.state import TrainState
@@ -47,6 +49,7 @@ def make_train_step(
         `merged` [L], the fraction of merged tokens by layer, in the stages that merge.
     """
     schedule = run.stage(stage)
+    _attention(run, mesh)  # says at once if what is asked for cannot run here
     stage_key = jax.random.fold_in(jax.random.key(run.seed), STAGES.index(stage))
 
     def train_step(state: TrainState, batch: Batch, teacher_params: Any):
@@ -116,15 +119,19 @@ def _loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Loss of (a piece of) a batch; metrics add up over the pieces to the batch's."""
     output = _forward(
-        run, run.model, mesh, params, batch["tokens"], attention_of(run, stage, batch, step, key)
+        run,
+        run.model,
+        mesh,
+        params,
+        batch["tokens"],
+        attention_of(run, stage, mesh, batch, step, key),
     )
     mask = batch["loss_mask"]
     loss = jnp.sum(mask * token_cross_entropy(output.logits, batch["targets"])) / tokens
     metrics = {"loss": loss}
     if teacher is not None:
-        attend = modes.dense(
-            teacher, batch["positions"], batch["segment_ids"], block=run.attention_block
-        )
+        where = batch["positions"], batch["segment_ids"]
+        attend = modes.dense(teacher, *where, attention=_attention(run, mesh))
         wanted = _forward(run, teacher, mesh, teacher_params, batch["tokens"], attend).logits
         divergence = jnp.sum(mask * distillation(output.logits, jax.lax.stop_gradient(wanted)))
         metrics["distillation"] = divergence / tokens
@@ -141,17 +148,22 @@ def _loss(
     return loss, metrics
 
 
-def attention_of(run: RunConfig, stage: str, batch: Batch, step: Array, key: Array) -> Attend:
+def attention_of(
+    run: RunConfig, stage: str, mesh: Mesh, batch: Batch, step: Array, key: Array
+) -> Attend:
     """The attention function that a stage trains with."""
     where = batch["positions"], batch["segment_ids"]
+    attention = _attention(run, mesh)
     if stage in ("retrofit", "finetune"):
-        return modes.compressed(
-            run.model, run.dmc, *where, noise_key=key, block=run.attention_block
-        )
+        return modes.compressed(run.model, run.dmc, *where, noise_key=key, attention=attention)
     scale = None
     if stage == "zero_out":
         scale = decision_channel_scale(step, run.zero_out.steps)
-    return modes.dense(run.model, *where, channel_scale=scale, block=run.attention_block)
+    return modes.dense(run.model, *where, channel_scale=scale, attention=attention)
+
+
+def _attention(run: RunConfig, mesh: Mesh) -> CausalAttention:
+    return choose_attention(run.attention, block=run.attention_block, mesh=mesh)
 
 
 def _forward(run: RunConfig, config: ModelConfig, mesh: Mesh, params, tokens, attend: Attend):

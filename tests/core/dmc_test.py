@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmc_jax.core import dmc
+from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DMCSettings
 
 TOLERANCE = 1e-5
@@ -133,7 +134,12 @@ def documents_never_touch_each_other_test():
     for noise in (None, jnp.asarray(rng.logistic(size=(1, 20, 2)), jnp.float32)):
         settings = DMCSettings(window=4, offset=0.0)
         run = jax.jit(
-            functools.partial(dmc.dmc_attention, rope_theta=100.0, settings=settings, block=8)
+            functools.partial(
+                dmc.dmc_attention,
+                rope_theta=100.0,
+                settings=settings,
+                attention=functools.partial(causal_attention, block=8),
+            )
         )
         packed = run(q, k, v, positions=positions, segment_ids=segments, noise=noise)
         start = 0

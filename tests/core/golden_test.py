@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dmc_jax.core import dmc
+from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.losses import compression_loss
 from dmc_jax.core.rope import rotary_frequencies
@@ -74,7 +75,7 @@ def run_dmc(file, q, k, v, noise=None):
         positions=positions_of(file),
         rope_theta=float(file["rope_base"]),
         settings=settings_of(file),
-        block=16,
+        attention=functools.partial(causal_attention, block=16),
     )
     return jax.jit(run)(q, k, v, noise=noise)
 
@@ -319,7 +320,7 @@ def zero_out_stage_matches_test(path):
             positions=positions_of(file),
             rope_theta=float(file["rope_base"]),
             channel_scale=scale,
-            block=16,
+            attention=functools.partial(causal_attention, block=16),
         )  # fmt: skip
         return heads_joined(out)
 

@@ -227,9 +227,8 @@ def goals_are_the_least_bandwidth_and_uneven_over_even_test():
 def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
     tmp_path, monkeypatch
 ):
-    default = {"source": "a test"} | {
-        name: dataclasses.asdict(tuning.CANDIDATES[0]) for name in ("triton", "pallas_gpu")
-    }
+    kept = dataclasses.asdict(tuning.CANDIDATES[0])
+    default = dict.fromkeys(("triton", "pallas_gpu"), kept)
     (tmp_path / "default.json").write_text(json.dumps(default))
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     tuning._read.cache_clear()
@@ -253,7 +252,7 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
     assert seen == list(tuning.CANDIDATES[:4])
     kept = json.loads(file.read_text())
     assert tuning.Settings(**kept["triton"]) == tuning.CANDIDATES[3]
-    assert tuning.Settings(**kept["pallas_gpu"]) == tuning.CANDIDATES[0]
+    assert kept.keys() == {"source", "triton"}  # the other was not timed
     assert tuning.settings_for("triton", jax.devices()[0].device_kind) == tuning.CANDIDATES[3]
     tuning._read.cache_clear()
 

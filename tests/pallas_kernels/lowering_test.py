@@ -14,9 +14,12 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.inference import cache as cache_module
 from dmc_jax.inference import paged
-from dmc_jax.model.llama import init_params, unstack_layers
+from dmc_jax.model import modes
+from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.llama import Llama, init_params, unstack_layers
 from pallas_kernels import target
 from pallas_kernels.decode_attention import api
+from pallas_kernels.triton_call import unavailable
 
 PAGES, PAGE, SLOTS = 96, 16, 4
 CONFIG = ModelConfig(
@@ -101,6 +104,34 @@ def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kernels, kind
     assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xbf16>" in text
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xf32>" not in text, "the pool is widened"
+
+
+def the_gradient_of_a_model_calls_the_attention_kernels_test(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    T = 200
+    where = jnp.broadcast_to(jnp.arange(T), (SLOTS, T)), jnp.zeros((SLOTS, T), jnp.int32)
+    key = jax.random.key(0)
+
+    def loss(params, tokens):
+        attend = modes.compressed(
+            *(CONFIG, DMCSettings(), *where), noise_key=key, attention=choose_attention("triton")
+        )
+        model = Llama(CONFIG, dtype=jnp.bfloat16, remat="full")
+        return model.apply({"params": params}, tokens, attend=attend).logits.sum()
+
+    params = jax.eval_shape(lambda: init_params(CONFIG, key))
+    tokens = jax.ShapeDtypeStruct((SLOTS, T), jnp.int32)
+    with on("NVIDIA H200"):
+        reason = unavailable()
+        if reason is not None:
+            pytest.skip(reason)
+        lowered = jax.jit(jax.grad(loss)).trace(params, tokens).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    # A body of the scan over layers forward, one backward, which attends once more.
+    assert len(re.findall(r"call @_forward\w*\(", text)) == 2
+    assert len(re.findall(r"call @_backward\w*\(", text)) == 1
+    assert len(re.findall(CALLS["triton"], text)) in (3, 4)  # functions may be shared
+    assert f"{T}x{T}x" not in text, "some array has all scores"
 
 
 @pytest.mark.parametrize("implementation", CALLS)

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from pallas_kernels import tuning
+from pallas_kernels.causal_attention import settings as attention_settings
 from pallas_kernels.tuning import Settings
 
 SETTINGS = Settings(block_bytes=16384, warps=4, stages=5, programs_per_core=2)
@@ -13,9 +14,7 @@ SETTINGS = Settings(block_bytes=16384, warps=4, stages=5, programs_per_core=2)
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
-    default = {"source": "a test"} | {
-        name: dataclasses.asdict(SETTINGS) for name in ("triton", "pallas_gpu")
-    }
+    default = {name: dataclasses.asdict(SETTINGS) for name in ("triton", "pallas_gpu")}
     (tmp_path / "default.json").write_text(json.dumps(default))
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     tuning._read.cache_clear()
@@ -31,25 +30,38 @@ def a_block_has_the_bytes_it_should_within_limits_test(width, itemsize, block):
     assert SETTINGS.block(width, itemsize) == block
 
 
-def every_kept_file_has_settings_for_both_implementations_and_says_its_source_test():
+def every_kept_entry_can_be_read_and_says_its_source_test():
     files = list(tuning._FOLDER.glob("*.json"))
     assert tuning._FOLDER / "default.json" in files
     for file in files:
         content = json.loads(file.read_text())
-        assert content.pop("source")
-        assert content.keys() == {"triton", "pallas_gpu"}
-        assert all(isinstance(Settings(**x), Settings) for x in content.values())
+        source = content.pop("source")
+        assert content.keys() == source.keys() and all(source.values())
+        assert content.keys() <= {"triton", "pallas_gpu", "causal_attention", "cache_update"}
+        for name in content.keys() & {"triton", "pallas_gpu"}:
+            assert isinstance(Settings(**content[name]), Settings)
+        if "causal_attention" in content:
+            attention_settings.from_json(content["causal_attention"])
+        assert content.get("cache_update", "xla") in ("xla", "triton")
 
 
 def a_device_takes_its_own_settings_once_they_are_saved_test(empty_folder):
     device = "NVIDIA H200 (test)"
     assert tuning.settings_for("triton", device) == SETTINGS
     mine = dataclasses.replace(SETTINGS, stages=7)
-    file = tuning.save(device, "measured", {"triton": mine, "pallas_gpu": SETTINGS})
+    file = tuning.save(device, "measured", {"triton": mine})
     assert file == empty_folder / "nvidia_h200_test.json"
     assert tuning.settings_for("triton", device) == mine
     assert tuning.settings_for("pallas_gpu", device) == SETTINGS
     assert tuning.settings_for("triton", "another") == SETTINGS
+
+
+def what_was_saved_before_stays_with_its_source_test(empty_folder):
+    tuning.save("A GPU", "first", {"triton": SETTINGS, "cache_update": "xla"})
+    file = tuning.save("A GPU", "second", {"cache_update": "triton"})
+    content = json.loads(file.read_text())
+    assert content.pop("source") == {"triton": "first", "cache_update": "second"}
+    assert content == {"triton": dataclasses.asdict(SETTINGS), "cache_update": "triton"}
 
 
 def the_fastest_has_the_least_product_of_times_test():

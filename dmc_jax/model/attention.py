@@ -1,0 +1,72 @@
+"""What computes causal attention: `core.attention`, or a kernel where one can run."""
+
+import functools
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from dmc_jax.core.attention import CausalAttention, causal_attention
+from dmc_jax.errors import UserError
+from pallas_kernels.triton_call import unavailable
+
+
+def choose_attention(
+    implementation: str = "auto", *, block: int = 256, mesh: Mesh | None = None
+) -> CausalAttention:
+    """Picks who attends; equal arguments give the same function, so that jit knows it again.
+
+    Args:
+        implementation: "xla", the one of `core.attention`; "triton", the kernels of
+            `pallas_kernels.causal_attention`; "auto", the kernels where they can run.
+        block: tokens per block of "xla".
+        mesh: devices that share the work, with batches over `data` and `fsdp` and heads over
+            `tensor`. Without it "auto" takes the kernels on one device only: XLA does not know how
+            to split them.
+
+    Raises:
+        UserError: the kernels are asked for and cannot run here.
+    """
+    reason = unavailable()
+    if implementation == "triton" and reason is not None:
+        raise UserError(f"attention is 'triton', which cannot run here: {reason}; choose auto")
+    alone = mesh is None and jax.device_count() > 1
+    if implementation == "xla" or (implementation == "auto" and (reason is not None or alone)):
+        return _in_blocks(block)
+    # Where there is no Triton, importing it fails.
+    from pallas_kernels.causal_attention import triton
+
+    if mesh is None or mesh.size == 1:
+        return triton.causal_attention
+    return _split_over(mesh, triton.causal_attention)
+
+
+@functools.cache
+def _in_blocks(block: int) -> CausalAttention:
+    return functools.partial(causal_attention, block=block)
+
+
+@functools.cache
+def _split_over(mesh: Mesh, attention: CausalAttention) -> CausalAttention:
+    """The same attention, every device with its own sequences and heads."""
+
+    def attend(q, k, v, key_bias=None, *, scale, segment_ids=None):
+        # As in `training.sharding`: heads that do not divide are everywhere.
+        heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
+        batch = ("data", "fsdp")
+        given = {"key_bias": key_bias, "segment_ids": segment_ids}
+        specs = {
+            "key_bias": PartitionSpec(batch, None, heads),
+            "segment_ids": PartitionSpec(batch),
+        }
+        given = {name: x for name, x in given.items() if x is not None}
+        of_heads = PartitionSpec(batch, None, heads)
+        split = jax.shard_map(
+            lambda q, k, v, given: attention(q, k, v, scale=scale, **given),
+            mesh=mesh,
+            in_specs=(of_heads, of_heads, of_heads, {name: specs[name] for name in given}),
+            out_specs=of_heads,
+            check_vma=False,  # the kernel's outputs do not say over which axes they vary
+        )
+        return split(q, k, v, given)
+
+    return attend

@@ -1,0 +1,248 @@
+"""The three kernels of `causal_attention.triton`: one forward, two backward.
+
+FlashAttention-2 (Dao 2023, arXiv 2307.08691) with two things of DMC inside: a bias of every key,
+and a diagonal that it spares. With scores to base 2, so that softmax takes one `exp2` a score,
+
+    s_ij = FACTOR q_i . k_j + bias_j [j != i]       p_ij = 2^(s_ij - lse_i)
+
+    dv_j    = sum_i p_ij do_i                       ds_ij = p_ij (do_i . v_j - delta_i)
+    dk_j    = scale sum_i ds_ij q_i                 delta_i = do_i . o_i
+    dq_i    = scale sum_j ds_ij k_j                 dbias_j = sum_{i != j} ds_ij
+
+for j <= i in the document of i: from its first token, `starts[i]`, to the one before `ends[i]`.
+Loops visit such blocks only, those on the diagonal apart: elsewhere j < i needs no mask.
+
+A program adds up what it writes, in one order: nothing is added to by two, and results repeat bit
+for bit. Queries that share a KV head take turns in the program of its keys.
+"""
+
+import triton
+import triton.language as tl
+
+# A finite stand-in for minus infinity: a block may be masked as a whole, and inf - inf is NaN. What
+# such a block adds to a row's sums is wiped out by the row's own key, which is always visible.
+_MASKED = tl.constexpr(-1e30)
+
+
+@triton.jit
+def attend(
+    q_ptr,  # [B, T, N, H]
+    k_ptr,  # [B, T, K, H]
+    v_ptr,
+    bias_ptr,  # [B, K, T], float32, to base 2
+    starts_ptr,  # [B, T]
+    out_ptr,  # [B, T, N, H]
+    lse_ptr,  # [B, N, T], float32, to base 2
+    FACTOR: tl.constexpr,  # scale / ln 2
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,  # H, padded to a power of two
+    QUERIES: tl.constexpr,  # a block: a multiple of KEYS
+    KEYS: tl.constexpr,
+    WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
+):
+    """One program per block of queries and head; the last blocks, which see most, come first."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // N
+    n = tl.program_id(1) % N
+    kv = n // (N // K)
+    dtype: tl.constexpr = tl.float32 if WIDEN else tl.bfloat16
+    # Three products of truncated float32 add up to nearly all of its precision.
+    precision: tl.constexpr = "tf32x3" if WIDEN else "tf32"
+    tokens = tl.cast(b, tl.int64) * T
+    h = tl.arange(0, WIDTH)[None, :]
+    t = block * QUERIES + tl.arange(0, QUERIES)
+    at = (t * N + n)[:, None] * H + h
+    # Not `&`: in interpreted kernels it is wrong for masks that broadcast, in some versions.
+    real = tl.where((t < T)[:, None], h < H, False)
+    q = tl.load(q_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+    first = tl.load(starts_ptr + tokens + t, mask=t < T, other=0)
+    peak = tl.full([QUERIES], _MASKED, tl.float32)
+    total = tl.full([QUERIES], 0.0, tl.float32)
+    weighted = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
+    for diagonal in tl.static_range(2):
+        if diagonal:
+            begin = block * QUERIES
+            end = tl.minimum(begin + QUERIES, T)
+        else:
+            begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
+            end = block * QUERIES
+        for start in tl.range(begin, end, KEYS):
+            s = start + tl.arange(0, KEYS)
+            at_s = (s * K + kv)[:, None] * H + h
+            real_s = tl.where((s < T)[:, None], h < H, False)
+            keys = tl.load(k_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            values = tl.load(v_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            bias = tl.load(bias_ptr + (tokens * K + kv * T) + s, mask=s < T, other=0.0)[None, :]
+            visible = s[None, :] >= first[:, None]
+            if diagonal:
+                own = t[:, None] - s[None, :]
+                bias = tl.where(own == 0, 0.0, bias)
+                visible = tl.where(own >= 0, visible, False)
+            scores = tl.dot(q, tl.trans(keys), input_precision=precision) * FACTOR + bias
+            scores = tl.where(visible, scores, _MASKED)
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            shrink = tl.exp2(peak - higher)
+            weights = tl.exp2(scores - higher[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            weighted = tl.dot(
+                weights.to(dtype), values, weighted * shrink[:, None], input_precision=precision
+            )
+            peak = higher
+    tl.store(lse_ptr + (tokens * N + n * T) + t, peak + tl.log2(total), mask=t < T)
+    out = weighted / total[:, None]
+    tl.store(out_ptr + tokens * N * H + at, out.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def key_gradients(
+    q_ptr,  # [B, T, N, H]
+    k_ptr,  # [B, T, K, H]
+    v_ptr,
+    bias_ptr,  # [B, K, T], float32, to base 2
+    starts_ptr,  # [B, T]
+    ends_ptr,  # [B, T]
+    lse_ptr,  # [B, N, T], float32, to base 2
+    delta_ptr,  # [B, N, T], float32
+    d_out_ptr,  # [B, T, N, H]
+    dk_ptr,  # [B, T, K, H]
+    dv_ptr,
+    dbias_ptr,  # [B, K, T], float32, of the natural bias
+    FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,  # a block: a multiple of QUERIES
+    WIDEN: tl.constexpr,
+):
+    """One program per block of keys and KV head; the first blocks, seen by most, come first."""
+    begin_s = tl.program_id(0) * KEYS
+    b = tl.program_id(1) // K
+    kv = tl.program_id(1) % K
+    dtype: tl.constexpr = tl.float32 if WIDEN else tl.bfloat16
+    precision: tl.constexpr = "tf32x3" if WIDEN else "tf32"
+    tokens = tl.cast(b, tl.int64) * T
+    h = tl.arange(0, WIDTH)[None, :]
+    s = begin_s + tl.arange(0, KEYS)
+    at_s = (s * K + kv)[:, None] * H + h
+    real_s = tl.where((s < T)[:, None], h < H, False)
+    keys = tl.load(k_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+    values = tl.load(v_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+    at_bias = (tokens * K + kv * T) + s
+    bias = tl.load(bias_ptr + at_bias, mask=s < T, other=0.0)[:, None]
+    last = tl.load(ends_ptr + tokens + tl.minimum(begin_s + KEYS, T) - 1)
+    dk = tl.full([KEYS, WIDTH], 0.0, tl.float32)
+    dv = tl.full([KEYS, WIDTH], 0.0, tl.float32)
+    dbias = tl.full([KEYS], 0.0, tl.float32)
+    for n in tl.range(kv * (N // K), (kv + 1) * (N // K), num_stages=1):
+        for diagonal in tl.static_range(2):
+            if diagonal:
+                begin = begin_s
+                end = tl.minimum(begin_s + KEYS, T)
+            else:
+                begin = begin_s + KEYS
+                end = last
+            for start in tl.range(begin, end, QUERIES):
+                t = start + tl.arange(0, QUERIES)
+                at = (t * N + n)[:, None] * H + h
+                real = tl.where((t < T)[:, None], h < H, False)
+                q = tl.load(q_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+                d_out = tl.load(d_out_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+                of_row = (tokens * N + n * T) + t
+                # So queries past the last have weights of 2^-inf.
+                lse = tl.load(lse_ptr + of_row, mask=t < T, other=float("inf"))[None, :]
+                delta = tl.load(delta_ptr + of_row, mask=t < T, other=0.0)[None, :]
+                first = tl.load(starts_ptr + tokens + t, mask=t < T, other=0)
+                visible = s[:, None] >= first[None, :]
+                scores = tl.dot(keys, tl.trans(q), input_precision=precision) * FACTOR - lse
+                if diagonal:
+                    own = t[None, :] - s[:, None]
+                    scores += tl.where(own == 0, 0.0, bias)
+                    visible = tl.where(own >= 0, visible, False)
+                else:
+                    scores += bias
+                weights = tl.where(visible, tl.exp2(scores), 0.0)
+                dv = tl.dot(weights.to(dtype), d_out, dv, input_precision=precision)
+                d_weights = tl.dot(values, tl.trans(d_out), input_precision=precision)
+                d_scores = weights * (d_weights - delta)
+                dk = tl.dot(d_scores.to(dtype), q, dk, input_precision=precision)
+                if diagonal:
+                    d_scores = tl.where(own == 0, 0.0, d_scores)
+                dbias += tl.sum(d_scores, 1)
+    tl.store(dk_ptr + tokens * K * H + at_s, (SCALE * dk).to(dk_ptr.dtype.element_ty), mask=real_s)
+    tl.store(dv_ptr + tokens * K * H + at_s, dv.to(dv_ptr.dtype.element_ty), mask=real_s)
+    tl.store(dbias_ptr + at_bias, dbias, mask=s < T)
+
+
+@triton.jit
+def query_gradients(
+    q_ptr,  # [B, T, N, H]
+    k_ptr,  # [B, T, K, H]
+    v_ptr,
+    bias_ptr,  # [B, K, T], float32, to base 2
+    starts_ptr,  # [B, T]
+    lse_ptr,  # [B, N, T], float32, to base 2
+    delta_ptr,  # [B, N, T], float32
+    d_out_ptr,  # [B, T, N, H]
+    dq_ptr,  # [B, T, N, H]
+    FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,  # a block: a multiple of KEYS
+    KEYS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One program per block of queries and head, as in `attend`."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // N
+    n = tl.program_id(1) % N
+    kv = n // (N // K)
+    dtype: tl.constexpr = tl.float32 if WIDEN else tl.bfloat16
+    precision: tl.constexpr = "tf32x3" if WIDEN else "tf32"
+    tokens = tl.cast(b, tl.int64) * T
+    h = tl.arange(0, WIDTH)[None, :]
+    t = block * QUERIES + tl.arange(0, QUERIES)
+    at = (t * N + n)[:, None] * H + h
+    real = tl.where((t < T)[:, None], h < H, False)
+    q = tl.load(q_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+    d_out = tl.load(d_out_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+    of_row = (tokens * N + n * T) + t
+    lse = tl.load(lse_ptr + of_row, mask=t < T, other=float("inf"))[:, None]
+    delta = tl.load(delta_ptr + of_row, mask=t < T, other=0.0)[:, None]
+    first = tl.load(starts_ptr + tokens + t, mask=t < T, other=0)
+    dq = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
+    for diagonal in tl.static_range(2):
+        if diagonal:
+            begin = block * QUERIES
+            end = tl.minimum(begin + QUERIES, T)
+        else:
+            begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
+            end = block * QUERIES
+        for start in tl.range(begin, end, KEYS):
+            s = start + tl.arange(0, KEYS)
+            at_s = (s * K + kv)[:, None] * H + h
+            real_s = tl.where((s < T)[:, None], h < H, False)
+            keys = tl.load(k_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            values = tl.load(v_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            bias = tl.load(bias_ptr + (tokens * K + kv * T) + s, mask=s < T, other=0.0)[None, :]
+            visible = s[None, :] >= first[:, None]
+            if diagonal:
+                own = t[:, None] - s[None, :]
+                bias = tl.where(own == 0, 0.0, bias)
+                visible = tl.where(own >= 0, visible, False)
+            scores = tl.dot(q, tl.trans(keys), input_precision=precision) * FACTOR + bias
+            weights = tl.where(visible, tl.exp2(scores - lse), 0.0)
+            d_weights = tl.dot(d_out, tl.trans(values), input_precision=precision)
+            d_scores = (weights * (d_weights - delta)).to(dtype)
+            dq = tl.dot(d_scores, keys, dq, input_precision=precision)
+    tl.store(dq_ptr + tokens * N * H + at, (SCALE * dq).to(dq_ptr.dtype.element_ty), mask=real)
