@@ -31,10 +31,11 @@ test-all: $(STAMP)
 	$(VENV_PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda-plugin \
 	  "jax-cuda12-plugin==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')"
 	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" \
-	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/lowering_test.py
+	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/lowering_test.py \
+	  tests/pallas_kernels/cache_update_compile_test.py
 	$(VENV_PYTHON) -m pytest $(PARALLEL)
 
-# On a machine with an NVIDIA GPU: tests of the kernels on it, then both benchmarks; docs/gpu.md.
+# On a machine with an NVIDIA GPU: tests of the kernels on it, then the benchmarks; docs/gpu.md.
 # PYTHON_GPU: an interpreter that has all it needs, then no .venv is made; PACKAGES: a folder of more.
 # That one's versions are not ours, so their warnings are no errors.
 GPU_RUN = JAX_PLATFORMS=cuda,cpu PYTHONPATH="$(CURDIR)$(if $(PACKAGES),:$(abspath $(PACKAGES)))" \
@@ -46,7 +47,10 @@ gpu: $(if $(PYTHON_GPU),,$(STAMP))
 	$(GPU_RUN) -m pytest -W default tests/pallas_kernels
 	$(GPU_RUN) -m pallas_kernels.bench --tune
 	$(GPU_RUN) -m pallas_kernels.bench
+	$(GPU_RUN) -m benchmarks.cache_update --tune
 	$(GPU_RUN) -m benchmarks.end_to_end
+	$(GPU_RUN) -m benchmarks.training_attention --tune
+	$(GPU_RUN) -m benchmarks.training_attention
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff format --check .

@@ -130,9 +130,7 @@ def tune(
         The file with the settings.
     """
     kind, made = target.current().kind, {case: bench_cases.make_pages(case) for case in cases}
-    packages = timing.machine("")["packages"]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    source = f"pallas_kernels.bench --tune, {kind}, {versions}"
+    source = timing.source("pallas_kernels.bench --tune")
     chosen = {name: tuning.settings_for(name, kind) for name in ("triton", "pallas_gpu")}
     for name in (name for name in names if name in chosen):
 
@@ -146,7 +144,9 @@ def tune(
                         result = measure(make_contender(name, case, pages), case, pages, rate)
                         taken.append(1e-6 * result["microseconds"])
                     except Exception as error:  # compilers have errors of many kinds
-                        print(f"{name} {settings}: passed over, {_line(error)}", flush=True)
+                        print(
+                            f"{name} {settings}: passed over, {timing.in_a_line(error)}", flush=True
+                        )
                         return [np.inf] * len(made)
             print(f"{name} {settings}: {[round(1e6 * t, 1) for t in taken]} us", flush=True)
             return taken
@@ -212,7 +212,7 @@ def run(
             except Wrong as error:
                 result["wrong"] = str(error)
             except Exception as error:  # compilers have errors of many kinds
-                result["failed"] = _line(error)
+                result["failed"] = timing.in_a_line(error)
             contender = None  # padded keys and values may be ten times the live ones
             good &= name.startswith("dense") or "of_copy" in result
             results.append(result)
@@ -233,11 +233,6 @@ def _print_row(result: dict) -> None:
     else:
         what = f"wrong: {result['wrong']}" if "wrong" in result else f"failed: {result['failed']}"
     print(f"{result['contender']:14} {of_case} {what}", flush=True)
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _implementations(given: str | None) -> tuple[str, ...]:

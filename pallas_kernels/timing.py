@@ -176,6 +176,22 @@ def machine(command: str) -> dict[str, Any]:
     }
 
 
+def source(command: str) -> str:
+    """Says in a line what settings come from: command, device, versions.
+
+    Args:
+        command: that timed them.
+    """
+    packages = machine("")["packages"]
+    versions = (f"{name} {version}" for name, version in packages.items() if version)
+    return ", ".join((command, target.current().kind, *versions))
+
+
+def in_a_line(error: Exception) -> str:
+    """The beginning of an error, for tables and files."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def result_file(name: str) -> Path:
     """Where figures of this device go: `benchmarks/<device>/NAME` in the current directory."""
     return Path("benchmarks") / tuning.file_of(jax.local_devices()[0].device_kind).stem / name

@@ -1,7 +1,7 @@
 """Calling Triton kernels from JAX, through jax-triton, which only a JAX with CUDA can import."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,22 @@ def unavailable() -> str | None:
     return None
 
 
+def unavailable_in_place() -> str | None:
+    """Says why kernels that change an array in place cannot run here; None where they can."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    import jax_triton
+
+    # Since 0.4 a kernel gets no pointer to an output that aliases an input; before, it gets both.
+    if jax_triton.__version_info__ >= (0, 4):
+        return (
+            f"jax_triton {jax_triton.__version__} calls kernels that work in place in another way;"
+            " they are written for jax-triton 0.3"
+        )
+    return None
+
+
 def launch(
     kernel: Callable,
     *inputs: Array,
@@ -36,6 +52,7 @@ def launch(
     num_warps: int,
     num_stages: int,
     capability: int | None,
+    in_place: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> tuple[Array, ...]:
     """Calls a Triton kernel that takes its inputs, then its outputs, then constants.
@@ -48,12 +65,14 @@ def launch(
         num_warps: per program.
         num_stages: of the software pipeline.
         capability: to compile for; None: that of the first GPU.
+        in_place: input -> output that is the same memory, both counted from 0. The kernel gets the
+            pointer twice. XLA makes a copy first where the input is used again.
         **constants: the kernel's `constexpr` arguments.
     """
     # Here, not above: without a GPU build of JAX the import fails.
     import jax_triton
 
-    # Renamed in 0.4. Nothing else in this call differs, as long as no output aliases an input.
+    # Renamed in 0.4. Nothing else in this call differs, as long as nothing is changed in place.
     renamed = "out_type" in inspect.signature(jax_triton.triton_call).parameters
     return jax_triton.triton_call(
         *inputs,
@@ -62,6 +81,7 @@ def launch(
         num_warps=num_warps,
         num_stages=num_stages,
         compute_capability=capability,
+        **({"input_output_aliases": dict(in_place)} if in_place else {}),
         **{"out_type" if renamed else "out_shape": out},
         **constants,
     )

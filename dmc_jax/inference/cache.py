@@ -26,6 +26,7 @@ from dmc_jax.core.dmc import (
 )
 from dmc_jax.core.rope import rotate
 from dmc_jax.errors import UserError
+from pallas_kernels.cache_update.api import XLA, State, cache_update, choose
 
 SMALLEST_PAGE = 8
 STORAGE_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -223,16 +224,27 @@ def write(
         first: row of the layer's first KV head.
         sequences: slots of the cache that the rows belong to; None: all.
     """
-    P, page, _ = cache.k_pages.shape
-    everyone = jnp.arange(keys.shape[0]) if sequences is None else sequences
-    rows, heads = _row_indices(first, keys.shape[1], everyone)
-    pages = cache.page_table.at[rows[..., None], heads[:, None], slots // page].get(mode="clip")
-    at = jnp.where(where, pages, P), slots % page  # page P is dropped
+    at = _places(cache, slots, where, first, sequences)
     return dataclasses.replace(
         cache,
         k_pages=cache.k_pages.at[at].set(keys.astype(cache.k_pages.dtype), mode="drop"),
         v_pages=cache.v_pages.at[at].set(values.astype(cache.v_pages.dtype), mode="drop"),
     )
+
+
+def _places(
+    cache: PagedCache,
+    slots: Int[Array, "B K T"],
+    where: Bool[Array, "B K T"],
+    first: int | Array,
+    sequences: Int[Array, " B"] | None = None,
+) -> tuple[Int[Array, "B K T"], Int[Array, "B K T"]]:
+    """Pages of some slots, and where in them; page P, which nobody has, is that of the others."""
+    P, page, _ = cache.k_pages.shape
+    everyone = jnp.arange(slots.shape[0]) if sequences is None else sequences
+    rows, heads = _row_indices(first, slots.shape[1], everyone)
+    pages = cache.page_table.at[rows[..., None], heads[:, None], slots // page].get(mode="clip")
+    return jnp.where(where, pages, P), slots % page
 
 
 def append_or_merge(
@@ -246,6 +258,7 @@ def append_or_merge(
     active: Bool[Array, " slots"],
     settings: DMCSettings | None,
     frequencies: Float[Array, " H//2"],
+    implementation: str | None = None,
 ) -> PagedCache:
     """Let the rows of one layer read a token: it joins the open slot, or takes the next one.
 
@@ -260,9 +273,15 @@ def append_or_merge(
         active: sequences that read a token; the others, and failed ones, stay as they are.
         settings: those that the cache was made with; None: dense.
         frequencies: rotary, radians per token.
+        implementation: "xla", or of `cache_update`, which takes one launch; None: the faster one
+            as measured here. A dense cache is left to XLA.
     """
     K = k_t.shape[1]
     active = (active & ~cache.failed)[:, None]  # [slots, 1]
+    name = choose(implementation)
+    if settings is not None and name != XLA:
+        token = k_t, v_t, decision, omega
+        return _in_one_launch(cache, first, *token, active, settings, frequencies, name)
     if settings is None:
         key, value, opens, rotation = k_t, v_t, active, rotate
     else:
@@ -290,6 +309,33 @@ def append_or_merge(
         (lengths - 1)[..., None],
         (granted & active)[..., None],
         first,
+    )
+
+
+def _in_one_launch(
+    cache, first, k_t, v_t, decision, omega, active, settings, frequencies, implementation
+) -> PagedCache:
+    """`append_or_merge` by a kernel, which does all that follows when pages are reserved."""
+    count = take_rows(cache.open_segment.count, first, k_t.shape[1])
+    lengths = take_rows(cache.lengths, first, k_t.shape[1])
+    lengths += active & ((count == 0) | (decision == 0))
+    cache, granted = reserve(cache, lengths, first)
+    at = _places(cache, (lengths - 1)[..., None], (granted & active)[..., None], first)
+    state = cache_update(
+        State(cache.k_pages, cache.v_pages, **vars(cache.open_segment)),
+        *(k_t, v_t, decision, omega),
+        first=first,
+        active=active[:, 0],
+        position=cache.position,
+        page_ids=at[0][..., 0],
+        offsets=at[1][..., 0],
+        frequencies=frequencies,
+        window=settings.window,
+        implementation=implementation,
+    )
+    k_pages, v_pages, *segment = state
+    return dataclasses.replace(
+        cache, k_pages=k_pages, v_pages=v_pages, open_segment=OpenSegment(*segment)
     )
 
 

@@ -40,6 +40,7 @@ def attend_cached(
     threshold: float | Array,
     active: Bool[Array, " slots"],
     implementation: str | None = None,
+    update: str | None = None,
     plans: dict[int, Plan | None] | None = None,
 ) -> Attend:
     """An attention function whose state is the `PagedCache`; one token per slot, T = 1.
@@ -53,6 +54,7 @@ def attend_cached(
         threshold: of hard decisions.
         active: sequences that read a token; the output of the others is zero.
         implementation: of `decode_attention`; None: the fastest here.
+        update: implementation of `append_or_merge`; None: the fastest here.
         plans: of `plan_step`; None: every layer makes its own.
     """
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -76,6 +78,7 @@ def attend_cached(
             active=active,
             settings=settings,
             frequencies=frequencies,
+            implementation=update,
         )
         # Attention reads the pool after the layer wrote to it, and nothing reads it before: that
         # order lets XLA update it in place.
@@ -142,6 +145,7 @@ def decode_step(
     threshold: float | Array = 0.0,
     dtype: str = "float32",
     implementation: str | None = None,
+    update: str | None = None,
 ) -> tuple[PagedCache, Float[Array, "slots V"]]:
     """Read one token of every active sequence.
 
@@ -155,6 +159,7 @@ def decode_step(
         threshold: of hard decisions.
         dtype: of the forward pass.
         implementation: of `decode_attention`; None: the fastest here.
+        update: implementation of `append_or_merge`; None: the fastest here.
 
     Returns:
         (the cache with the tokens, logits of the tokens after them). Both mean nothing for the
@@ -165,6 +170,7 @@ def decode_step(
         threshold=threshold,
         active=active,
         implementation=implementation,
+        update=update,
         plans=plan_step(config, cache, active, implementation),
     )
     output = forward(params, config, tokens[:, None], dtype=dtype, attend=attend, state=cache)

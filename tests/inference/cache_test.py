@@ -313,9 +313,9 @@ def decode_paged(params, config, settings, tokens_active_leaving, threshold, cac
 def evaluate_all(params, config, settings, tokens, threshold):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
     if settings is None:
-        attend = modes.dense(config, positions, block=T)
+        attend = modes.dense(config, positions)
     else:
-        attend = modes.compressed(config, settings, positions, threshold=threshold, block=T)
+        attend = modes.compressed(config, settings, positions, threshold=threshold)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 

@@ -10,6 +10,7 @@ import threading
 from unittest import mock
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.experimental import pallas as pl
 
@@ -29,33 +30,51 @@ def launch_pallas(kernel, *inputs, out, grid, num_warps, num_stages):
     return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True)(*inputs)
 
 
-def launch_triton(kernel, *inputs, out, grid, num_warps, num_stages, capability, **constants):
+def launch_triton(
+    kernel, *inputs, out, grid, num_warps, num_stages, capability, in_place=None, **constants
+):
     """Stands in for `triton_call.launch`, eagerly and under jit."""
     # The interpreter multiplies the bits of bfloat16 matrices as if they were integers.
     if "WIDEN" in constants:
         constants["WIDEN"] = True
 
     def run(*arrays):
-        return _interpret(kernel, arrays, out, grid, constants)
+        return _interpret(kernel, arrays, out, grid, in_place or {}, constants)
 
     return jax.pure_callback(run, out, *inputs)
 
 
-def _interpret(kernel, inputs, out, grid, constants):
-    """Runs a Triton kernel on NumPy arrays; what it does not write stays NaN."""
+def _interpret(kernel, inputs, out, grid, in_place, constants):
+    """Runs a Triton kernel on NumPy arrays; what it does not write of new ones stays NaN."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
 
     # `tl.max` and `tl.sum` are kernels themselves, and not interpreted ones; `tl.reduce` will be.
     reductions = {
         "max": lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max),
         "sum": lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine),
     }
+    convert = interpreter._convert_float
+
+    def rounded(x, source, target, mode):
+        # The interpreter cuts off the bits that a GPU rounds to nearest even.
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return x.astype(ml_dtypes.bfloat16).view(np.uint16)
+        return convert(x, source, target, mode)
+
     arrays = [np.array(x, order="C") for x in inputs]
-    arrays += [np.full(x.shape, np.nan, x.dtype) for x in out]
-    # Unlike a GPU, NumPy warns of log2(0), which is minus infinity as it should be.
-    with _one_at_a_time, mock.patch.multiple(tl, **reductions), np.errstate(all="ignore"):
-        InterpretedFunction(kernel.fn)[grid](*map(_Tensor, arrays), **constants)
+    memory = {output: arrays[input] for input, output in in_place.items()}
+    arrays += [
+        memory[i] if i in memory else np.full(x.shape, np.nan, x.dtype) for i, x in enumerate(out)
+    ]
+    with (
+        _one_at_a_time,
+        mock.patch.multiple(tl, **reductions),
+        mock.patch.object(interpreter, "_convert_float", rounded),
+        # Unlike a GPU, NumPy warns of log2(0), which is minus infinity as it should be.
+        np.errstate(all="ignore"),
+    ):
+        interpreter.InterpretedFunction(kernel.fn)[grid](*map(_Tensor, arrays), **constants)
     return tuple(arrays[len(inputs) :])
 
 
