@@ -25,6 +25,13 @@ SMALL = Settings(Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1
 
 
 @pytest.fixture(autouse=True)
+def exact_products():
+    """A GPU truncates float32 in those that are compared with."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def interpreted_without_a_gpu(monkeypatch):
     if jax.default_backend() == "gpu":
         reason = kernels.unavailable()
