@@ -16,7 +16,7 @@ from dmc_jax.errors import UserError, run_door
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.report import head_table
 from dmc_jax.interop.native import LoadedModel, load_model
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.attention import evaluation_attention
 from dmc_jax.training.checkpoint import latest, load_metadata
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -107,7 +107,10 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
         threshold=model.threshold,
         limit=_WINDOWS.value,
         dtype=run["compute_dtype"],
-        attention=choose_attention(block=run["attention_block"]),
+        attention=evaluation_attention(
+            run.get("attention", "auto"),  # older checkpoints do not say
+            run["attention_block"],
+        ),
     )
 
 

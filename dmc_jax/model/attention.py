@@ -40,6 +40,17 @@ def choose_attention(
     return _split_over(mesh, triton.causal_attention)
 
 
+def evaluation_attention(trained_with: str, block: int) -> CausalAttention:
+    """Picks who attends where windows are not split over a mesh.
+
+    Args:
+        trained_with: the implementation that training was told to take: its "triton" is "auto"
+            here, since the kernels may run on one device only.
+        block: tokens per block of "xla".
+    """
+    return choose_attention("xla" if trained_with == "xla" else "auto", block=block)
+
+
 @functools.cache
 def _in_blocks(block: int) -> CausalAttention:
     return functools.partial(causal_attention, block=block)

@@ -19,7 +19,7 @@ from dmc_jax.interop.formats import open_source, recognise
 from dmc_jax.interop.native import find_checkpoint, load_model
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.interop.source import Source
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.attention import evaluation_attention
 from dmc_jax.model.llama import init_params
 from dmc_jax.training import checkpoint
 from dmc_jax.training.checkpoint import CheckpointRef, latest
@@ -173,7 +173,7 @@ def assess(
         "length": run.data.length,
         "batch": max(1, rows),
         "dtype": run.compute_dtype,
-        "attention": choose_attention(run.attention, block=run.attention_block),
+        "attention": evaluation_attention(run.attention, run.attention_block),
     }
     threshold = 0.0
     if calibrate and stage in MERGING and run.compression.calibration_windows:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.errors import UserError
 from dmc_jax.model import attention as attention_module
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.attention import choose_attention, evaluation_attention
 
 # As the kernels are: XLA's own splitting would not show what shard_map does wrong.
 STAND_IN = causal_attention
@@ -36,6 +36,14 @@ def without_a_gpu_the_chunked_form_attends_test():
     chosen = choose_attention("auto", block=32)
     assert (chosen.func, chosen.keywords) == (causal_attention, {"block": 32})
     assert choose_attention("auto", block=32) is chosen  # or jit would compile anew
+
+
+def evaluation_takes_the_kernels_unless_training_was_told_not_to_test(kernels_run, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert evaluation_attention("triton", 32) is evaluation_attention("auto", 32) is STAND_IN
+    assert evaluation_attention("xla", 32) is choose_attention("xla", block=32)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)  # which would all get everything
+    assert evaluation_attention("triton", 32) is choose_attention("xla", block=32)
 
 
 def a_kernel_that_cannot_run_is_refused_with_the_reason_test(monkeypatch):
