@@ -46,12 +46,17 @@ CALLS = {
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 
 
-def on(kind):
+def mesh_of(kind, **sizes):
     device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
     # Automatic, as without a mesh: else jax 0.12 wants to know how every array is sharded.
-    return use_abstract_mesh(
-        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=types, abstract_device=device
     )
+
+
+def on(kind):
+    return use_abstract_mesh(mesh_of(kind, x=1))
 
 
 def empty_cache():
@@ -132,6 +137,30 @@ def the_gradient_of_a_model_calls_the_attention_kernels_test(monkeypatch):
     assert len(re.findall(r"call @_backward\w*\(", text)) == 1
     assert len(re.findall(CALLS["triton"], text)) in (3, 4)  # functions may be shared
     assert f"{T}x{T}x" not in text, "some array has all scores"
+
+
+def every_gpu_of_a_mesh_attends_for_its_own_sequences_and_heads_test(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    mesh = mesh_of("NVIDIA H200", data=2, fsdp=2, tensor=2)
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+    with use_abstract_mesh(mesh):
+        reason = unavailable()
+        if reason is not None:
+            pytest.skip(reason)
+        attend = choose_attention("triton", mesh=mesh)
+        lowered = (
+            jax.jit(
+                jax.grad(lambda *x: attend(*x, scale=0.1).sum(dtype=jnp.float32), argnums=(0, 1))
+            )
+            .trace(shape(8, 96, 8, 64), *[shape(8, 96, 2, 64)] * 2, shape(8, 96, 2))
+            .lower(lowering_platforms=("cuda",))
+        )
+    calls = [line for line in lowered.as_text().splitlines() if re.search(CALLS["triton"], line)]
+    assert len(calls) == 3
+    assert all("tensor<2x96x4x64xbf16>" in call for call in calls)
 
 
 @pytest.mark.parametrize("implementation", CALLS)
