@@ -37,14 +37,16 @@ test-all: $(STAMP)
 
 # On a machine with an NVIDIA GPU: tests of the kernels on it, then the benchmarks; docs/gpu.md.
 # PYTHON_GPU: an interpreter that has all it needs, then no .venv is made; PACKAGES: a folder of more.
-# That one's versions are not ours, so their warnings are no errors.
+# That one's versions are not ours, so their warnings are no errors. What only compiles for GPUs is
+# left to the other targets; the rest compiles too, in processes that share the GPU's memory.
 GPU_RUN = JAX_PLATFORMS=cuda,cpu PYTHONPATH="$(CURDIR)$(if $(PACKAGES),:$(abspath $(PACKAGES)))" \
   $(or $(PYTHON_GPU),$(VENV_PYTHON))
 
 gpu: $(if $(PYTHON_GPU),,$(STAMP))
 	@$(GPU_RUN) -c 'import jax; jax.devices("gpu")' >/dev/null 2>&1 || { \
 	  echo "make: JAX sees no NVIDIA GPU with $(or $(PYTHON_GPU),$(VENV_PYTHON)): it needs one, and JAX with CUDA (docs/gpu.md)" >&2; exit 1; }
-	$(GPU_RUN) -m pytest -W default tests/pallas_kernels
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_RUN) -m pytest -W default --numprocesses 4 \
+	  --dist worksteal --ignore-glob='*compile_test.py' tests/pallas_kernels
 	$(GPU_RUN) -m pallas_kernels.bench --tune
 	$(GPU_RUN) -m pallas_kernels.bench
 	$(GPU_RUN) -m benchmarks.cache_update --tune

@@ -150,21 +150,20 @@ def program(cache: PagedCache, tokens: Tokens, case: Case, implementation: str) 
     active = jnp.ones(case.shape[0], bool)
 
     def step(i, cache):
-        for layer in range(case.layers):
+        # Not one after another in the program: that takes minutes to compile.
+        def update(layer, cache):
             first = layer * case.heads
-            rows = slice(first, first + case.heads)
-            cache = cache_module.append_or_merge(
-                cache,
-                first,
-                tokens.k[:, rows],
-                tokens.v[:, rows],
-                tokens.decisions[i, :, rows],
-                tokens.omega[:, rows],
+            now = Tokens(tokens.k, tokens.v, tokens.omega, tokens.decisions[i])
+            k_t, v_t, omega, decision = (cache_module.take_rows(x, first, case.heads) for x in now)
+            return cache_module.append_or_merge(
+                *(cache, first, k_t, v_t, decision, omega),
                 active=active,
                 settings=SETTINGS,
                 frequencies=frequencies,
                 implementation=implementation,
             )
+
+        cache = jax.lax.fori_loop(0, case.layers, update, cache)
         return dataclasses.replace(cache, position=cache.position + 1)
 
     return jax.lax.fori_loop(0, case.steps, step, cache)

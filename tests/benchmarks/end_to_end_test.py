@@ -120,6 +120,15 @@ def without_time_nothing_is_begun_that_may_not_end_test(setup, tmp_path, monkeyp
     assert report["left_out"] == 1
 
 
+@pytest.mark.parametrize(
+    "gigabytes, names", [(76, ["device"]), (80.7, ["80 GB"]), (136, ["80 GB", "device"])]
+)
+def batches_fill_the_memory_of_the_paper_and_a_larger_device_test(gigabytes, names):
+    memories = end_to_end.memories_of(int(gigabytes * 1e9))
+    assert list(memories) == names
+    assert max(memories.values()) <= gigabytes * 1e9
+
+
 @pytest.mark.parametrize("ratio", [1, 4])
 def the_largest_batch_fits_and_one_more_does_not_test(setup, ratio):
     memory, reserve = setup.weight_bytes + 3_000_000, 100_000

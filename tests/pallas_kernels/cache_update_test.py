@@ -335,6 +335,7 @@ def logits_of_steps(update):
     return np.stack(logits), np.asarray(cache.lengths)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("update", ["triton"])
 def a_model_decodes_as_by_xla_test(update):
     expected, lengths = logits_of_steps("xla")

@@ -24,11 +24,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 SMALL = Settings(Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1))
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    """A GPU truncates float32 in those that are compared with."""
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 @pytest.fixture(autouse=True)

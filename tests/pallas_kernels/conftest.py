@@ -1,4 +1,7 @@
-"""Without a GPU, tests that are parametrised by `implementation` run GPU kernels interpreted."""
+"""Without a GPU, tests that are parametrised by `implementation` run GPU kernels interpreted.
+
+With one, they run on it.
+"""
 
 import importlib
 
@@ -10,6 +13,13 @@ from pallas_kernels.decode_attention import api
 from tests.pallas_kernels import interpreted
 
 LAUNCH = {"triton": interpreted.launch_triton, "pallas_gpu": interpreted.launch_pallas}
+
+
+@pytest.fixture
+def exact_products():
+    """A GPU truncates float32 in matrix products, unless it is told not to."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture(autouse=True)

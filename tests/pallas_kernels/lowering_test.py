@@ -163,6 +163,7 @@ def every_gpu_of_a_mesh_attends_for_its_own_sequences_and_heads_test(monkeypatch
     assert all("tensor<2x96x4x64xbf16>" in call for call in calls)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("implementation", CALLS)
 def a_decoding_step_gives_what_it_gives_by_xla_test(implementation):
     rng = np.random.default_rng(0)
