@@ -1,11 +1,10 @@
 """Let a model write: `python -m dmc_jax.decode --prompt="def main("`.
 
 Prints the prompt and what follows as it comes, then what it took. `--prompts=F.jsonl` continues
-many at a time, as many as `--kv_bytes` holds. Ctrl-C ends with what there is. Exit codes: 0 done,
-2 bad input or flags, 1 a failure, 130 Ctrl-C.
+many at a time, as many as `--kv_bytes` holds. Ctrl-C ends with what there is after the present
+step, a second one at once. Exit codes: 0 done, 2 bad input or flags, 1 a failure, 130 Ctrl-C.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from dmc_jax.errors import UserError, run_door
+from dmc_jax.errors import UserError, run_door, stop_requests
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts
 from dmc_jax.inference.requests import Event, Result
@@ -86,24 +85,18 @@ def _run(
     engine: Engine, opening: str, show: Callable[[Event], None]
 ) -> tuple[dict[int, Result], int]:
     """The results of all sequences, cut short by Ctrl-C, and the exit code."""
-    events, results, code = collections.deque(), {}, 0
-    while True:
-        try:
-            print(opening, end="", flush=True)
-            while events or engine.unfinished:
-                if not events:
-                    events.extend(engine.step())
-                while events:
-                    show(events[0])
-                    event = events.popleft()
-                    if event.finish_reason:
-                        results[event.sequence] = event.result
-            return results, code
-        except KeyboardInterrupt:
-            opening, code = "", 130
-            for sequence in engine.unfinished:
+    results = {}
+    # Between two steps only: an interrupt in the middle of one can get lost in JAX's callbacks.
+    with stop_requests("ending after this step") as asked:
+        print(opening, end="", flush=True)
+        while engine.unfinished:
+            for sequence in engine.unfinished if asked else ():
                 engine.cancel(sequence)
-            events.extend(engine.step())
+            for event in engine.step():
+                show(event)
+                if event.finish_reason:
+                    results[event.sequence] = event.result
+    return results, 130 if asked else 0
 
 
 def _prompts() -> list[PromptLine]:
