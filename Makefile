@@ -26,14 +26,15 @@ test: $(STAMP)
 
 # With JAX's CUDA plugin jax-triton can be imported, and so its kernels lowered, where there is no GPU.
 # It lies apart: wherever JAX finds it, it complains on every start that there is none.
+# Here programs are compiled as in real runs; `make test` leaves out LLVM's optimizations.
 test-all: $(STAMP)
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
 	$(VENV_PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda-plugin \
 	  "jax-cuda12-plugin==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')"
-	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" \
+	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
 	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/lowering_test.py \
 	  tests/pallas_kernels/cache_update_compile_test.py
-	$(VENV_PYTHON) -m pytest $(PARALLEL)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV_PYTHON) -m pytest $(PARALLEL)
 
 # On a machine with an NVIDIA GPU: tests of the kernels on it, then the benchmarks; docs/gpu.md.
 # PYTHON_GPU: an interpreter that has all it needs, then no .venv is made; PACKAGES: a folder of more.

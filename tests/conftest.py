@@ -1,4 +1,7 @@
-"""Eight fake CPU devices, so that sharding is tested on any machine; each program compiled once."""
+"""Eight fake CPU devices, so that sharding is tested on any machine; programs compile fast, once.
+
+The variables reach the programs that tests start, too.
+"""
 
 import os
 import tempfile
@@ -10,14 +13,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 
-import jax
+# Most of a test's time is compilation, half of that LLVM's optimizations, which tiny models do not
+# repay. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the machine code is that of real runs.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # Runs that are resumed, sharded or started over compile the same programs again and again: keep
 # them for the length of this session (and not longer, so that no test depends on an earlier one).
+# Each pytest worker has a folder of its own: JAX does not write a kept program in one piece.
 _programs = tempfile.TemporaryDirectory(prefix="dmc_jax_programs_")
-jax.config.update("jax_compilation_cache_dir", _programs.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 def pytest_unconfigure(config):

@@ -19,6 +19,7 @@ from dmc_jax.data.prepare import prepare
 from dmc_jax.data.prepared import open_data, tokens_dtype
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.errors import UserError
+from tests.doors import runs_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,20 +239,18 @@ def the_command_prepares_and_says_how_much_test(corpus_folder, tmp_path):
     assert again.stdout.startswith("already prepared")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
+def the_command_answers_mistakes_in_one_line_test():
+    cases = [
         ([], 2, "--output must have a value"),
         (["--output=x", "--bogus"], 2, "Unknown command line flag 'bogus'"),
         (["--output=x", "stray"], 2, "unexpected argument 'stray'"),
         (["--output=x", "--vocab_size=many"], 2, "--vocab_size=many"),
         (["--output=x", "--input=/nowhere"], 2, "corpus /nowhere does not exist"),
         (["--output=/dev/null/x"], 1, "/dev/null"),
-    ],
-)
-def the_command_answers_mistakes_in_one_line_test(arguments, code, message):
-    done = run_door(*arguments)
-    assert done.returncode == code
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    ]
+    results = runs_of("prepare_data", *(arguments for arguments, *_ in cases))
+    for done, (_, code, message) in zip(results, cases, strict=True):
+        assert done.returncode == code, done
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1

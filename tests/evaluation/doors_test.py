@@ -13,6 +13,7 @@ import pytest
 
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.training.checkpoint import latest, load_metadata
+from tests.doors import runs_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,9 +68,16 @@ def evaluate_says_so_where_the_dense_model_is_gone_test(finished_run, tmp_path):
     assert re.search(r"^\| +1( \| +\d+\.\d\d){3} \|$", result.stdout, re.M)
 
 
-def evaluate_refuses_text_of_another_tokenizer_test(finished_run, other_data):
-    result = door("evaluate", f"--checkpoint={finished_run}", f"--data={other_data.path}")
-    assert "another tokenizer" in one_line_of_error(result)
+def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_path):
+    results = runs_of(
+        "evaluate",
+        [f"--checkpoint={finished_run}", f"--data={other_data.path}"],
+        [f"--checkpoint={tmp_path / 'nowhere'}"],
+    )
+    for result, complaint in zip(
+        results, ("another tokenizer", "no complete checkpoint"), strict=True
+    ):
+        assert complaint in one_line_of_error(result) and result.stdout == ""
 
 
 SUMMARY = re.compile(
@@ -99,6 +107,7 @@ def decode_continues_a_file_of_prompts_each_as_it_would_alone_test(finished_run,
         '"the cache"\n\n{"prompt": "a token", "seed": 3, "max_new_tokens": 5, "temperature": 1}\n'
     )
     common = f"--checkpoint={finished_run}", "--max_new_tokens=8", "--temperature=0"
+    common = *common, "--page_size=8"  # the programs of the test before
     result = door("decode", *common, f"--prompts={prompts}", "--json", f"--output={output}")
     assert (result.returncode, result.stderr) == (0, "")
     by_index = sorted(map(json.loads, result.stdout.splitlines()), key=lambda x: x["index"])
@@ -142,26 +151,17 @@ def decode_interrupted_prints_what_there_is_test(finished_run, tmp_path):
     assert json.loads(line)["new_tokens"] == new
 
 
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [
+def decode_refuses_bad_flags_before_it_loads_anything_test(tmp_path):
+    cases = [
         (["--prompt=a", "--prompts=b"], "give one of --prompt, --prompt_file and --prompts"),
         (["--prompts=-"], "- has no prompt"),
         (["--prompt=a"], "`make demo` makes one"),
         (["--prompt=a", "--output=nowhere/x"], "cannot write --output=nowhere/x"),
-    ],
-)
-def decode_refuses_bad_flags_before_it_loads_anything_test(arguments, complaint, tmp_path):
-    result = door("decode", *arguments, folder=tmp_path)
-    assert complaint in one_line_of_error(result) and result.stdout == ""
-
-
-@pytest.mark.parametrize("name", ["evaluate", "decode"])
-def a_checkpoint_that_is_not_there_is_one_line_and_exit_code_2_test(name, tmp_path):
-    extra = ["--prompt=x"] if name == "decode" else []
-    result = door(name, f"--checkpoint={tmp_path / 'nowhere'}", *extra)
-    assert "no complete checkpoint" in one_line_of_error(result)
-    assert result.stdout == ""
+        (["--prompt=x", "--checkpoint=nowhere"], "no complete checkpoint"),
+    ]
+    results = runs_of("decode", *(arguments for arguments, _ in cases), folder=tmp_path)
+    for result, (_, complaint) in zip(results, cases, strict=True):
+        assert complaint in one_line_of_error(result) and result.stdout == ""
 
 
 def a_truncated_checkpoint_is_one_line_and_exit_code_2_test(finished_run, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from dmc_jax.data.tokenizer import train_sentencepiece
 from dmc_jax.interop.formats import open_source
 from dmc_jax.interop.native import write_native
+from tests.doors import runs_of
 from tests.interop.checkpoint_files import assert_same_bits, read_safetensors, write_checkpoint
 from tests.interop.reference_llama import Sizes, random_weights, with_decisions
 
@@ -110,13 +111,16 @@ def mistakes_are_one_line_and_leave_nothing_test(checkpoints, tmp_path):
     dense = checkpoints / "dense"
     broken = tmp_path / "broken"
     write_checkpoint(broken, hidden_size=32)
-    for flags, message in (
+    cases = [
         ([f"--input={dense}"], "--output is missing"),
         ([f"--input={dense}", "--from=meta", f"--output={tmp_path / 'x'}"], "params.json"),
         ([f"--input={broken}", f"--output={tmp_path / 'x'}"], "its config asks for"),
         (["--verify", f"--input={dense}"], "--verify needs --against=PATH and --prompt=TEXT"),
+    ]
+    for result, (_, message) in zip(
+        runs_of("convert", *(flags for flags, _ in cases)), cases, strict=True
     ):
-        assert message in error_of(convert(*flags)), flags
+        assert message in error_of(result), result
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
 
 

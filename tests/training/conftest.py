@@ -1,6 +1,7 @@
 """A tiny prepared corpus and a run small enough to train within a test."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -31,12 +32,22 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_run(prepared, tmp_path):
+def tiny_run(make_tiny_run, tmp_path):
     """Two layers, eight heads, four stages of a few steps each."""
+    return make_tiny_run(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def make_tiny_run(prepared):
+    """Output folder to tiny run: for fixtures that live longer than a test."""
+    return functools.partial(tiny_run_in, prepared)
+
+
+def tiny_run_in(prepared, output):
     stage = StageConfig(steps=4, learning_rate=3e-3)
     return RunConfig(
         name="run",
-        output=str(tmp_path),
+        output=str(output),
         model=ModelConfig(
             vocab_size=280,
             width=32,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,11 +20,20 @@ from dmc_jax.training.checkpoint import latest, load_metadata, write_metadata
 from dmc_jax.training.loop import train
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
     """The mesh of one: the others have their own tests."""
-    make_mesh = loop.make_mesh
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = loop.make_mesh
+        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield make_mesh
+
+
+@pytest.fixture(scope="module")
+def unbroken(one_device, make_tiny_run, tmp_path_factory):
+    """The directory of a whole run, which no test may change."""
+    run = make_tiny_run(tmp_path_factory.mktemp("unbroken"))
+    return train(run, quiet=True)
 
 
 def metrics_of(directory):
@@ -52,8 +62,7 @@ def interrupted_at(monkeypatch, number):
     monkeypatch.setattr(loop, "_to_devices", interrupting)
 
 
-def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, monkeypatch):
-    unbroken = train(dataclasses.replace(tiny_run, name="unbroken"), quiet=True)
+def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
         interrupted_at(patch, 11)  # the third step of retrofit
         with pytest.raises(KeyboardInterrupt):
@@ -75,26 +84,27 @@ def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, monkeypatch):
     assert set(before) == set(after) and changed <= {"config.json"}
 
 
-def each_stage_can_start_from_the_checkpoint_of_the_one_before_test(tiny_run):
-    whole = train(tiny_run, quiet=True)
+def each_stage_can_start_from_the_checkpoint_of_the_one_before_test(tiny_run, unbroken):
     later = dataclasses.replace(
-        tiny_run, name="later", stages="retrofit,finetune", init_from=str(whole / "zero_out")
+        tiny_run, name="later", stages="retrofit,finetune", init_from=str(unbroken / "zero_out")
     )
     directory = train(later, quiet=True)
     assert not (directory / "pretrain").exists()
     assert latest(directory).stage == "finetune"
     model = load_model(directory)
     assert model.settings == tiny_run.dmc
-    assert load_model(whole / "pretrain").settings is None
-    kernel = load_model(whole / "zero_out").params["run_0"]["k"]["kernel"]
+    assert load_model(unbroken / "pretrain").settings is None
+    kernel = load_model(unbroken / "zero_out").params["run_0"]["k"]["kernel"]
     np.testing.assert_array_equal(kernel[..., -1], 0)
     assert load_metadata(latest(directory))["validation"]["ratio"] >= 1.0
 
 
-def calibrated_threshold_meets_the_ratio_and_is_stored_test(tiny_run):
+def calibrated_threshold_meets_the_ratio_and_is_stored_test(tiny_run, unbroken):
     compression = dataclasses.replace(tiny_run.compression, calibration_windows=16, ratio=2.0)
     run = dataclasses.replace(
         tiny_run,
+        stages="retrofit",
+        init_from=str(unbroken / "zero_out"),
         compression=compression,
         dmc=dataclasses.replace(tiny_run.dmc, offset=0.5),
         retrofit=dataclasses.replace(tiny_run.retrofit, steps=30, learning_rate=1e-2),
@@ -146,22 +156,20 @@ def another_vocabulary_is_refused_test(tiny_run):
         train(run, quiet=True)
 
 
-def a_directory_is_not_taken_over_by_another_run_test(tiny_run):
-    run = dataclasses.replace(tiny_run, stages="pretrain")
-    directory = train(run, quiet=True)
-    held = (directory / "config.json").read_text()
+def a_directory_is_not_taken_over_by_another_run_test(tiny_run, unbroken):
+    run = dataclasses.replace(tiny_run, output=str(unbroken.parent))
+    held = (unbroken / "config.json").read_text()
     with pytest.raises(UserError, match="holds a run with another dmc, seed"):
         train(dataclasses.replace(run, seed=1, dmc=DMCSettings(window=7)), quiet=True)
-    assert (directory / "config.json").read_text() == held
+    assert (unbroken / "config.json").read_text() == held
 
 
-def a_checkpoint_of_another_shape_is_refused_test(tiny_run):
-    directory = train(dataclasses.replace(tiny_run, stages="pretrain"), quiet=True)
+def a_checkpoint_of_another_shape_is_refused_test(tiny_run, unbroken):
     wider = dataclasses.replace(
         tiny_run,
         name="wider",
         stages="zero_out",
-        init_from=str(directory),
+        init_from=str(unbroken / "pretrain"),
         model=dataclasses.replace(tiny_run.model, mlp_width=48),
     )
     with pytest.raises(UserError, match="another shape"):
@@ -169,11 +177,11 @@ def a_checkpoint_of_another_shape_is_refused_test(tiny_run):
     assert latest(Path(tiny_run.output) / "wider") is None
 
 
-def another_tokenizer_than_the_checkpoints_is_refused_test(tiny_run):
-    directory = train(dataclasses.replace(tiny_run, stages="pretrain"), quiet=True)
-    ref = latest(directory)
+def another_tokenizer_than_the_checkpoints_is_refused_test(tiny_run, unbroken, tmp_path):
+    shutil.copytree(unbroken / "pretrain", tmp_path / "foreign" / "pretrain")
+    ref = latest(tmp_path / "foreign")
     write_metadata(ref, load_metadata(ref) | {"tokenizer_sha256": "0" * 64})
-    later = dataclasses.replace(tiny_run, name="later", stages="zero_out", init_from=str(directory))
+    later = dataclasses.replace(tiny_run, stages="zero_out", init_from=str(tmp_path / "foreign"))
     with pytest.raises(UserError, match="trained with another tokenizer"):
         train(later, quiet=True)
 
@@ -186,8 +194,8 @@ def a_stage_that_needs_a_model_asks_for_one_test(tiny_run):
         train(nowhere, quiet=True)
 
 
-def a_batch_that_the_mesh_cannot_split_is_refused_test(tiny_run, monkeypatch):
-    monkeypatch.undo()
+def a_batch_that_the_mesh_cannot_split_is_refused_test(tiny_run, one_device, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", one_device)  # the real one, with all devices
     run = dataclasses.replace(
         tiny_run,
         mesh=dataclasses.replace(tiny_run.mesh, data=8),
@@ -201,7 +209,7 @@ def the_teacher_is_the_model_the_run_starts_from_test(tiny_run):
     mesh = loop.make_mesh(tiny_run.mesh)
     assert stages.load_teacher(tiny_run, "retrofit", mesh) == (None, None)
     compression = dataclasses.replace(tiny_run.compression, distillation=1.0)
-    run = dataclasses.replace(tiny_run, compression=compression)
+    run = dataclasses.replace(tiny_run, compression=compression, stages="pretrain,retrofit")
     directory = train(run, quiet=True)
     assert stages.load_teacher(run, "pretrain", mesh) == (None, None)
     config, params = stages.load_teacher(run, "retrofit", mesh)
