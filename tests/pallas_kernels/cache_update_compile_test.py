@@ -4,15 +4,10 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import cache as cache_module
 from dmc_jax.inference import paged
-from dmc_jax.model.llama import init_params, unstack_layers
 from pallas_kernels.cache_update import api
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
@@ -23,6 +18,14 @@ from pallas_kernels.cache_update.triton import (  # noqa: E402
     warps_for,
 )
 from tests.pallas_kernels.compiled import SHARED, compile_kernel  # noqa: E402
+from tests.pallas_kernels.lowered import (  # noqa: E402
+    CONFIG,
+    PAGE,
+    PAGES,
+    SLOTS,
+    on,
+    shapes_of_a_step,
+)
 
 capabilities = pytest.mark.parametrize("capability", SHARED)
 
@@ -80,55 +83,19 @@ def other_sizes_do_not_spill_test(H, window):
 
 # ---- the engine with it -------------------------------------------------------------------------
 
-SLOTS, PAGES, PAGE = 4, 96, 16
-CONFIG = ModelConfig(
-    vocab_size=50,
-    width=64,
-    layers=2,
-    heads=8,
-    kv_heads=2,
-    head_dim=64,
-    mlp_width=48,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    max_length=512,
-    tied_embeddings=False,
-)
-
-
-def on_an_h200():
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    return use_abstract_mesh(
-        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    )
-
 
 def lowered_step():
     """Text of a decoding step with a donated cache."""
-    settings = DMCSettings()
-
-    def make():
-        params = unstack_layers(init_params(CONFIG, jax.random.key(0)), CONFIG, jnp.bfloat16)
-        cache = cache_module.init(
-            *(CONFIG, settings),
-            slots=SLOTS,
-            pages=PAGES,
-            page_size=PAGE,
-            max_length=512,
-            dtype=jnp.bfloat16,
-        )
-        return params, cache, jnp.zeros(SLOTS, jnp.int32), jnp.ones(SLOTS, bool)
-
-    params, cache, tokens, active = jax.eval_shape(make)
+    params, cache, tokens, active = shapes_of_a_step()
     step = functools.partial(
         paged.decode_step,
         config=CONFIG,
-        settings=settings,
+        settings=DMCSettings(),
         dtype="bfloat16",
         implementation="xla",
         update="triton",
     )
-    with on_an_h200():
+    with on("NVIDIA H200"):
         reason = api.unavailable("triton")
         if reason is not None:
             pytest.skip(reason)

@@ -8,32 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
-from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import cache as cache_module
 from dmc_jax.inference import paged
 from dmc_jax.model import modes
 from dmc_jax.model.attention import choose_attention
-from dmc_jax.model.llama import Llama, init_params, unstack_layers
+from dmc_jax.model.llama import Llama, init_params
 from pallas_kernels import target
 from pallas_kernels.decode_attention import api
 from pallas_kernels.triton_call import unavailable
-
-PAGES, PAGE, SLOTS = 96, 16, 4
-CONFIG = ModelConfig(
-    vocab_size=50,
-    width=64,
-    layers=2,
-    heads=8,
-    kv_heads=2,
-    head_dim=64,
-    mlp_width=48,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    max_length=512,
-    tied_embeddings=False,
+from tests.pallas_kernels.lowered import (
+    CONFIG,
+    PAGE,
+    PAGES,
+    SLOTS,
+    empty_cache,
+    mesh_of,
+    on,
+    shapes_of_a_step,
 )
 
 # Custom calls that run a kernel: of jax-triton before and since 0.4, and of Pallas.
@@ -44,38 +37,6 @@ CALLS = {
 
 # Pallas says since jax 0.11 that its Triton lowering will go.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-
-
-def mesh_of(kind, **sizes):
-    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-    # Automatic, as without a mesh: else jax 0.12 wants to know how every array is sharded.
-    types = (AxisType.Auto,) * len(sizes)
-    return AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=types, abstract_device=device
-    )
-
-
-def on(kind):
-    return use_abstract_mesh(mesh_of(kind, x=1))
-
-
-def empty_cache():
-    return cache_module.init(
-        *(CONFIG, DMCSettings()),
-        slots=SLOTS,
-        pages=PAGES,
-        page_size=PAGE,
-        max_length=512,
-        dtype=jnp.bfloat16,
-    )
-
-
-def shapes_of_a_step():
-    def make():
-        params = unstack_layers(init_params(CONFIG, jax.random.key(0)), CONFIG, jnp.bfloat16)
-        return params, empty_cache(), jnp.zeros(SLOTS, jnp.int32), jnp.ones(SLOTS, bool)
-
-    return jax.eval_shape(make)
 
 
 def step_by(implementation, dtype):
