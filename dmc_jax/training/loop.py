@@ -15,6 +15,7 @@ from dmc_jax.config import STAGES, RunConfig, to_dict
 from dmc_jax.data.loader import longest_document, training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import RunFailure, UserError, stop_requests
+from dmc_jax.model.attention import choose_attention
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import checkpoint, metrics, stages
 from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, write_metadata
@@ -24,7 +25,7 @@ from dmc_jax.training.step import make_train_step
 
 # What may change between the parts of an interrupted run; everything else would make it another.
 _MAY_CHANGE = {"stages", "output", "mesh", "log_every", "eval_every", "eval_windows", "save_every"}
-_MAY_CHANGE |= {"keep", "tensorboard", "wandb", "init_from"}
+_MAY_CHANGE |= {"keep", "tensorboard", "wandb", "init_from", "attention"}
 
 _SCHEDULES = ("learning_rate", "target_ratio")  # of the newest step, not averaged
 
@@ -52,6 +53,7 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
     _check_tokenizer(stages.initial_checkpoint(run), datas[0][0])
     mesh = make_mesh(run.mesh)
     _check_batch(run, mesh)
+    choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
     _claim_directory(directory, run)
     for stage in run.stage_names:
         if _is_finished(directory, run, stage):

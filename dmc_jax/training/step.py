@@ -49,7 +49,6 @@ def make_train_step(
         `merged` [L], the fraction of merged tokens by layer, in the stages that merge.
     """
     schedule = run.stage(stage)
-    _attention(run, mesh)  # says at once if what is asked for cannot run here
     stage_key = jax.random.fold_in(jax.random.key(run.seed), STAGES.index(stage))
 
     def train_step(state: TrainState, batch: Batch, teacher_params: Any):

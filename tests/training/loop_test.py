@@ -11,7 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, RunConfig, from_dict
+from dmc_jax.config import (
+    CompressionConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    from_dict,
+    to_dict,
+)
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.interop.native import load_model
@@ -162,6 +169,24 @@ def a_directory_is_not_taken_over_by_another_run_test(tiny_run, unbroken):
     with pytest.raises(UserError, match="holds a run with another dmc, seed"):
         train(dataclasses.replace(run, seed=1, dmc=DMCSettings(window=7)), quiet=True)
     assert (unbroken / "config.json").read_text() == held
+
+
+def attention_that_cannot_run_here_is_refused_and_leaves_nothing_test(tiny_run):
+    with pytest.raises(UserError, match="'triton', which cannot run here"):
+        train(dataclasses.replace(tiny_run, attention="triton"), quiet=True)
+    assert not (Path(tiny_run.output) / tiny_run.name).exists()
+
+
+@pytest.mark.parametrize("theirs", [{"attention": "triton"}, {}], ids=["another", "none"])
+def a_run_goes_on_with_other_attention_test(tiny_run, tmp_path, theirs):
+    """So does one that began before there was a choice."""
+    config = to_dict(tiny_run)
+    del config["attention"]
+    directory = tmp_path / "begun"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config | theirs))
+    loop._claim_directory(directory, tiny_run)
+    assert json.loads((directory / "config.json").read_text())["attention"] == "auto"
 
 
 def a_checkpoint_of_another_shape_is_refused_test(tiny_run, unbroken):
