@@ -8,28 +8,33 @@ checkpoint. Run the same command again to go on.
 from absl import flags, logging
 from ml_collections import config_flags
 
-from dmc_jax.config import RunConfig, from_dict
+from dmc_jax.config import RunConfig, from_dict, load_config
 from dmc_jax.errors import UserError, run_door
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.training.loop import train
 
+
+class _ConfigParser(flags.ArgumentParser):
+    """Takes the name of a config as well as a path; ml_collections' own takes a path."""
+
+    def parse(self, argument: str):
+        return load_config(argument).lock()
+
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "A file of configs/. Fields are documented in dmc_jax/config.py.",
-    lock_config=True,
+    "A file of configs/, by path or by name: configs/7b_8x.py, 7b_8x or paper:7b,ratio=8.",
 )
-flags.mark_flag_as_required("config")
+flags.FLAGS["config"].parser = _ConfigParser()
 
 
 def main() -> None:
     """Train, then write the report."""
     logging.set_verbosity(logging.INFO)
-    try:
-        config = _CONFIG.value.to_dict()
-    except OSError as error:  # a file that does not exist shows itself only now
-        raise UserError(f"--config: {error}") from error
-    run = from_dict(RunConfig, config)
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: name a file or a name of configs/, such as tiny_4x")
+    run = from_dict(RunConfig, _CONFIG.value.to_dict())
     directory = train(run)
     print(f"report: {write_report(directory)}")
 
