@@ -19,8 +19,8 @@ PRODUCT = ("dmc_jax", "pallas_kernels", "experiments", "configs")
 MAX_LINES = 420
 
 FLOWS = {"training", "inference", "interop", "evaluation", "baselines"}
-PARTS = {"model", "data", "pallas_kernels"}
-COMMON = {"config", "errors"}
+PARTS = {"checkpoints", "model", "data", "pallas_kernels"}
+COMMON = {"config", "errors", "files", "commands"}
 LIBRARY = FLOWS | PARTS | COMMON | {"core"}
 
 # What each layer may import of the project. No set holds "door": nothing imports a door.
@@ -29,12 +29,15 @@ ALLOWED = {
     **{flow: LIBRARY for flow in FLOWS},
     "training": LIBRARY - {"inference"},
     "inference": LIBRARY - {"training"},
+    "checkpoints": PARTS | COMMON | {"core"},
     "model": PARTS | COMMON | {"core"},
     "data": PARTS | COMMON | {"core"},
     "pallas_kernels": {"pallas_kernels"},
     "core": {"core"},
     "config": {"core", "errors"},
     "errors": set(),
+    "files": set(),
+    "commands": {"errors"},
     "package": set(),
     "experiments": LIBRARY | {"experiments", "configs"},
     "configs": LIBRARY | {"configs"},
