@@ -283,11 +283,11 @@ def load_config(name: str) -> config_dict.ConfigDict:
         UserError: there is no such file, it has no `get_config`, or that refuses its arguments.
     """
     file, *arguments = name.split(":", 1)
-    path = Path(file) if file.endswith(".py") else _named_configs().get(file)
+    path = Path(file) if file.endswith(".py") else named_configs().get(file)
     if path is None or not path.is_file():
         raise UserError(
             f"config: there is no {'file' if path else 'config named'} {file!r}; name a Python "
-            f"file, or one of {', '.join(_named_configs())}"
+            f"file, or one of {', '.join(named_configs())}"
         )
     spec = importlib.util.spec_from_file_location(f"dmc_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -302,16 +302,16 @@ def load_config(name: str) -> config_dict.ConfigDict:
     return get_config(*arguments)
 
 
-def _named_configs() -> dict[str, Path]:
-    """The files of `configs/` by name."""
+def named_configs() -> dict[str, Path]:
+    """Find the files of `configs/`, by name; `--config` takes them from any folder."""
     for place in _PLACES:
         if place.is_dir():
             return {file.stem: file for file in sorted(place.glob("*.py"))}
     return {}
 
 
-def describe_fields(cls: type = RunConfig, prefix: str = "config") -> Iterator[str]:
-    """Yield a line for each field that a flag can set: its name, default and comment."""
+def describe_fields(cls: type = RunConfig, prefix: str = "--config") -> Iterator[str]:
+    """Yield a line for each field of a config: its flag, default and comment in this file."""
     comments = re.findall(
         r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", inspect.getsource(cls), re.MULTILINE
     )
@@ -323,7 +323,7 @@ def describe_fields(cls: type = RunConfig, prefix: str = "config") -> Iterator[s
             yield from describe_fields(inner, f"{prefix}.{field.name}")
             continue
         default = "" if field.default is dataclasses.MISSING else f"={field.default}"
-        yield f"  --{prefix}.{field.name}{default}  {about[field.name]}".rstrip()
+        yield f"{prefix}.{field.name}{default}  {about[field.name]}".rstrip()
 
 
 def from_dict(cls: type, values: Mapping) -> Any:
