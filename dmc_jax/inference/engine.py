@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from dmc_jax.checkpoints.models import load_model, load_own_tokenizer
+from dmc_jax.checkpoints.models import LoadedModel, load_model, load_own_tokenizer
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer
@@ -103,9 +103,22 @@ class Engine:
         self._inboxes: dict[int, collections.deque[Event]] = {}  # of sequences that a stream reads
 
     @classmethod
-    def from_checkpoint(
+    def from_checkpoint(cls, path: str | os.PathLike, **options: Any) -> "Engine":
+        """Load a checkpoint and make an engine of it.
+
+        Args:
+            path: a run's directory, a stage of it, or a step.
+            options: those of `from_model`.
+
+        Raises:
+            UserError: no checkpoint there, or as in `from_model`.
+        """
+        return cls.from_model(load_model(path), **options)
+
+    @classmethod
+    def from_model(
         cls,
-        path: str | os.PathLike,
+        model: LoadedModel,
         *,
         kv_bytes: int = 2**28,
         max_sequences: int = 8,
@@ -115,10 +128,10 @@ class Engine:
         window: int | None = None,
         **options: Any,
     ) -> "Engine":
-        """An engine for a checkpoint of ours.
+        """Make an engine of a model that is loaded already.
 
         Args:
-            path: a run's directory, a stage of it, or a step.
+            model: what `load` gives.
             kv_bytes: of keys and values in the pool.
             max_sequences: that run at a time.
             policy: "dmc", or "dense" to let the same model take a slot for every token.
@@ -129,12 +142,10 @@ class Engine:
             options: `page_size`, `max_length` of the engine.
 
         Raises:
-            UserError: no checkpoint there, another tokenizer, an unknown policy, or as for an
-                engine.
+            UserError: another tokenizer, an unknown policy, or as for an engine.
         """
         if policy not in ("dmc", "dense"):
             raise UserError(f"policy: expected dmc or dense, got {policy!r}")
-        model = load_model(path)
         trained, settings = model.metadata["run"]["compute_dtype"], model.settings
         if window is not None and settings is not None:
             if window < 0:
