@@ -47,8 +47,9 @@ def the_notebook_says_what_the_program_said_test(ran, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     folder, printed = ran
-    for name, value in (ENVIRONMENT | {"PYTHONPATH": str(EXPERIMENTS.parent)}).items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(EXPERIMENTS.parent), prepend=os.pathsep)
     notebook = nbformat.read(EXPERIMENTS / "quickstart.ipynb", as_version=4)
     where = {"metadata": {"path": str(folder)}}  # where the models are trained already
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
