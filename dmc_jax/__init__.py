@@ -15,7 +15,7 @@ _DEFINED = {
     "RunConfig": ("dmc_jax.config", "RunConfig"),
     "SamplingParams": ("dmc_jax.inference.sampling", "SamplingParams"),
     "evaluate": ("dmc_jax.evaluation.perplexity", "evaluate"),
-    "load": ("dmc_jax.checkpoints.models", "load_model"),
+    "load": ("dmc_jax.checkpoints.models", "open_model"),
     "train": ("dmc_jax.training.loop", "train"),
 }
 

@@ -1,4 +1,4 @@
-from dmc_jax.checkpoints.models import load_model as load
+from dmc_jax.checkpoints.models import open_model as load
 from dmc_jax.config import RunConfig
 from dmc_jax.evaluation.perplexity import evaluate
 from dmc_jax.inference.engine import Engine

@@ -189,7 +189,7 @@ print("".join(f"[{slot}]" for slot in slots))
 # trained this briefly, writes something of the shape of Python.
 
 # %%
-engine = dmc.Engine.from_model(model)
+engine = dmc.Engine.from_checkpoint(model)
 prompt = "def "
 sampling = dmc.SamplingParams(max_new_tokens=80, temperature=0.7, top_k=20)
 written = engine.generate(prompt, sampling)[0]
