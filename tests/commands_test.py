@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dmc_jax.__main__ import COMMANDS
-
 ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(
+    file.stem for file in (ROOT / "dmc_jax").glob("*.py") if "commands.run(main" in file.read_text()
+)
 
 
 def start(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen:
@@ -27,11 +28,6 @@ def start(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen:
 def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
-
-
-def every_module_that_runs_a_command_is_one_of_dmcs_test():
-    files = (ROOT / "dmc_jax").glob("*.py")
-    assert {f.stem for f in files if "commands.run(main" in f.read_text()} == set(COMMANDS)
 
 
 def helps_exit_code_is_0_and_it_lists_the_flags_test(tmp_path):
@@ -53,10 +49,12 @@ def helps_exit_code_is_0_and_it_lists_the_flags_test(tmp_path):
 def dmc_lists_its_commands_test(arguments):
     code, out, err = outcome(start(*arguments))
     assert (code, err) == (0, "")
-    assert re.findall(r"^  (\w+)  +[A-Z]\w+ \w+", out, re.MULTILINE) == [*COMMANDS]
+    assert sorted(re.findall(r"^  (\w+)  +[A-Z]\w+", out, re.MULTILINE)) == COMMANDS
 
 
 def a_command_that_does_not_exist_gets_one_line_test():
     code, out, err = outcome(start("trian", "--config=7b_8x"))
     assert (code, out) == (2, "")
-    assert err == f"error: there is no command 'trian'; expected one of {', '.join(COMMANDS)}\n"
+    complaint, _, named = err.partition("; expected one of ")
+    assert complaint == "error: there is no command 'trian'"
+    assert sorted(named.strip().split(", ")) == COMMANDS

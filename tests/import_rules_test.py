@@ -39,9 +39,9 @@ ALLOWED = {
     "files": set(),
     "commands": {"errors"},
     "package": set(),
-    "experiments": LIBRARY | {"experiments", "configs"},
-    "configs": LIBRARY | {"configs"},
-    "tests": LIBRARY | {"experiments", "configs", "tests"},
+    "experiments": LIBRARY | {"package", "experiments"},
+    "configs": LIBRARY,
+    "tests": LIBRARY | {"package", "experiments", "tests"},
 }
 CORE_MAY_USE = {"jax", "numpy", "jaxtyping"} | sys.stdlib_module_names
 
@@ -129,7 +129,7 @@ GOOD_TREE = {
     "dmc_jax/evaluation/report.py": "from dmc_jax.inference import engine",
     "pallas_kernels/plan.py": "import jax\nimport triton",
     "pallas_kernels/bench.py": "from pallas_kernels.plan import split",
-    "experiments/demo.py": "from dmc_jax.training import loop",
+    "experiments/demo.py": "import dmc_jax as dmc\nfrom dmc_jax.training import loop",
     "configs/tiny.py": "import ml_collections",
     "tests/core/dmc_test.py": "import pytest\nfrom dmc_jax.core import dmc",
 }
@@ -179,6 +179,8 @@ BAD_FILES = [
     ),
     ("dmc_jax/plan.py", "from dmc_jax.train import main", "door may not import dmc_jax.train"),
     ("experiments/bad.py", "import dmc_jax.train", "experiments may not import dmc_jax.train"),
+    ("dmc_jax/model/bad.py", "import dmc_jax as dmc", "model may not import dmc_jax"),
+    ("experiments/bad.py", "from configs import tiny", "experiments may not import configs.tiny"),
     ("tests/bad_test.py", "from dmc_jax.train import main", "tests may not import dmc_jax.train"),
     ("pallas_kernels/bad.py", "import dmc_jax", "pallas_kernels may not import dmc_jax"),
     (
