@@ -58,7 +58,7 @@ class Setup:
     """What all runs share."""
 
     config: ModelConfig
-    params: Any
+    params: Any  # arrays, or their shapes where nothing is measured
     page: int
     steps: int  # timed at a point
     rate: float  # bytes a second of copying
@@ -66,8 +66,12 @@ class Setup:
     @property
     def weight_bytes(self) -> int:
         """Of all parameters that a step reads, which of the embedding are but a few rows."""
-        embedding = 0 if self.config.tied_embeddings else self.params["embedding"].nbytes
-        return sum(x.nbytes for x in jax.tree.leaves(self.params)) - embedding
+        embedding = 0 if self.config.tied_embeddings else _bytes(self.params["embedding"])
+        return _bytes(self.params) - embedding
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 # ---- the model --------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ def largest_batch(setup: Setup, run: Run, memory: int, reserve: int) -> int:
         shapes = jax.eval_shape(lambda key: new_cache(setup, run, batch, key), jax.random.key(0))
         return cache_module.bytes_reserved(shapes)
 
-    weights = sum(x.nbytes for x in jax.tree.leaves(setup.params))
+    weights = _bytes(setup.params)
     one = size(2) - size(1)
     one += setup.config.vocab_size * 9  # logits twice and tokens seen
     return max(0, (memory - weights - reserve - (size(1) - one)) // one)
@@ -192,6 +196,34 @@ def filled(cache: PagedCache, lengths, tokens, order) -> PagedCache:
 # ---- one measurement --------------------------------------------------------------------------
 
 
+def compiled_step(setup: Setup, run: Run) -> jax.stages.Compiled:
+    """The engine's step for one batch size, compiled from shapes alone.
+
+    So a process that only fills JAX's compilation cache finds what one that measures asks for.
+    """
+
+    def arguments():
+        cache = new_cache(setup, run, run.batch, jax.random.key(0))
+        batch = Batch(cache, jnp.zeros((run.batch, setup.config.vocab_size), bool))
+        return batch, *_of_sequences(setup, run)
+
+    params, (batch, *others) = jax.eval_shape(lambda: (setup.params, arguments()))
+    return batch_module.next_tokens.lower(
+        *(params, setup.config, batch, *others),
+        settings=SETTINGS if run.ratio > 1 else None,
+        threshold=jax.ShapeDtypeStruct((), jnp.float32),
+        dtype=DTYPE,
+    ).compile()
+
+
+def _of_sequences(setup: Setup, run: Run):
+    """Tokens, which of them count, how to sample, and the index of what is sampled."""
+    tokens = jnp.arange(run.batch, dtype=jnp.int32) % setup.config.vocab_size
+    sampling = stack_params([SamplingParams(temperature=0.0)] * run.batch)
+    index = jnp.zeros(run.batch, jnp.int32)
+    return tokens, jnp.ones(run.batch, bool), jax.tree.map(jnp.asarray, sampling), index
+
+
 class Decoder:
     """The engine's step for one batch size, compiled, and the batch that it works on."""
 
@@ -199,29 +231,16 @@ class Decoder:
         self.setup, self.run = setup, run
         B, config = run.batch, setup.config
         self.rows = slots_per_token(config, run.ratio)
-        self.active, self.index = jnp.ones(B, bool), jnp.zeros(B, jnp.int32)
-        self.sampling = jax.tree.map(
-            jnp.asarray, stack_params([SamplingParams(temperature=0.0)] * B)
-        )
+        self.tokens, self.active, self.sampling, self.index = _of_sequences(setup, run)
         self.threshold = jnp.float32(0)
-        self.tokens = jnp.arange(B, dtype=jnp.int32) % config.vocab_size
+        started = time.perf_counter()
+        self.program = compiled_step(setup, run)
+        self.compile_seconds = time.perf_counter() - started
         # Made inside a program, so that the pool of zeros in it never takes memory.
         cache = jax.jit(lambda key: new_cache(setup, run, B, key))(jax.random.key(2))
         self.batch = Batch(cache, jnp.zeros((B, config.vocab_size), bool))
         pages = cache.free_pages.size
         self.order = jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32)
-        started = time.perf_counter()
-        self.program = self._compiled()
-        self.compile_seconds = time.perf_counter() - started
-
-    def _compiled(self):
-        return batch_module.next_tokens.lower(
-            *(self.setup.params, self.setup.config, self.batch, self.tokens, self.active),
-            *(self.sampling, self.index),
-            settings=SETTINGS if self.run.ratio > 1 else None,
-            threshold=self.threshold,
-            dtype=DTYPE,
-        ).compile()
 
     def fill(self, tokens: int) -> int:
         """Sets every sequence to so many tokens; returns the slots of one."""

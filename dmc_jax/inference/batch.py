@@ -197,8 +197,13 @@ def columns(
     )
 
 
+# A pool as large as the device leaves XLA for GPUs no way below the memory that it wants programs
+# to keep to; trying, it would compute products of matrices two and three times.
 @functools.partial(
-    jax.jit, static_argnames=("config", "settings", "dtype"), donate_argnames="batch"
+    jax.jit,
+    static_argnames=("config", "settings", "dtype"),
+    donate_argnames="batch",
+    compiler_options={"xla_disable_hlo_passes": "rematerialization"},
 )
 def next_tokens(
     params: Any,

@@ -121,7 +121,7 @@ def without_time_nothing_is_begun_that_may_not_end_test(setup, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "gigabytes, names", [(76, ["device"]), (80.7, ["80 GB"]), (136, ["80 GB", "device"])]
+    "gigabytes, names", [(76.5, ["device"]), (80.7, ["80 GB"]), (136, ["80 GB", "device"])]
 )
 def batches_fill_the_memory_of_the_paper_and_a_larger_device_test(gigabytes, names):
     memories = end_to_end.memories_of(int(gigabytes * 1e9))
