@@ -4,8 +4,8 @@
     python -m benchmarks.end_to_end --quick --model=tiny         # on any device: whether it works
     python -m benchmarks.end_to_end --compile 2/8                # only fills JAX's program cache
 
-What is timed is the engine's own program for a step, `inference.batch.next_tokens`: forward pass,
-merging or appending, pages, attention, the most likely token. Left out: prompts, the host's
+What is timed is the engine's own step, `inference.batch.next_tokens`: forward pass, merging or
+appending, pages, attention, the most likely token. Left out: prompts, the host's
 bookkeeping between steps, waiting for a place.
 
 The weights are random, made on the device in bfloat16 a matrix at a time. What they would decide
@@ -42,7 +42,7 @@ from benchmarks.end_to_end_step import (
     DTYPE,
     Run,
     Setup,
-    compiled_step,
+    compile_step,
     largest_batch,
     measure,
     random_params,
@@ -225,7 +225,7 @@ def compile_runs(setup: Setup, runs: list[Run], until: float) -> None:
     for run in runs:
         if time.perf_counter() < until:
             started = time.perf_counter()
-            compiled_step(setup, run)
+            compile_step(setup, run)
             seconds = time.perf_counter() - started
             print(f"{run.prompt} {run.new} {run.ratio}x {run.batch}: compiled in {seconds:.1f} s")
 
