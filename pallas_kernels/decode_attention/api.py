@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target
-from pallas_kernels.plan import Plan
+from pallas_kernels.decode_attention.plan import Plan
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "pallas_gpu")
 

@@ -26,8 +26,8 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, tuning
-from pallas_kernels.decode_attention import split
-from pallas_kernels.plan import Plan
+from pallas_kernels.decode_attention import gpu
+from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.triton_call import launch, unavailable
 
 __all__ = ["decode_attention", "plan_rows", "unavailable"]
@@ -167,10 +167,10 @@ def decode_attention(
     Args:
         settings: to try others than the kept ones, which tuning does.
     """
-    settings = settings or split.settings_for("triton")
+    settings = settings or gpu.settings_for("triton")
     return _attend(
         *(q, k_pages, v_pages, page_table, lengths, jnp.asarray(scale, jnp.float32)),
-        split.plan_rows(settings, lengths, k_pages) if plan is None else plan,
+        gpu.plan_rows(settings, lengths, k_pages) if plan is None else plan,
         settings=settings,
         capability=target.current().capability,
         launch=launch,
@@ -179,7 +179,7 @@ def decode_attention(
 
 def plan_rows(lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]) -> Plan:
     """Makes the plan that suits this pool on this device."""
-    return split.plan_rows(split.settings_for("triton"), lengths, k_pages)
+    return gpu.plan_rows(gpu.settings_for("triton"), lengths, k_pages)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "capability", "launch"))
@@ -190,7 +190,7 @@ def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, 
     partial, lse = launch(
         attend_items,
         *(q, k_pages, v_pages, page_table, lengths),
-        (scale * split.LOG2_E).reshape(1),
+        (scale * gpu.LOG2_E).reshape(1),
         *(plan.row, plan.begin, plan.end, plan.of_program),
         out=(
             jax.ShapeDtypeStruct((items, G, H), jnp.float32),
@@ -207,7 +207,7 @@ def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, 
         *(partial, lse, plan.of_row),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         grid=(R, -(-G // joining["QUERIES"])),
-        num_warps=split.JOIN_WARPS,
+        num_warps=gpu.JOIN_WARPS,
         num_stages=1,
         capability=capability,
         **joining,
@@ -223,21 +223,21 @@ def attend_constants(q: Any, k_pages: Any, page_table: Any, block: int) -> dict[
         "H": H,
         "PAGE": k_pages.shape[1],
         "MAXP": page_table.shape[1],
-        "QUERIES": split.padded_queries(G),
-        "WIDTH": split.padded_width(H),
+        "QUERIES": gpu.padded_queries(G),
+        "WIDTH": gpu.padded_width(H),
         "BLOCK": block,
-        "WIDEN": split.widens(q, k_pages),
+        "WIDEN": gpu.widens(q, k_pages),
     }
 
 
 def join_constants(q: Any, plan: Plan) -> dict[str, Any]:
     """The compile-time arguments of `join_items` for these shapes."""
     _, G, H = q.shape
-    items, queries = split.joined_at_a_time(plan, G, H)
+    items, queries = gpu.joined_at_a_time(plan, G, H)
     return {
         "G": G,
         "H": H,
-        "WIDTH": split.padded_width(H),
+        "WIDTH": gpu.padded_width(H),
         "QUERIES": queries,
         "ITEMS": items,
     }

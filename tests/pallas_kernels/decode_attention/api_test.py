@@ -18,13 +18,13 @@ from pallas_kernels.decode_attention.api import (
     decode_attention,
     plan_decode_attention,
 )
+from pallas_kernels.decode_attention.plan import make_plan
 from pallas_kernels.decode_attention.workloads import (
     CORRECTNESS,
     Workload,
     make_inputs,
     ragged_lengths,
 )
-from pallas_kernels.plan import make_plan
 from tests.pallas_kernels.interpreted import GPU
 
 # Relative and absolute. Both sides compute in float32, so bfloat16 only rounds the result.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, tuning
-from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.decode_attention.plan import Plan, make_plan
 
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E), and exp2 is one instruction
 

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, bench_cases, bench_contenders, timing, tuning
-from pallas_kernels.bench_cases import MB, Case
-from pallas_kernels.bench_contenders import Wrong
+from pallas_kernels import timing, tuning
+from pallas_kernels.bench import __main__ as bench
+from pallas_kernels.bench import cases as bench_cases
+from pallas_kernels.bench import contenders as bench_contenders
+from pallas_kernels.bench.cases import MB, Case
+from pallas_kernels.bench.contenders import Wrong
 from pallas_kernels.timing import Timing
 
 SMALL = Case("uneven", MB // 8, 16, 32, 4)

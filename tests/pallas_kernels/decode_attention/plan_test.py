@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.plan import make_plan
+from pallas_kernels.decode_attention.plan import make_plan
 
 # Shapes are few, since each is compiled; what hypothesis varies are the lengths.
 ROWS = 7

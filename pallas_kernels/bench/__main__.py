@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_cases, target, timing, tuning
-from pallas_kernels.bench_cases import MB, Case
-from pallas_kernels.bench_contenders import DENSE, Wrong, make_contender, measure
-from pallas_kernels.bench_plot import plot
+from pallas_kernels import target, timing, tuning
+from pallas_kernels.bench import cases as bench_cases
+from pallas_kernels.bench.cases import MB, Case
+from pallas_kernels.bench.contenders import DENSE, Wrong, make_contender, measure
+from pallas_kernels.bench.plot import plot
 from pallas_kernels.decode_attention import api
 
 SIZES = (8 * MB, 64 * MB, 256 * MB, 1024 * MB)

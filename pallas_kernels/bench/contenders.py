@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_cases, timing
-from pallas_kernels.bench_cases import Case, Pages
+from pallas_kernels import timing
+from pallas_kernels.bench import cases as bench_cases
+from pallas_kernels.bench.cases import Case, Pages
 from pallas_kernels.decode_attention import api, reference
 
 DENSE = ("dense_xla", "dense_cudnn")
