@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import target, tuning
+from pallas_kernels import target
 from pallas_kernels.decode_attention import gpu
 from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.decode_attention.settings import Settings, settings_for
 from pallas_kernels.triton_call import launch, unavailable
 
 __all__ = ["decode_attention", "plan_rows", "unavailable"]
@@ -160,14 +161,14 @@ def decode_attention(
     lengths: Int[Array, "R"],
     scale: float,
     plan: Plan | None = None,
-    settings: tuning.Settings | None = None,
+    settings: Settings | None = None,
 ) -> Float[Array, "R G H"]:
     """Attends as planned; see `api.decode_attention` for the contract.
 
     Args:
         settings: to try others than the kept ones, which tuning does.
     """
-    settings = settings or gpu.settings_for("triton")
+    settings = settings or settings_for("triton", target.current().kind)
     return _attend(
         *(q, k_pages, v_pages, page_table, lengths, jnp.asarray(scale, jnp.float32)),
         gpu.plan_rows(settings, lengths, k_pages) if plan is None else plan,
@@ -177,9 +178,16 @@ def decode_attention(
     )
 
 
-def plan_rows(lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]) -> Plan:
-    """Makes the plan that suits this pool on this device."""
-    return gpu.plan_rows(gpu.settings_for("triton"), lengths, k_pages)
+def plan_rows(
+    lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"], settings: Settings | None = None
+) -> Plan:
+    """Make the plan that suits this pool on this device.
+
+    Args:
+        settings: as for `decode_attention`, which must be given the same.
+    """
+    settings = settings or settings_for("triton", target.current().kind)
+    return gpu.plan_rows(settings, lengths, k_pages)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "capability", "launch"))

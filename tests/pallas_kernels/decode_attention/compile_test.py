@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tuning
-
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
 
 from pallas_kernels.decode_attention import gpu  # noqa: E402
 from pallas_kernels.decode_attention.plan import make_plan  # noqa: E402
+from pallas_kernels.decode_attention.settings import CANDIDATES, settings_for  # noqa: E402
 from pallas_kernels.decode_attention.triton import (  # noqa: E402
     attend_constants,
     attend_items,
@@ -18,10 +17,10 @@ from pallas_kernels.decode_attention.triton import (  # noqa: E402
 )
 from tests.pallas_kernels.compiled import SHARED, compile_kernel  # noqa: E402
 
-DEFAULT = tuning.settings_for("triton", "no such device")
+DEFAULT = settings_for("triton", "no such device")
 
 # How many programs there are does not change the kernel.
-VARIANTS = {(s.block_bytes, s.warps, s.stages): s for s in tuning.CANDIDATES}.values()
+VARIANTS = {(s.block_bytes, s.warps, s.stages): s for s in CANDIDATES}.values()
 
 capabilities = pytest.mark.parametrize("capability", SHARED)
 
