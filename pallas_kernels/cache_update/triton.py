@@ -13,7 +13,7 @@ heads and layers of a step, and exact ones take a kernel a detour through memory
 """
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ _LEAST_WIDTH = 16
 
 
 @triton.jit
+@no_type_check
 def update_rows(
     k_pages_before,  # these six are the last six: see `launch`
     v_pages_before,

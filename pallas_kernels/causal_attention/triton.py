@@ -21,7 +21,7 @@ query.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ _MASKED = tl.constexpr(-1e30)
 
 
 @triton.jit
+@no_type_check
 def attend(
     q_ptr,  # [B, T, N, H]
     k_ptr,  # [B, T, K, H]
@@ -119,6 +120,7 @@ def attend(
 
 
 @triton.jit
+@no_type_check
 def key_gradients(
     q_ptr,  # [B, T, N, H]
     k_ptr,  # [B, T, K, H]
@@ -203,6 +205,7 @@ def key_gradients(
 
 
 @triton.jit
+@no_type_check
 def query_gradients(
     q_ptr,  # [B, T, N, H]
     k_ptr,  # [B, T, K, H]

@@ -3,6 +3,8 @@
 Both split rows by a `plan`, let each program attend to its items, and join the items of a row.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -44,7 +46,7 @@ def joined_at_a_time(plan: Plan, G: int, H: int) -> tuple[int, int]:
     return items, min(queries, _power_of_two(G))
 
 
-def widens(q: Array, k_pages: Array) -> bool:
+def widens(q: Any, k_pages: Any) -> bool:
     """Whether the kernels compute in float32, and not in bfloat16 with float32 sums."""
     return jnp.promote_types(q.dtype, k_pages.dtype) == jnp.float32
 

@@ -17,7 +17,7 @@ FlashDecoding.
 """
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ __all__ = ["decode_attention", "plan_rows", "unavailable"]
 
 
 @triton.jit
+@no_type_check
 def attend_items(
     q_ptr,  # [R, G, H]
     k_ptr,  # [P, PAGE, H]
@@ -107,6 +108,7 @@ def attend_items(
 
 
 @triton.jit
+@no_type_check
 def join_items(
     partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2

@@ -23,7 +23,8 @@ without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """A GPU on which every implementation can run, until `unavailable` says otherwise."""
-    module = types.SimpleNamespace(unavailable=lambda: None)
+    module = types.ModuleType("any")
+    module.unavailable = lambda: None
     monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
     monkeypatch.setattr(Implementations, "_module", lambda self, name: module)
     return module

@@ -12,9 +12,9 @@ from pallas_kernels.timing import Timing
 
 def every_call_gets_the_result_of_the_one_before_and_the_sets_in_turn_test(monkeypatch):
     monkeypatch.setattr(timing, "PROGRAM_SECONDS", 6e-3)
-    monkeypatch.setattr(timing, "_sampled", lambda run, calls: (run(), calls))
+    monkeypatch.setattr(timing, "_sampled", lambda run, calls: Timing(*run(), 0.0, calls))
     sets = [jnp.float32(3), jnp.float32(5), jnp.float32(7)]
-    first, ((again, last), calls) = timing.time_chain(
+    first, (again, last, _, calls) = timing.time_chain(
         lambda x, factor, one: factor * x + one,
         jnp.float32(1),
         jnp.float32(0.5),

@@ -349,7 +349,8 @@ def a_model_decodes_as_by_xla_test(update):
 @pytest.fixture
 def on_a_gpu(tmp_path, monkeypatch):
     """A GPU on which every kernel can run; nothing was measured on it."""
-    module = types.SimpleNamespace(unavailable=lambda: None)
+    module = types.ModuleType("any")
+    module.unavailable = lambda: None
     monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
     monkeypatch.setattr(Implementations, "_module", lambda self, name: module)
     return module
@@ -385,6 +386,7 @@ def another_way_of_working_in_place_is_refused_test(monkeypatch, version, runs):
 # ---- what is refused ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "field, change, complaint",
     [
@@ -402,6 +404,7 @@ def a_state_that_breaks_the_contract_is_refused_test(field, change, complaint):
         cache_update(state, *token, **others, implementation="reference")
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "index, change, complaint",
     [

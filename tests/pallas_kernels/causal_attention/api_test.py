@@ -156,6 +156,7 @@ def a_name_gets_the_implementation_with_its_kept_settings_test(name):
     assert_close(got, reference.causal_attention(*inputs, **how), "float32")
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "name, shape, dtype, message",
     [

@@ -199,8 +199,8 @@ def a_nan_in_a_live_slot_stays_in_its_row_test(implementation):
 def permuting_the_pool_changes_nothing_test(implementation):
     inputs = inputs_of(RAGGED)
     pages = inputs.k_pages.shape[0]
-    order = np.random.default_rng(1).permutation(pages)
-    table = np.argsort(order)[np.clip(inputs.page_table, 0, pages - 1)].astype(np.int32)
+    order = jax.random.permutation(jax.random.key(1), pages)
+    table = jnp.argsort(order)[jnp.clip(inputs.page_table, 0, pages - 1)]
     attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
     moved = attend(inputs.q, inputs.k_pages[order], inputs.v_pages[order], table, inputs.lengths)
     np.testing.assert_array_equal(moved, attend(*inputs))
@@ -352,6 +352,7 @@ def all_that_is_not_live_is_poisoned_test():
 # ---- what is refused ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -108,6 +108,7 @@ def layers_are_planned_at_once_test():
         assert items_of(one) == dealt(lengths[layer].tolist(), BLOCK, 3)
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "lengths, block, programs, message",
     [
