@@ -17,7 +17,7 @@ def decode_attention(
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
-    """Attends row by row; see `api.decode_attention` for the contract."""
+    """Attend row by row; see `api.decode_attention` for the contract."""
     _, page, H = k_pages.shape
 
     def one_row(row):
