@@ -29,10 +29,10 @@ from tests.pallas_kernels.lowered import (
     shapes_of_a_step,
 )
 
-# Custom calls that run a kernel: of jax-triton before and since 0.4, and of Pallas.
+# Custom calls that run a kernel.
 CALLS = {
-    "triton": r"custom_call @triton_kernel_call(?:_ffi)?\(",
-    "pallas_gpu": r"custom_call @__gpu\$xla\.gpu\.triton\(|custom_call @triton_kernel_call_ffi\(",
+    "triton": r"custom_call @triton_kernel_call_ffi\(",
+    "pallas_gpu": r"custom_call @__gpu\$xla\.gpu\.triton\(",
 }
 
 # Pallas says since jax 0.11 that its Triton lowering will go.
@@ -46,6 +46,7 @@ def step_by(implementation, dtype):
             settings=DMCSettings(),
             dtype=dtype,
             implementation=implementation,
+            update="xla",
         )
 
     return step
@@ -66,8 +67,9 @@ def lowered_step(kernels, kind):
 def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kernels, kind, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or Triton 3.9 warns that 3.10 changes it
     text = lowered_step(kernels, kind)
-    assert len(re.findall(CALLS[kernels], text)) == 2
-    assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
+    layers_share = kernels == "pallas_gpu"  # JAX keeps a function of one of the two calls only
+    assert len(re.findall(CALLS[kernels], text)) == 2 * (1 if layers_share else CONFIG.layers)
+    assert len(re.findall(r"call @_attend\w*\(", text)) == CONFIG.layers
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xbf16>" in text
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xf32>" not in text, "the pool is widened"
 
@@ -165,4 +167,4 @@ def what_the_gpu_lacks_is_said_test(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with on("NVIDIA H200"):
         assert "jax_triton cannot be imported" in api.unavailable("triton")
-        assert api._choose(None) == "pallas_gpu"
+        assert api.choose(None) == "pallas_gpu"
