@@ -105,8 +105,8 @@ def choose(implementation: str | None) -> str:
     """Name what to update a cache with: `XLA`, or an implementation that can run here.
 
     Args:
-        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: the caller's own form,
-            unless on this GPU a kernel was measured to be faster.
+        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: on a GPU the form that is
+            kept as the fastest there, where it can run; elsewhere `XLA`, the caller's own.
 
     Raises:
         ValueError, RuntimeError: as `cache_update`.

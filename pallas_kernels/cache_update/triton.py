@@ -24,11 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import target
 from pallas_kernels.cache_update.api import State
 from pallas_kernels.cache_update.settings import SETTINGS, Settings
-from pallas_kernels.triton_call import launch, unavailable_in_place
+from pallas_kernels.triton_call import launch, unavailable
 
 __all__ = ["cache_update", "unavailable"]
-
-unavailable = unavailable_in_place
 
 _LEAST_WIDTH = 16
 
