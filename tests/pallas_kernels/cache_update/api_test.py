@@ -87,7 +87,7 @@ def a_segment_of_three_tokens_is_their_weighted_mean_within_the_window_test(upda
 
 @every_update
 def a_key_is_rotated_at_the_position_without_its_last_channel_test(update):
-    workload = dataclasses.replace(CORRECTNESS[1], slots=1, rows=1, heads=1, width=4)
+    workload = dataclasses.replace(CORRECTNESS[1], seats=1, rows=1, heads=1, width=4)
     inputs = make_inputs(workload)
     key = jnp.array([3.0, 5.0, 4.0, 100.0])
     others = inputs.others | {
@@ -148,7 +148,7 @@ def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
     after = expected
     if update != "reference":
         after = cache_update(state, *token, **others, implementation=update)
-    kept = np.ones((workload.slots, workload.rows), bool)
+    kept = np.ones((workload.seats, workload.rows), bool)
     kept[active, first : first + workload.heads] = False
     assert kept.any() or workload.rows == workload.heads
     for name in ("keys", "values", "weights", "count"):
