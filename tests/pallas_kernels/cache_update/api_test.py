@@ -87,7 +87,7 @@ def a_segment_of_three_tokens_is_their_weighted_mean_within_the_window_test(upda
 
 @every_update
 def a_key_is_rotated_at_the_position_without_its_last_channel_test(update):
-    workload = dataclasses.replace(CORRECTNESS[1], slots=1, rows=1, heads=1, width=4)
+    workload = dataclasses.replace(CORRECTNESS[1], seats=1, rows=1, heads=1, width=4)
     inputs = make_inputs(workload)
     key = jnp.array([3.0, 5.0, 4.0, 100.0])
     others = inputs.others | {
@@ -148,7 +148,7 @@ def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
     after = expected
     if update != "reference":
         after = cache_update(state, *token, **others, implementation=update)
-    kept = np.ones((workload.slots, workload.rows), bool)
+    kept = np.ones((workload.seats, workload.rows), bool)
     kept[active, first : first + workload.heads] = False
     assert kept.any() or workload.rows == workload.heads
     for name in ("keys", "values", "weights", "count"):
@@ -346,8 +346,8 @@ def a_model_decodes_as_by_xla_test(update):
 
 
 @pytest.fixture
-def on_a_gpu(tmp_path, monkeypatch):
-    """A GPU on which every kernel can run; nothing was measured on it."""
+def on_a_gpu(monkeypatch):
+    """A GPU on which every kernel can run."""
     module = types.ModuleType("any")
     module.unavailable = lambda: None
     monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
@@ -355,12 +355,13 @@ def on_a_gpu(tmp_path, monkeypatch):
     return module
 
 
-def on_a_gpu_the_kernel_is_chosen_unless_xla_was_measured_to_be_faster_test(on_a_gpu, monkeypatch):
-    assert api.choose(None) == "triton"
+@pytest.mark.parametrize("form", ["xla", "triton"])
+def the_form_that_is_kept_as_the_fastest_is_chosen_where_it_can_run_test(
+    on_a_gpu, monkeypatch, form
+):
+    monkeypatch.setattr(tuning, "entry", lambda name, kind: form)
+    assert api.choose(None) == form
     on_a_gpu.unavailable = lambda: "it is gone"
-    assert api.choose(None) == "xla"
-    on_a_gpu.unavailable = lambda: None
-    monkeypatch.setattr(tuning, "entry", lambda name, kind: "xla")
     assert api.choose(None) == "xla"
 
 
