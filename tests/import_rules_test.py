@@ -19,8 +19,8 @@ PRODUCT = ("dmc_jax", "pallas_kernels", "experiments", "configs")
 MAX_LINES = 420
 
 FLOWS = {"training", "inference", "interop", "evaluation", "baselines"}
-PARTS = {"model", "data", "pallas_kernels"}
-COMMON = {"config", "errors"}
+PARTS = {"checkpoints", "model", "data", "pallas_kernels"}
+COMMON = {"config", "errors", "files", "commands"}
 LIBRARY = FLOWS | PARTS | COMMON | {"core"}
 
 # What each layer may import of the project. No set holds "door": nothing imports a door.
@@ -29,16 +29,19 @@ ALLOWED = {
     **{flow: LIBRARY for flow in FLOWS},
     "training": LIBRARY - {"inference"},
     "inference": LIBRARY - {"training"},
+    "checkpoints": PARTS | COMMON | {"core"},
     "model": PARTS | COMMON | {"core"},
     "data": PARTS | COMMON | {"core"},
     "pallas_kernels": {"pallas_kernels"},
     "core": {"core"},
     "config": {"core", "errors"},
     "errors": set(),
+    "files": set(),
+    "commands": {"errors"},
     "package": set(),
-    "experiments": LIBRARY | {"experiments", "configs"},
-    "configs": LIBRARY | {"configs"},
-    "tests": LIBRARY | {"experiments", "configs", "tests"},
+    "experiments": LIBRARY | {"package", "experiments"},
+    "configs": LIBRARY,
+    "tests": LIBRARY | {"package", "experiments", "tests"},
 }
 CORE_MAY_USE = {"jax", "numpy", "jaxtyping"} | sys.stdlib_module_names
 
@@ -126,7 +129,7 @@ GOOD_TREE = {
     "dmc_jax/evaluation/report.py": "from dmc_jax.inference import engine",
     "pallas_kernels/plan.py": "import jax\nimport triton",
     "pallas_kernels/bench.py": "from pallas_kernels.plan import split",
-    "experiments/demo.py": "from dmc_jax.training import loop",
+    "experiments/demo.py": "import dmc_jax as dmc\nfrom dmc_jax.training import loop",
     "configs/tiny.py": "import ml_collections",
     "tests/core/dmc_test.py": "import pytest\nfrom dmc_jax.core import dmc",
 }
@@ -176,6 +179,8 @@ BAD_FILES = [
     ),
     ("dmc_jax/plan.py", "from dmc_jax.train import main", "door may not import dmc_jax.train"),
     ("experiments/bad.py", "import dmc_jax.train", "experiments may not import dmc_jax.train"),
+    ("dmc_jax/model/bad.py", "import dmc_jax as dmc", "model may not import dmc_jax"),
+    ("experiments/bad.py", "from configs import tiny", "experiments may not import configs.tiny"),
     ("tests/bad_test.py", "from dmc_jax.train import main", "tests may not import dmc_jax.train"),
     ("pallas_kernels/bad.py", "import dmc_jax", "pallas_kernels may not import dmc_jax"),
     (
