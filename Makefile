@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo notebooks test test-all gpu lint clean
+.PHONY: venv demo test test-all notebooks gpu gpu-quick lint clean
 
 venv: $(STAMP)
 
@@ -40,7 +40,7 @@ test-all: $(STAMP)
 	  "jax-cuda12-plugin==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')"
 	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
 	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/lowering_test.py \
-	  tests/pallas_kernels/cache_update_compile_test.py
+	  tests/pallas_kernels/cache_update/compile_test.py
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV_PYTHON) -m pytest $(PARALLEL)
 
 # On a machine with an NVIDIA GPU: tests of the kernels on it, then the benchmarks; docs/gpu.md.
@@ -61,6 +61,12 @@ gpu: $(if $(PYTHON_GPU),,$(STAMP))
 	$(GPU_RUN) -m benchmarks.end_to_end
 	$(GPU_RUN) -m benchmarks.training_attention --tune
 	$(GPU_RUN) -m benchmarks.training_attention
+
+# The figures that matter most in ten minutes, into OUT; a second call goes on.
+gpu-quick: $(if $(PYTHON_GPU),,$(STAMP))
+	@test -n "$(OUT)" || { echo "make: name a folder for the results: make gpu-quick OUT=DIR" >&2; exit 1; }
+	PYTHON="$(abspath $(or $(PYTHON_GPU),$(VENV_PYTHON)))" \
+	  PYTHONPATH="$(if $(PACKAGES),$(abspath $(PACKAGES)))" benchmarks/gpu_quick.sh "$(OUT)" $(PARTS)
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff format --check .

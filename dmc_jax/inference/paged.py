@@ -26,7 +26,7 @@ from dmc_jax.inference.cache import (
 )
 from dmc_jax.model.llama import Attend, forward
 from pallas_kernels.decode_attention.api import decode_attention, plan_decode_attention
-from pallas_kernels.plan import Plan
+from pallas_kernels.decode_attention.plan import Plan
 
 # Queries and slots per block of the attention of many tokens.
 _QUERY_BLOCK = 128

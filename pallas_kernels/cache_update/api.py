@@ -1,24 +1,27 @@
 """One contract for what a layer does to its cache when every sequence reads a token.
 
-A row is one KV head of one sequence (of one layer). Its newest slot is open: a token either joins
-it or takes the next slot. What the open slot holds is the weighted average of the last W tokens of
-its segment; they are kept in a ring. The averaged key is rotated where the token stands.
+A sequence has a seat in the batch; a row is one KV head of one sequence (of one layer). Its newest
+slot is open: a token either joins it or takes the next slot. What the open slot holds is the
+weighted average of the last W tokens of its segment; they are kept in a ring. The averaged key is
+rotated where the token stands.
 
 Plain JAX can do this too, and XLA makes several kernels of it. That form is the caller's own and is
 not repeated here: `choose` says whether to take it.
 """
 
-import importlib
-from types import ModuleType
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import target, tuning
+from pallas_kernels import target
+from pallas_kernels.cache_update import settings
+from pallas_kernels.implementations import XLA, Implementations
 
-XLA = "xla"  # the caller's own form
-IMPLEMENTATIONS = ("reference", "triton")
+__all__ = ["IMPLEMENTATIONS", "XLA", "State", "cache_update", "choose", "unavailable"]
+
+IMPLEMENTATIONS = Implementations("cache_update", ("reference", "triton"))
+unavailable = IMPLEMENTATIONS.unavailable
 
 _STORED = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
@@ -33,24 +36,24 @@ class State(NamedTuple):
 
     k_pages: Float[Array, "P page H"]
     v_pages: Float[Array, "P page H"]
-    keys: Float[Array, "slots R W H"]  # float32, as the next two
-    values: Float[Array, "slots R W H"]
-    weights: Float[Array, "slots R W"]
-    count: Int[Array, "slots R"]  # tokens in the segment
+    keys: Float[Array, "seats R W H"]  # float32, as the next two
+    values: Float[Array, "seats R W H"]
+    weights: Float[Array, "seats R W"]
+    count: Int[Array, "seats R"]  # tokens in the segment
 
 
 def cache_update(
     state: State,
-    k_t: Float[Array, "slots K H"],
-    v_t: Float[Array, "slots K H"],
-    decision: Float[Array, "slots K"],
-    omega: Float[Array, "slots K"],
+    k_t: Float[Array, "seats K H"],
+    v_t: Float[Array, "seats K H"],
+    decision: Float[Array, "seats K"],
+    omega: Float[Array, "seats K"],
     *,
     first: int | Int[Array, ""],
-    active: Bool[Array, " slots"],
-    position: Int[Array, " slots"],
-    page_ids: Int[Array, "slots K"],
-    offsets: Int[Array, "slots K"],
+    active: Bool[Array, " seats"],
+    position: Int[Array, " seats"],
+    page_ids: Int[Array, "seats K"],
+    offsets: Int[Array, "seats K"],
     frequencies: Float[Array, " H//2"],
     window: int | None,
     implementation: str,
@@ -75,7 +78,7 @@ def cache_update(
             float32 too. The last channel speaks of merging: it is zeroed before the rotation, and
             after it.
         window: W; None or 0: unlimited.
-        implementation: a name in `IMPLEMENTATIONS`; it never falls back to another.
+        implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
 
     Returns:
         The state after the token. Averages are float32, rounded to the dtype of `k_t` before the
@@ -85,9 +88,9 @@ def cache_update(
         ValueError: an unknown implementation, or shapes or dtypes that break the contract.
         RuntimeError: an implementation that cannot run on this machine, and why.
     """
-    _require(implementation)
+    module = IMPLEMENTATIONS.load(implementation)
     _validate(state, k_t, v_t, decision, omega, window, page_ids, offsets, frequencies)
-    return _module(implementation).cache_update(
+    return module.cache_update(
         *(state, k_t, v_t, decision.astype(jnp.float32), omega.astype(jnp.float32)),
         first=jnp.asarray(first, jnp.int32),
         active=active,
@@ -100,79 +103,42 @@ def cache_update(
 
 
 def choose(implementation: str | None) -> str:
-    """Names what to update a cache with: `XLA`, or an implementation that can run here.
+    """Name what to update a cache with: `XLA`, or an implementation that can run here.
 
     Args:
-        implementation: `XLA`, a name in `IMPLEMENTATIONS`, or None: the caller's own form, unless
-            the settings measured on this GPU say that a kernel is faster.
+        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: on a GPU the form that is
+            kept as the fastest there, where it can run; elsewhere `XLA`, the caller's own.
 
     Raises:
         ValueError, RuntimeError: as `cache_update`.
     """
-    if implementation is None:
-        device = target.current()
-        found = tuning.entry("cache_update", device.kind) if device.platform == "gpu" else XLA
-        return XLA if found != XLA and unavailable(found) is not None else found
-    if implementation != XLA:
-        _require(implementation)
-    return implementation
-
-
-def unavailable(implementation: str) -> str | None:
-    """Says why an implementation cannot run on this machine; None where it can.
-
-    Args:
-        implementation: a name in `IMPLEMENTATIONS`.
-    """
-    try:
-        module = _module(implementation)
-    except ImportError as error:
-        return f"its module cannot be imported: {error}"
-    return module.unavailable() if hasattr(module, "unavailable") else None
-
-
-def _require(implementation: str) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no implementation {implementation!r} of cache_update;"
-            f" there is {', '.join(IMPLEMENTATIONS)}"
-        )
-    reason = unavailable(implementation)
-    if reason is not None:
-        raise RuntimeError(
-            f"implementation {implementation!r} of cache_update cannot run here: {reason};"
-            f" take {XLA!r}, or leave the choice to None"
-        )
-
-
-def _module(name: str) -> ModuleType:
-    """Imports an implementation when it is used: what one needs may be missing for others."""
-    return importlib.import_module(f"pallas_kernels.cache_update.{name}")
+    fastest = settings.fastest_form(target.current().kind)
+    return IMPLEMENTATIONS.choose(implementation, on_gpu=(fastest,))
 
 
 def _validate(state, k_t, v_t, decision, omega, window, page_ids, offsets, frequencies) -> None:
     if k_t.ndim != 3 or state.keys.ndim != 4 or state.k_pages.ndim != 3:
         shapes = [tuple(x.shape) for x in (k_t, state.keys, state.k_pages)]
         raise ValueError(
-            "k_t must be [slots K H], keys [slots R W H], k_pages [P page H];"
+            "k_t must be [seats K H], keys [seats R W H], k_pages [P page H];"
             f" got shapes {', '.join(map(str, shapes))}"
         )
-    slots, K, H = k_t.shape
+    seats, K, H = k_t.shape
     R, W = state.keys.shape[1:3]
     pool = (*state.k_pages.shape[:2], H)
     expected = {
         "k_pages": (state.k_pages, pool, _STORED),
         "v_pages": (state.v_pages, pool, (state.k_pages.dtype,)),
-        "keys": (state.keys, (slots, R, window or 1, H), (jnp.float32,)),
-        "values": (state.values, (slots, R, window or 1, H), (jnp.float32,)),
-        "weights": (state.weights, (slots, R, window or 1), (jnp.float32,)),
-        "count": (state.count, (slots, R), (jnp.int32,)),
-        "k_t": (k_t, (slots, K, H), _STORED),
-        "v_t": (v_t, (slots, K, H), (k_t.dtype,)),
-        "decision": (decision, (slots, K), None),
-        "omega": (omega, (slots, K), None),
-        "page_ids": (page_ids, (slots, K), (jnp.int32,)),
-        "offsets": (offsets, (slots, K), (jnp.int32,)),
+        "keys": (state.keys, (seats, R, window or 1, H), (jnp.float32,)),
+        "values": (state.values, (seats, R, window or 1, H), (jnp.float32,)),
+        "weights": (state.weights, (seats, R, window or 1), (jnp.float32,)),
+        "count": (state.count, (seats, R), (jnp.int32,)),
+        "k_t": (k_t, (seats, K, H), _STORED),
+        "v_t": (v_t, (seats, K, H), (k_t.dtype,)),
+        "decision": (decision, (seats, K), None),
+        "omega": (omega, (seats, K), None),
+        "page_ids": (page_ids, (seats, K), (jnp.int32,)),
+        "offsets": (offsets, (seats, K), (jnp.int32,)),
         "frequencies": (frequencies, (H // 2,), (jnp.float32,)),
     }
     for name, (array, shape, dtypes) in expected.items():

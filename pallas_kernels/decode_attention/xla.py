@@ -46,9 +46,9 @@ def decode_attention(
     v_pages: Float[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
-    scale: float,
+    scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
-    """Attends 64 items a step; see `api.decode_attention` for the contract."""
+    """Attend 64 items a step; see `api.decode_attention` for the contract."""
     R, G, H = q.shape
     page = k_pages.shape[1]
     item_pages = max(1, _ITEM_SLOTS // page)
@@ -90,7 +90,7 @@ def decode_attention(
 
 
 def _gather(pool: Array, pages: Int[Array, "n item_pages"]) -> Float[Array, "n slots H"]:
-    """Reads the pages of every item as float32; "clip" because unused entries may be anything."""
+    """Read the pages of every item as float32; "clip" because unused entries may be anything."""
     # XLA for CPU (seen in jax 0.10.2) widens a bfloat16 operand before it gathers, and as the pool
     # is the same in every step, moves that float32 copy of the whole pool in front of the loop.
     # Behind this barrier the pool seems to change with the step: only what is read gets widened.
@@ -117,7 +117,7 @@ def _attend(
 
 
 def _merge_rows(partial: _Partial, R: int) -> tuple[_Partial, Int[Array, ""]]:
-    """Merges neighbours of one row; returns as many entries, and the index of the last in use.
+    """Merge neighbours of one row; return as many entries, and the index of the last in use.
 
     Sums go by scatter, not by a 0/1 matrix: a NaN in one row must not reach another. Entries not
     in use have row R (and NaN from 0 / 0 later on), and nobody reads them.

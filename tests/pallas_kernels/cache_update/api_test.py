@@ -5,8 +5,6 @@ Without a GPU the kernel runs interpreted.
 
 import dataclasses
 import functools
-import importlib
-import sys
 import types
 
 import jax
@@ -23,7 +21,9 @@ from dmc_jax.model.llama import init_params, unstack_layers
 from pallas_kernels import target, tuning
 from pallas_kernels.cache_update import api
 from pallas_kernels.cache_update.api import IMPLEMENTATIONS, State, cache_update
+from pallas_kernels.cache_update.settings import Settings
 from pallas_kernels.cache_update.workloads import CORRECTNESS, make_inputs
+from pallas_kernels.implementations import Implementations
 from tests.pallas_kernels import interpreted
 
 # Of averages of tokens of size 1. A bfloat16 key is rounded before the rotation and after it; where
@@ -31,24 +31,7 @@ from tests.pallas_kernels import interpreted
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-5}
 EQUAL_BITS = 0.98  # of bfloat16 numbers
 
-every_update = pytest.mark.parametrize("update", IMPLEMENTATIONS)
-
-
-@pytest.fixture(autouse=True)
-def kernel_interpreted_without_a_gpu(request, monkeypatch):
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if parameters.get("update") != "triton":
-        return
-    if jax.default_backend() == "gpu":
-        reason = api.unavailable("triton")
-        if reason is not None:
-            pytest.skip(reason)
-        return
-    pytest.importorskip("triton", reason="triton is not installed")
-    module = importlib.import_module("pallas_kernels.cache_update.triton")
-    monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
-    monkeypatch.setattr(module, "unavailable", lambda: None)
-    monkeypatch.setattr(module, "launch", interpreted.launch_triton)
+every_update = pytest.mark.parametrize("update", IMPLEMENTATIONS.names)
 
 
 def bits(x):
@@ -104,7 +87,7 @@ def a_segment_of_three_tokens_is_their_weighted_mean_within_the_window_test(upda
 
 @every_update
 def a_key_is_rotated_at_the_position_without_its_last_channel_test(update):
-    workload = dataclasses.replace(CORRECTNESS[1], slots=1, rows=1, heads=1, width=4)
+    workload = dataclasses.replace(CORRECTNESS[1], seats=1, rows=1, heads=1, width=4)
     inputs = make_inputs(workload)
     key = jnp.array([3.0, 5.0, 4.0, 100.0])
     others = inputs.others | {
@@ -143,6 +126,20 @@ def the_kernel_gives_what_the_reference_gives_test(update, workload):
     assert_close(after.v_pages, expected.v_pages, workload.pages)
 
 
+@pytest.mark.parametrize("update", ["triton"])
+@pytest.mark.parametrize("entries", [1, 4])
+def results_do_not_depend_on_the_settings_test(update, entries):
+    """A ring of 12 in tiles of 1 and of 4."""
+    (state, token, others), expected = inputs_and_expected(CORRECTNESS[0])
+    others = dict(others, first=jnp.asarray(others["first"], jnp.int32))
+    unlimited = not others.pop("window")
+    after = IMPLEMENTATIONS.load(update).cache_update(
+        state, *token, **others, unlimited=unlimited, settings=Settings(entries, 256)
+    )
+    for name in State._fields:
+        assert_close(getattr(after, name), getattr(expected, name), "float32")
+
+
 @every_update
 @pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
 def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
@@ -151,7 +148,7 @@ def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
     after = expected
     if update != "reference":
         after = cache_update(state, *token, **others, implementation=update)
-    kept = np.ones((workload.slots, workload.rows), bool)
+    kept = np.ones((workload.seats, workload.rows), bool)
     kept[active, first : first + workload.heads] = False
     assert kept.any() or workload.rows == workload.heads
     for name in ("keys", "values", "weights", "count"):
@@ -349,18 +346,21 @@ def a_model_decodes_as_by_xla_test(update):
 
 
 @pytest.fixture
-def on_a_gpu(tmp_path, monkeypatch):
-    """A GPU on which every kernel can run; nothing was measured on it."""
-    module = types.SimpleNamespace(unavailable=lambda: None)
+def on_a_gpu(monkeypatch):
+    """A GPU on which every kernel can run."""
+    module = types.ModuleType("any")
+    module.unavailable = lambda: None
     monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
-    monkeypatch.setattr(api, "_module", lambda name: module)
+    monkeypatch.setattr(Implementations, "_module", lambda self, name: module)
     return module
 
 
-def xla_is_chosen_unless_the_kernel_was_measured_to_be_faster_test(on_a_gpu, monkeypatch):
-    assert api.choose(None) == "xla"
-    monkeypatch.setattr(tuning, "entry", lambda name, kind: "triton")
-    assert api.choose(None) == "triton"
+@pytest.mark.parametrize("form", ["xla", "triton"])
+def the_form_that_is_kept_as_the_fastest_is_chosen_where_it_can_run_test(
+    on_a_gpu, monkeypatch, form
+):
+    monkeypatch.setattr(tuning, "entry", lambda name, kind: form)
+    assert api.choose(None) == form
     on_a_gpu.unavailable = lambda: "it is gone"
     assert api.choose(None) == "xla"
 
@@ -371,31 +371,10 @@ def without_a_gpu_xla_is_chosen_whatever_was_measured_test(monkeypatch):
     assert api.choose(None) == "xla"
 
 
-def a_name_is_never_replaced_by_another_test(on_a_gpu):
-    assert api.choose("reference") == "reference"
-    on_a_gpu.unavailable = lambda: "it is gone"
-    with pytest.raises(RuntimeError, match="'triton' of cache_update cannot run here: it is gone;"):
-        api.choose("triton")
-    with pytest.raises(ValueError, match="no implementation 'cuda' of cache_update; there is ref"):
-        api.choose("cuda")
-
-
-@pytest.mark.parametrize("version, runs", [((0, 3, 1), True), ((0, 4, 0), False)])
-def another_way_of_working_in_place_is_refused_test(monkeypatch, version, runs):
-    from pallas_kernels import triton_call
-
-    there = types.SimpleNamespace(__version_info__=version, __version__=".".join(map(str, version)))
-    monkeypatch.setitem(sys.modules, "jax_triton", there)
-    monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    assert triton_call.unavailable() is None
-    reason = triton_call.unavailable_in_place()
-    assert reason is None if runs else "written for jax-triton 0.3" in reason
-
-
 # ---- what is refused ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "field, change, complaint",
     [
@@ -413,6 +392,7 @@ def a_state_that_breaks_the_contract_is_refused_test(field, change, complaint):
         cache_update(state, *token, **others, implementation="reference")
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "index, change, complaint",
     [
