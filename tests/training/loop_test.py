@@ -84,7 +84,7 @@ def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, unbroken, mon
     for stage in tiny_run.stage_names:
         ours, theirs = open_model(resumed / stage), open_model(unbroken / stage)
         assert_same(ours.params, theirs.params)
-        assert ours.metadata["validation"] == theirs.metadata["validation"]
+        assert ours.metadata.validation == theirs.metadata.validation
     before = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
     train(tiny_run, quiet=True)  # nothing is left to do
     after = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
@@ -118,8 +118,8 @@ def calibrated_threshold_meets_the_ratio_and_is_stored_test(tiny_run, unbroken):
         retrofit=dataclasses.replace(tiny_run.retrofit, steps=30, learning_rate=1e-2),
     )
     metadata = load_metadata(latest(train(run, quiet=True)))
-    assert metadata["threshold"] != 0
-    assert metadata["validation"]["ratio"] == pytest.approx(2.0, rel=0.25)
+    assert metadata.threshold != 0
+    assert metadata.validation["ratio"] == pytest.approx(2.0, rel=0.25)
 
 
 def a_loss_that_is_not_a_number_stops_the_run_test(tiny_run):
