@@ -30,8 +30,8 @@ from jaxtyping import Array, Float
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings, OpenSegment
 from dmc_jax.core.rope import rotary_frequencies
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference.cache import PagedCache
+from dmc_jax.inference import paged_cache
+from dmc_jax.inference.paged_cache import PagedCache
 from pallas_kernels import target, timing, tuning
 from pallas_kernels.cache_update import api
 
@@ -106,8 +106,8 @@ def make(case: Case) -> tuple[PagedCache, Tokens]:
     longest = _STARTS + case.steps
     rows = slots * R
     # The pool is common to all rows: they append a quarter of their tokens, and half would fit.
-    pages = rows * cache_module.pages_of(_STARTS + case.steps // 2, PAGE)
-    cache = cache_module.init(
+    pages = rows * paged_cache.pages_of(_STARTS + case.steps // 2, PAGE)
+    cache = paged_cache.init(
         *(config, SETTINGS),
         slots=slots,
         pages=pages,
@@ -117,7 +117,7 @@ def make(case: Case) -> tuple[PagedCache, Tokens]:
     )
     keys = iter(jax.random.split(jax.random.key(0), 12))
     lengths = jax.random.randint(next(keys), (slots, R), 1, _STARTS + 1)
-    cache, _ = cache_module.reserve(cache, lengths, most=cache_module.pages_of(_STARTS, PAGE))
+    cache, _ = paged_cache.reserve(cache, lengths, most=paged_cache.pages_of(_STARTS, PAGE))
     # Segments as long as they come out when a token merges with that probability.
     uniform = jax.random.uniform(next(keys), (slots, R), minval=1e-6)
     count = 1 + jnp.floor(jnp.log(uniform) / math.log(_MERGED)).astype(jnp.int32)
@@ -154,8 +154,8 @@ def program(cache: PagedCache, tokens: Tokens, case: Case, implementation: str) 
         def update(layer, cache):
             first = layer * case.heads
             now = Tokens(tokens.k, tokens.v, tokens.omega, tokens.decisions[i])
-            k_t, v_t, omega, decision = (cache_module.take_rows(x, first, case.heads) for x in now)
-            return cache_module.append_or_merge(
+            k_t, v_t, omega, decision = (paged_cache.take_rows(x, first, case.heads) for x in now)
+            return paged_cache.append_or_merge(
                 *(cache, first, k_t, v_t, decision, omega),
                 active=active,
                 settings=SETTINGS,

@@ -17,10 +17,9 @@ from jaxtyping import Array
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import batch as batch_module
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference.batch import Batch
-from dmc_jax.inference.cache import PagedCache
+from dmc_jax.inference import paged_cache, programs
+from dmc_jax.inference.paged_cache import PagedCache
+from dmc_jax.inference.programs import Batch
 from dmc_jax.inference.sampling import SamplingParams, stack_params
 from dmc_jax.model.llama import init_params, unstack_layers
 
@@ -123,8 +122,8 @@ def new_cache(setup: Setup, run: Run, batch: int, key: Array) -> PagedCache:
     total = run.prompt + run.new + setup.steps + _BISECTIONS + _WARM_UP
     lengths = np.ceil(slots_per_token(setup.config, run.ratio) * total)
     # A page more than each row needs: rows here do not all grow at the rates that they stand for.
-    pages = int(cache_module.pages_of(lengths, setup.page).sum()) + setup.config.kv_rows
-    cache = cache_module.init(
+    pages = int(paged_cache.pages_of(lengths, setup.page).sum()) + setup.config.kv_rows
+    cache = paged_cache.init(
         setup.config,
         SETTINGS if run.ratio > 1 else None,
         slots=batch,
@@ -151,7 +150,7 @@ def largest_batch(setup: Setup, run: Run, memory: int, reserve: int) -> int:
 
     def size(batch):
         shapes = jax.eval_shape(lambda key: new_cache(setup, run, batch, key), jax.random.key(0))
-        return cache_module.bytes_reserved(shapes)
+        return paged_cache.bytes_reserved(shapes)
 
     weights = sum(x.nbytes for x in jax.tree.leaves(setup.params))
     one = size(2) - size(1)
@@ -171,7 +170,7 @@ def filled(cache: PagedCache, lengths, tokens, order) -> PagedCache:
         order: of the pages, a permutation.
     """
     slots, rows, maxp = cache.page_table.shape
-    pages = jnp.tile(cache_module.pages_of(lengths, cache.k_pages.shape[1]), (slots, 1))
+    pages = jnp.tile(paged_cache.pages_of(lengths, cache.k_pages.shape[1]), (slots, 1))
     ends = jnp.cumsum(pages.reshape(-1)).reshape(slots, rows)
     entry = jnp.arange(maxp)
     at = jnp.where(entry < pages[..., None], (ends - pages)[..., None] + entry, 0)
@@ -215,7 +214,7 @@ class Decoder:
         self.compile_seconds = time.perf_counter() - started
 
     def _compiled(self):
-        return batch_module.next_tokens.lower(
+        return programs.next_tokens.lower(
             *(self.setup.params, self.setup.config, self.batch, self.tokens, self.active),
             *(self.sampling, self.index),
             settings=SETTINGS if self.run.ratio > 1 else None,
@@ -308,7 +307,7 @@ def measure(setup: Setup, run: Run) -> dict:
         "points": points,
         "threshold": float(decoder.threshold),
         "slots_per_token_in_the_steps": round(grown, 4),
-        "cache_bytes": cache_module.bytes_reserved(decoder.batch.cache),
+        "cache_bytes": paged_cache.bytes_reserved(decoder.batch.cache),
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
         "compile_seconds": round(decoder.compile_seconds, 1),
     }

@@ -31,8 +31,8 @@ from benchmarks.random_model import SETTINGS, WIDE
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.evaluation.report import machine
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference.paged import decode_step
+from dmc_jax.inference import paged_cache
+from dmc_jax.inference.decoding import decode_step
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.model.presets import PRESETS
@@ -63,10 +63,10 @@ def read_one_by_one(params, config, cache, tokens, threshold, settings):
 
 def empty_cache(
     config: ModelConfig, settings: DMCSettings | None, tokens: int
-) -> cache_module.PagedCache:
+) -> paged_cache.PagedCache:
     """With pages for one dense sequence."""
     pages = config.kv_rows * -(-tokens // PAGE)
-    return cache_module.init(
+    return paged_cache.init(
         config, settings, slots=1, pages=pages, page_size=PAGE, max_length=tokens, dtype=jnp.float32
     )
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params
+from dmc_jax.policies import modes
 
 # Merge logits of a random model are symmetric around minus the offset: any ratio can be set.
 SETTINGS = DMCSettings(window=12, offset=0.0)

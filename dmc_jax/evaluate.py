@@ -16,7 +16,7 @@ from dmc_jax.errors import UserError, run_door
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.report import head_table
 from dmc_jax.interop.native import LoadedModel, load_model
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.training.checkpoint import latest, load_metadata
 
 _CHECKPOINT = flags.DEFINE_string(

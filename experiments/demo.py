@@ -40,7 +40,7 @@ from dmc_jax.evaluation.report import (
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.interop.native import LoadedModel, load_model
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.training import checkpoint
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer

@@ -28,8 +28,8 @@ from dmc_jax.evaluation.report import head_table, write_report
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.interop.native import load_model
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, count_parameters
+from dmc_jax.policies import modes
 from dmc_jax.training.loop import train
 
 logging.set_verbosity(logging.INFO)  # shows the progress of training

@@ -1,7 +1,7 @@
 """The layers of the house: who may import whom, and no room too long.
 
     doors -> {training, inference, interop, evaluation, baselines}
-          -> {model, data, pallas_kernels} -> core
+          -> policies -> {model, data, pallas_kernels} -> core
 
 `config` and `errors` serve every layer but `core` and `pallas_kernels`, which know no other.
 """
@@ -19,7 +19,7 @@ PRODUCT = ("dmc_jax", "pallas_kernels", "experiments", "configs")
 MAX_LINES = 420
 
 FLOWS = {"training", "inference", "interop", "evaluation", "baselines"}
-PARTS = {"model", "data", "pallas_kernels"}
+PARTS = {"policies", "model", "data", "pallas_kernels"}
 COMMON = {"config", "errors"}
 LIBRARY = FLOWS | PARTS | COMMON | {"core"}
 
@@ -29,8 +29,9 @@ ALLOWED = {
     **{flow: LIBRARY for flow in FLOWS},
     "training": LIBRARY - {"inference"},
     "inference": LIBRARY - {"training"},
-    "model": PARTS | COMMON | {"core"},
-    "data": PARTS | COMMON | {"core"},
+    "policies": PARTS | COMMON | {"core"},
+    "model": PARTS - {"policies"} | COMMON | {"core"},
+    "data": PARTS - {"policies"} | COMMON | {"core"},
     "pallas_kernels": {"pallas_kernels"},
     "core": {"core"},
     "config": {"core", "errors"},

@@ -18,8 +18,8 @@ from dmc_jax.data.loader import evaluation_batches
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import load_tokenizer, token_bytes
 from dmc_jax.errors import UserError
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies import modes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def evaluate(
         threshold: of hard decisions.
         limit: windows to read at most.
         dtype: of the forward pass.
-        attention: what computes the attention itself; see `model.attention`.
+        attention: what computes the attention itself; see `model.causal_attention`.
 
     Raises:
         UserError: the data has another vocabulary than the model.

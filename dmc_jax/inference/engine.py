@@ -72,7 +72,7 @@ class Engine:
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
-                sequence, a length that the model does not know, or what `cache.init` refuses.
+                sequence, a length that the model does not know, or what `paged_cache.init` refuses.
         """
         self.config, self.tokenizer = config, tokenizer
         self.max_sequences, self.page_size = max_sequences, page_size

@@ -10,6 +10,7 @@ chunks the result is what one token at a time gives.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,16 +22,15 @@ from jaxtyping import Array, Bool, Float, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import (
     DMCSettings,
-    OpenSegment,
     hard_decisions,
     importance,
     merge_logits,
-    pool,
     rotate_for_attention,
 )
+from dmc_jax.core.pooling import pool_chunk
 from dmc_jax.core.rope import rotary_frequencies, rotate
 from dmc_jax.errors import UserError
-from dmc_jax.inference.cache import (
+from dmc_jax.inference.paged_cache import (
     PagedCache,
     first_rows,
     pages_of,
@@ -39,12 +39,15 @@ from dmc_jax.inference.cache import (
     take_rows,
     write,
 )
-from dmc_jax.inference.paged import attend_pages
 from dmc_jax.model.llama import Attend, forward
 
 # Chunks are padded to 32, 128, 512, ... tokens: each of these lengths takes seconds to compile.
 _SMALLEST_BUCKET, _BUCKET_STEP = 32, 4
 _SMALLEST_CHUNK = 16
+
+# Queries and slots per block of the attention of many tokens.
+_QUERY_BLOCK = 128
+_SLOT_BLOCK = 128
 
 
 def prefill(
@@ -219,120 +222,6 @@ def attend_chunk(
     return attend
 
 
-# ---- pooled states of a chunk -----------------------------------------------------------------
-
-
-def pool_chunk(
-    open_segment: OpenSegment,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    decisions: Float[Array, "B T K"],
-    omega: Float[Array, "B T K"],
-    counts: Int[Array, " B"],
-    window: int | None,
-) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Bool[Array, "B T K"], OpenSegment]:
-    """State of the open slot after every token, which may have begun before the chunk.
-
-    It is `pool` over the chunk with what the open segment remembers in front: its last W - 1
-    tokens, or for an unlimited window one token that stands for all.
-
-    Args:
-        open_segment: rows (B, K), before the chunk.
-        k, v: unrotated.
-        decisions: 1 merges, 0 appends. The first token of a row without a segment appends whatever
-            it says.
-        omega: importance of each token.
-        counts: tokens of each row that are not padding.
-        window: W, as given to `empty_segment`.
-
-    Returns:
-        (averaged keys, averaged values, float32; which tokens merge; the open segment after the
-        chunk's last real token).
-    """
-    B, T, K, H = k.shape
-    x = jnp.concatenate([k, v], axis=-1).astype(jnp.float32)  # [B, T, K, 2H]
-    merges = decisions.at[:, 0].multiply((open_segment.count > 0).astype(decisions.dtype))
-
-    weighted, weight, joins = _remembered(open_segment, window)  # [B, E, K, ...]
-    before = jnp.where(weight > 0, weight, 1.0)  # an absent token counts, but nothing joins it
-    together = functools.partial(jnp.concatenate, axis=1)
-    states = pool(
-        together([weighted / before[..., None], x]),
-        together([joins, merges]),
-        together([before, omega]),
-        window,
-    )[:, weight.shape[1] :]
-    after = _open_after(
-        open_segment,
-        together([weighted, omega[..., None] * x]),
-        together([weight, omega]),
-        merges,
-        counts,
-        window,
-    )
-    return states[..., :H], states[..., H:], merges > 0, after
-
-
-def _remembered(
-    segment: OpenSegment, window: int | None
-) -> tuple[Float[Array, "B E K 2*H"], Float[Array, "B E K"], Float[Array, "B E K"]]:
-    """An open segment as E tokens: weighted [key | value], weight, and whether it is a merge.
-
-    What the segment does not have has weight 0.
-    """
-    both = jnp.concatenate([segment.keys, segment.values], axis=-1)  # [B, K, W, 2H]
-    weights = segment.weights
-    if window:
-        # Token m of the segment is in ring entry m % W; these are its last W - 1.
-        token = segment.count[..., None] - (window - 1) + jnp.arange(window - 1)  # [B, K, E]
-        entry = token % window
-        both = jnp.take_along_axis(both, entry[..., None], axis=2)
-        weights = jnp.where(token >= 0, jnp.take_along_axis(weights, entry, axis=2), 0.0)
-        both = jnp.where(token[..., None] >= 0, both, 0.0)
-        joins = (token >= 1).astype(jnp.float32)
-    else:
-        joins = jnp.zeros_like(weights)
-    return both.swapaxes(1, 2), weights.swapaxes(1, 2), joins.swapaxes(1, 2)
-
-
-def _open_after(segment, weighted, weights, merges, counts, window) -> OpenSegment:
-    """The open segment after the last real token of the chunk.
-
-    Args:
-        segment: before the chunk, rows (B, K).
-        weighted, weights: [B, E + T, K, ...], of the remembered tokens and the chunk's.
-        merges: 0/1 [B, T, K].
-        counts: tokens of the chunk, [B].
-        window: W.
-    """
-    T, H = merges.shape[1], segment.keys.shape[-1]
-    E, counts = weights.shape[1] - T, counts[:, None]
-    token = jnp.arange(T)[:, None]
-    opens = (merges == 0) & (token < counts[..., None])
-    newest = jnp.where(opens, token, -1).max(axis=1)  # [B, K]: opened the segment; -1: an older did
-    count = jnp.where(newest >= 0, counts - newest, segment.count + counts)
-    if window:
-        # Ring entry r holds the newest token m of the segment with m % W = r.
-        age = (count[..., None] - 1 - jnp.arange(window)) % window  # [B, K, W]
-        index = (E + counts[..., None] - 1 - age).swapaxes(1, 2)  # [B, W, K]
-        there = (age < count[..., None]).swapaxes(1, 2)
-        weighted = jnp.take_along_axis(weighted, index[..., None], axis=1, mode="clip")
-        weights = jnp.take_along_axis(weights, index, axis=1, mode="clip")
-        weighted, weights = jnp.where(there[..., None], weighted, 0.0), jnp.where(there, weights, 0)
-    else:
-        index = jnp.arange(-E, T)[:, None]
-        inside = (index < counts[..., None]) & ((newest < 0)[:, None] | (index >= newest[:, None]))
-        weighted = jnp.where(inside[..., None], weighted, 0.0).sum(axis=1, keepdims=True)
-        weights = jnp.where(inside, weights, 0.0).sum(axis=1, keepdims=True)
-    weighted = weighted.swapaxes(1, 2)  # [B, K, W, 2H]
-    after = OpenSegment(weighted[..., :H], weighted[..., H:], weights.swapaxes(1, 2), count)
-
-    def unless_nothing_came(new, old):
-        return jnp.where((counts > 0)[(..., *(None,) * (new.ndim - 2))], new, old)
-
-    return jax.tree.map(unless_nothing_came, after, segment)
-
-
 # ---- into the pages ---------------------------------------------------------------------------
 
 
@@ -368,6 +257,108 @@ def _store(
     where = last & granted[..., None]
     cache = write(cache, *states, slot, where, first, sequences=sequences)
     return cache, jnp.where(real[:, None], slot, 0)
+
+
+# ---- attention over the pages -------------------------------------------------------------------
+
+
+def attend_pages(
+    q: Float[Array, "B T N H"],
+    own_k: Float[Array, "B T K H"],
+    own_v: Float[Array, "B T K H"],
+    slot: Int[Array, "B K T"],
+    cache: PagedCache,
+    first: Array,
+    sequences: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
+    """Attention over the slots before a token's own, from the pages, and its own running state.
+
+    Blocks of queries meet blocks of slots with a running softmax. Each block of queries stops at
+    the last slot that any of its rows can see, so the loop is as short as the cache is compressed.
+
+    Args:
+        q: queries, rotated.
+        own_k, own_v: states of the tokens' open slots right after each of them, keys rotated.
+        slot: which slot that is; the query sees those before it.
+        cache: holds those slots already.
+        first: row of the layer's first KV head.
+        sequences: the slot of the cache that each row of the batch is in.
+
+    Returns:
+        The attention output in the dtype of `q`; softmax and sums are float32.
+    """
+    B, T, N, H = q.shape
+    K = own_k.shape[2]
+    block = math.gcd(T, _QUERY_BLOCK)
+    table = take_rows(cache.page_table, first, K, sequences)
+    lengths = take_rows(cache.lengths, first, K, sequences)
+
+    def blocks(x, axis):  # [..., T, ...] -> [T / b, ..., b, ...]
+        x = x.reshape(*x.shape[:axis], T // block, block, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    queries = q.reshape(B, T, K, N // K, H)
+    out = jax.lax.map(
+        lambda x: _attend_block(*x, table, lengths, cache.k_pages, cache.v_pages),
+        (blocks(queries, 1), blocks(own_k, 1), blocks(own_v, 1), blocks(slot, 2)),
+    )  # [T / b, B, K, G, b, H]
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, H)
+
+
+def _attend_block(
+    q: Float[Array, "B b K G H"],
+    own_k: Float[Array, "B b K H"],
+    own_v: Float[Array, "B b K H"],
+    slot: Int[Array, "B K b"],
+    table: Int[Array, "B K maxp"],
+    lengths: Int[Array, "B K"],
+    k_pages: Float[Array, "P page H"],
+    v_pages: Float[Array, "P page H"],
+) -> Float[Array, "B K G b H"]:
+    """Attention of one block of queries; see `attend_pages`."""
+    H, page = q.shape[-1], k_pages.shape[1]
+    pages = max(1, _SLOT_BLOCK // page)  # per block of slots
+    table = jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)])
+    dtype = jnp.promote_types(q.dtype, k_pages.dtype)
+
+    def einsum(equation, *operands):
+        operands = (x.astype(dtype) for x in operands)
+        return jnp.einsum(
+            equation, *operands, precision="highest", preferred_element_type=jnp.float32
+        )
+
+    def meet_slots(j, carry):
+        peak, total, weighted = carry  # [B, K, G, b] twice, [B, K, G, b, H]
+        ids = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2)
+        keys, values = _read(k_pages, ids), _read(v_pages, ids)  # [B, K, s, H]
+        index = j * pages * page + jnp.arange(pages * page)
+        # 0 * NaN is NaN, and what no row uses may hold it: a zero weight is no mask.
+        values = jnp.where((index < lengths[..., None])[..., None], values, 0)
+        seen = (index < slot[..., None])[:, :, None]  # [B, K, 1, b, s]
+        scores = H**-0.5 * einsum("BTKGH,BKSH->BKGTS", q, keys)
+        new_peak = jnp.maximum(peak, jnp.where(seen, scores, -jnp.inf).max(axis=-1))
+        weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
+        shrink = jnp.exp(peak - new_peak)
+        weighted = weighted * shrink[..., None] + einsum("BKGTS,BKSH->BKGTH", weights, values)
+        return new_peak, total * shrink + weights.sum(axis=-1), weighted
+
+    # One token at a time reads its own state from a page: rounded as pages are.
+    own_k, own_v = own_k.astype(k_pages.dtype), own_v.astype(v_pages.dtype)
+    own = H**-0.5 * einsum("BTKGH,BTKH->BKGT", q, own_k)
+    value = own_v.astype(jnp.float32).transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, b, H]
+    start = own, jnp.ones_like(own), jnp.broadcast_to(value, (*own.shape, H))
+    # Slots 0 to slot - 1 are in this many blocks.
+    steps = pages_of(jnp.minimum(slot.max(), lengths.max()), pages * page)
+    _, total, weighted = jax.lax.fori_loop(0, steps, meet_slots, start)
+    return (weighted / total[..., None]).astype(q.dtype)
+
+
+def _read(pages: Array, ids: Int[Array, "B K n"]) -> Float[Array, "B K s H"]:
+    """The slots of some pages, in order."""
+    # XLA for CPU widens a bfloat16 pool before it gathers, and would do that once for the whole
+    # pool, in front of the loop. Behind this barrier only what is read gets widened.
+    pages, ids = jax.lax.optimization_barrier((pages, ids))
+    return pages.at[ids].get(mode="clip").reshape(*ids.shape[:2], -1, pages.shape[-1])
 
 
 # ---- what comes in ----------------------------------------------------------------------------

@@ -7,14 +7,9 @@ from typing import NamedTuple
 
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
 from dmc_jax.errors import UserError
-from dmc_jax.inference.sampling import (
-    SamplingParams,
-    TextState,
-    begin_text,
-    end_text,
-    extend_text,
-)
+from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import CachedRows, Snapshot
+from dmc_jax.inference.text import TextState, begin_text, end_text, extend_text
 
 Prompt = str | Sequence[int]  # text, or token ids with BOS
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each

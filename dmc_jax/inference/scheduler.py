@@ -17,8 +17,8 @@ import numpy as np
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer
-from dmc_jax.inference import batch as batch_module
-from dmc_jax.inference.batch import Tally
+from dmc_jax.inference import programs
+from dmc_jax.inference.programs import Tally
 from dmc_jax.inference.requests import Event, Request, finish, take_token
 from dmc_jax.inference.snapshot import CachedRows, copy_out
 from dmc_jax.model.llama import unstack_layers
@@ -51,16 +51,16 @@ class Scheduler:
             dtype: of the forward pass, keys and values.
             slots: sequences that run at a time.
             page_size: slots per page.
-            pool: `pages`, `kv_bytes` and `max_length`, as in `batch.init`.
+            pool: `pages`, `kv_bytes` and `max_length`, as in `programs.init`.
 
         Raises:
-            UserError: as in `batch.init`.
+            UserError: as in `programs.init`.
         """
         self._params = unstack_layers(params, config, jnp.dtype(dtype))
         self._config, self._tokenizer, self._page_size = config, tokenizer, page_size
         self._options = {"settings": settings, "threshold": threshold, "dtype": dtype}
         self._empty_batch = functools.partial(
-            batch_module.init,
+            programs.init,
             config,
             settings,
             slots=slots,
@@ -90,7 +90,7 @@ class Scheduler:
     def tally(self) -> Tally:
         """What the cache holds, in NumPy; the slots of those who left are empty then."""
         if self._counts is None or self._leaving.any():
-            self._batch, counts = batch_module.release(self._batch, self._leaving)
+            self._batch, counts = programs.release(self._batch, self._leaving)
             self._leaving = np.zeros_like(self._leaving)
             self._counts = jax.device_get(counts)
         return self._counts
@@ -173,9 +173,9 @@ class Scheduler:
         self._slots[slot], request.slot = request, slot
         self._counts, token = None, None
         if request.rows is not None:
-            self._batch = batch_module.put_back(self._config, self._batch, request)
+            self._batch = programs.put_back(self._config, self._batch, request)
         else:
-            self._batch, token = batch_module.read_prompt(
+            self._batch, token = programs.read_prompt(
                 self._params, self._config, self._batch, request, **self._options
             )
         if not self.tally().failed[slot]:
@@ -199,8 +199,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         self.tally()  # which empties the slots of those who left
-        columns = batch_module.columns(self._slots)
-        self._batch, chosen, counts = batch_module.next_tokens(
+        columns = programs.columns(self._slots)
+        self._batch, chosen, counts = programs.next_tokens(
             self._params, self._config, self._batch, *columns, **self._options
         )
         chosen, self._counts = jax.device_get((chosen, counts))
@@ -212,7 +212,7 @@ class Scheduler:
                 self._take(request, int(chosen[request.slot]))
 
     def _take(self, request: Request, token: int) -> None:
-        request.usage = batch_module.usage(self._batch.cache, self._counts, request.slot)
+        request.usage = programs.usage(self._batch.cache, self._counts, request.slot)
         self._events.append(take_token(request, token, self._tokenizer))
         if self._events[-1].finish_reason:
             self._leave(request)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from dmc_jax.core.dmc import OpenSegment
 from dmc_jax.errors import UserError
-from dmc_jax.inference.cache import PagedCache, pages_of, reserve
+from dmc_jax.inference.paged_cache import PagedCache, pages_of, reserve
 from dmc_jax.inference.sampling import SamplingParams
 
 

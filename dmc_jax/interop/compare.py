@@ -11,8 +11,8 @@ from jaxtyping import Float
 from dmc_jax.errors import UserError
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.interop.source import Source
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies import modes
 
 
 @dataclasses.dataclass(frozen=True)

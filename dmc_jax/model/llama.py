@@ -1,7 +1,7 @@
 """A Llama in Flax Linen whose attention is an argument.
 
 `Llama.apply(variables, tokens, attend=...)`: the same parameters serve the dense model, the three
-ways of DMC training and evaluation, and decoding from a cache; `dmc_jax.model.modes` has the
+ways of DMC training and evaluation, and decoding from a cache; `dmc_jax.policies.modes` has the
 attention functions. Layers of equal shape are stacked [run, ...] and scanned.
 """
 

@@ -15,7 +15,7 @@ from dmc_jax.config import STAGES, RunConfig, to_dict
 from dmc_jax.data.loader import longest_document, training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import RunFailure, UserError, stop_requests
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import checkpoint, metrics, stages
 from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, write_metadata

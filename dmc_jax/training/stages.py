@@ -19,7 +19,7 @@ from dmc_jax.interop.formats import open_source, recognise
 from dmc_jax.interop.native import find_checkpoint, load_model
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.interop.source import Source
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.model.llama import init_params
 from dmc_jax.training import checkpoint
 from dmc_jax.training.checkpoint import CheckpointRef, latest

@@ -13,9 +13,9 @@ from dmc_jax.config import STAGES, ModelConfig, RunConfig
 from dmc_jax.core.attention import CausalAttention
 from dmc_jax.core.losses import compression_loss, distillation, token_cross_entropy
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
-from dmc_jax.model import modes
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
+from dmc_jax.policies import modes
 from dmc_jax.training.sharding import shardings
 from dmc_jax.training.state import TrainState
 

@@ -8,8 +8,8 @@ import pytest
 from dmc_jax.baselines.gqa import mean_pool_kv_heads
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params, layer_runs
+from dmc_jax.policies import modes
 
 
 def make_model(kv_heads, layers=2):

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import end_to_end, end_to_end_step
 from benchmarks.end_to_end_step import Decoder, Run, Setup
-from dmc_jax.inference import cache as cache_module
+from dmc_jax.inference import paged_cache
 from dmc_jax.model.llama import init_params, unstack_layers
 from dmc_jax.model.presets import PRESETS
 
@@ -140,7 +140,7 @@ def the_largest_batch_fits_and_one_more_does_not_test(setup, ratio):
             lambda key: end_to_end_step.new_cache(setup, run, batch, key), jax.random.key(0)
         )
         logits = batch * CONFIG.vocab_size * 9
-        return setup.weight_bytes + reserve + cache_module.bytes_reserved(shapes) + logits
+        return setup.weight_bytes + reserve + paged_cache.bytes_reserved(shapes) + logits
 
     assert batch > 1
     assert needed(batch) <= memory < needed(batch + 1)

@@ -11,8 +11,8 @@ from dmc_jax.core.dmc import DECISION_CHANNEL, DMCSettings
 from dmc_jax.data.loader import windows
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params
+from dmc_jax.policies import modes
 
 SETTINGS = DMCSettings(window=4, offset=2.0)
 SIZES = {"length": 32, "batch": 4}

@@ -11,15 +11,15 @@ import pytest
 
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import batch as batch_module
 from dmc_jax.inference import engine as engine_module
+from dmc_jax.inference import programs
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import load_snapshot
 from dmc_jax.interop import native
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies import modes
 
 SETTINGS = DMCSettings(offset=0.0)
 ROWS, PAGE, SLOTS = 4, 8, 4  # of the tiny model
@@ -189,7 +189,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
     rng = np.random.default_rng(5)
     prompts, params = some_prompts(200, seed=1, longest=10), some_params(200, seed=2, longest=20)
     engine = build_engine(tiny_model, pages=TINY)
-    compiled = batch_module.next_tokens._cache_size()
+    compiled = programs.next_tokens._cache_size()
     ids, results, texts = [], {}, {}
     while len(results) < len(prompts):
         for _ in range(rng.integers(0, 3)):
@@ -211,13 +211,13 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
         else:
             assert what_was_said(results[one]) == what_was_said(expected)
     assert engine.free_pages == TINY
-    assert batch_module.next_tokens._cache_size() - compiled <= 1
+    assert programs.next_tokens._cache_size() - compiled <= 1
 
 
 def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
     prompts, params = some_prompts(6), some_params(6)
     stream, results = roomy.stream(prompts, params), {}
-    next_tokens, calls = batch_module.next_tokens, 0
+    next_tokens, calls = programs.next_tokens, 0
 
     def interrupted_after(*args, **options):
         nonlocal calls
@@ -228,7 +228,7 @@ def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
         return result
 
     first = roomy.unfinished[0]
-    monkeypatch.setattr(batch_module, "next_tokens", interrupted_after)
+    monkeypatch.setattr(programs, "next_tokens", interrupted_after)
     with pytest.raises(KeyboardInterrupt):
         while True:
             for event in roomy.step():
@@ -489,9 +489,9 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
     sequence = engine.submit(first, params)
     run_until(engine, sequence, 11)
     engine.snapshot(sequence).save(tmp_path / "sequence.npz")
-    read = batch_module.read_prompt
+    read = programs.read_prompt
     try:
-        batch_module.read_prompt = None  # what follows must not read a prompt again
+        programs.read_prompt = None  # what follows must not read a prompt again
         fork = engine.fork(sequence)
         assert results_of(engine, sequence, fork) == [expected, expected]
         elsewhere = make()
@@ -499,7 +499,7 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
         restored = elsewhere.resume(load_snapshot(tmp_path / "sequence.npz"))
         assert results_of(elsewhere, restored) == [expected]
     finally:
-        batch_module.read_prompt = read
+        programs.read_prompt = read
     assert elsewhere.free_pages == free
 
 

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged, prefill
-from dmc_jax.model import modes
+from dmc_jax.inference import decoding, paged_cache, prefill
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies import modes
 
 TOLERANCE = 1e-5  # float32 logits and states of size 1
 # Above every merge logit; at the middle of them; below most; below all.
@@ -41,7 +40,7 @@ def some_tokens(batch=2, length=T):
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=CACHE_OPTIONS)
 def poisoned_cache(config, settings, pages=200, slots=3, max_length=T, dtype=jnp.float32):
     """An empty cache whose pages are NaN."""
-    cache = cache_module.init(
+    cache = paged_cache.init(
         config,
         settings,
         slots=slots,
@@ -62,7 +61,7 @@ def read_one_by_one(params, config, settings, cache, tokens, lengths, threshold)
     def step(cache, now):
         t, column = now
         active = jnp.append(t < lengths, False)
-        return paged.decode_step(
+        return decoding.decode_step(
             params,
             config,
             cache,
@@ -271,7 +270,7 @@ def prefill_then_decoding_is_full_evaluation_at_every_ratio_and_grouping_test(
         assert measured == pytest.approx(ratio, rel=0.3)
         if ratio == 8:  # some segment is longer than the window
             assert (cache.lengths.min(axis=1) < T / 5).any()
-        cache = cache_module.free(cache, np.full(2, True))
+        cache = paged_cache.free(cache, np.full(2, True))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -280,7 +279,7 @@ def decode_rest(params, config, settings, cache, tokens, at, threshold):
 
     def step(cache, now):
         t, column = now
-        return paged.decode_step(
+        return decoding.decode_step(
             params, config, cache, column, t >= at, settings=settings, threshold=threshold
         )
 
@@ -291,7 +290,7 @@ def decode_rest(params, config, settings, cache, tokens, at, threshold):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def decode(params, config, settings, cache, tokens, threshold):
     active = np.array([True, False, True, True])
-    return paged.decode_step(
+    return decoding.decode_step(
         params, config, cache, tokens, active, settings=settings, threshold=threshold
     )
 
@@ -403,7 +402,7 @@ def prompts_without_enough_pages_are_reported_and_harm_no_other_test(tiny_model)
         mine, theirs = (rows_of(x, getattr(x, name)) for x in (cache, enough))
         for row in range(config.kv_rows):
             np.testing.assert_allclose(mine[0, row], theirs[0, row], atol=TOLERANCE, rtol=0)
-    cache = cache_module.free(cache, np.array([True, True, False]))
+    cache = paged_cache.free(cache, np.array([True, True, False]))
     assert cache.free_count == 12 and not cache.failed.any()
     cache, logits = read_prompts(tiny_model, fitting, cache, (1, 2), **options)
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)

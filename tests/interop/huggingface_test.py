@@ -20,9 +20,9 @@ from dmc_jax.interop.huggingface import open_huggingface
 from dmc_jax.interop.huggingface_config import config_json, model_config
 from dmc_jax.interop.native import load_model, load_own_tokenizer, write_native
 from dmc_jax.interop.parameters import flatten, leaf_shapes, read_params
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies import modes
 from tests.interop.checkpoint_files import (
     RECORDED,
     assert_same_bits,

@@ -15,7 +15,7 @@ from dmc_jax.errors import UserError
 from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.model.llama import Llama
-from dmc_jax.model.modes import compressed
+from dmc_jax.policies.modes import compressed
 from tests.interop.reference_llama import Sizes, dmc_head, logits, random_weights, with_decisions
 from tests.interop.torch_zip import Call, Global, Ordered, save
 

@@ -14,7 +14,7 @@ from dmc_jax.errors import UserError
 from dmc_jax.interop.meta import is_meta, open_meta, to_huggingface_order, to_meta_order
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.model.llama import Llama
-from dmc_jax.model.modes import dense
+from dmc_jax.policies.modes import dense
 from tests.interop.reference_llama import Sizes, logits, random_weights
 from tests.interop.torch_zip import Ordered, save
 

@@ -13,7 +13,6 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
-from dmc_jax.model import modes
 from dmc_jax.model.llama import (
     Llama,
     count_parameters,
@@ -23,6 +22,7 @@ from dmc_jax.model.llama import (
     unstack_layers,
 )
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies import modes
 
 SMALL = ModelConfig(
     vocab_size=17,

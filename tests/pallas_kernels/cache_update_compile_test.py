@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import paged
+from dmc_jax.inference import decoding
 from pallas_kernels.cache_update import api
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
@@ -88,7 +88,7 @@ def lowered_step():
     """Text of a decoding step with a donated cache."""
     params, cache, tokens, active = shapes_of_a_step()
     step = functools.partial(
-        paged.decode_step,
+        decoding.decode_step,
         config=CONFIG,
         settings=DMCSettings(),
         dtype="bfloat16",

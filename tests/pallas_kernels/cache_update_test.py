@@ -17,8 +17,7 @@ import pytest
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import rotary_frequencies
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged
+from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.model.llama import init_params, unstack_layers
 from pallas_kernels import target, tuning
 from pallas_kernels.cache_update import api
@@ -230,7 +229,7 @@ def decoded(decoding, implementation):
     """The cache after all steps, and the sequences that failed in each of them."""
     config, settings = decoding.config, DMCSettings(window=decoding.window)
     rng = np.random.default_rng(0)
-    cache = cache_module.init(
+    cache = paged_cache.init(
         *(config, settings),
         slots=decoding.slots,
         pages=decoding.slots * config.kv_rows + 1,
@@ -247,7 +246,7 @@ def decoded(decoding, implementation):
         row = 0
         for heads in decoding.kv_heads:
             rows = slice(row, row + heads)
-            cache = cache_module.append_or_merge(
+            cache = paged_cache.append_or_merge(
                 cache,
                 row,
                 *(x[:, rows] for x in (k, v, decision, omega)),
@@ -320,12 +319,16 @@ def tiny_model():
 def logits_of_steps(update):
     config, params = tiny_model()
     settings = DMCSettings(window=3, offset=0.0)
-    cache = cache_module.init(
+    cache = paged_cache.init(
         *(config, settings), slots=3, pages=40, page_size=8, max_length=32, dtype=jnp.float32
     )
     step = jax.jit(
         functools.partial(
-            paged.decode_step, config=config, settings=settings, implementation="xla", update=update
+            decoding.decode_step,
+            config=config,
+            settings=settings,
+            implementation="xla",
+            update=update,
         )
     )
     active, logits = jnp.array([True, True, False]), []

@@ -6,7 +6,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import cache as cache_module
+from dmc_jax.inference import paged_cache
 from dmc_jax.model.llama import init_params, unstack_layers
 
 PAGES, PAGE, SLOTS = 96, 16, 4
@@ -39,7 +39,7 @@ def on(kind):
 
 
 def empty_cache():
-    return cache_module.init(
+    return paged_cache.init(
         *(CONFIG, DMCSettings()),
         slots=SLOTS,
         pages=PAGES,

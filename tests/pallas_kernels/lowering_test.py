@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import use_abstract_mesh
 
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import paged
-from dmc_jax.model import modes
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.inference import decoding
+from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Llama, init_params
+from dmc_jax.policies import modes
 from pallas_kernels import target
 from pallas_kernels.decode_attention import api
 from pallas_kernels.triton_call import unavailable
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:Deprec
 
 def step_by(implementation, dtype):
     def step(params, cache, tokens, active):
-        return paged.decode_step(
+        return decoding.decode_step(
             *(params, CONFIG, cache, tokens, active),
             settings=DMCSettings(),
             dtype=dtype,

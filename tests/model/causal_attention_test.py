@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.errors import UserError
-from dmc_jax.model import attention as attention_module
-from dmc_jax.model.attention import choose_attention, evaluation_attention
+from dmc_jax.model import causal_attention as attention_module
+from dmc_jax.model.causal_attention import choose_attention, evaluation_attention
 
 # As the kernels are: XLA's own splitting would not show what shard_map does wrong.
 STAND_IN = causal_attention

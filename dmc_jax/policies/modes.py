@@ -40,7 +40,7 @@ def dense(
         positions: of the tokens in their document.
         segment_ids: documents of packed windows.
         channel_scale: factor on the decision channel, None to leave it alone.
-        attention: what computes the attention itself; see `model.attention`.
+        attention: what computes the attention itself; see `model.causal_attention`.
     """
 
     def attend(q, k, v, layer, state):
@@ -79,7 +79,7 @@ def compressed(
         segment_ids: documents of packed windows; merging stays inside them.
         noise_key: of this step's Gumbel noise; layers fold their index in.
         threshold: of hard decisions.
-        attention: what computes the attention itself; see `model.attention`.
+        attention: what computes the attention itself; see `model.causal_attention`.
     """
 
     def attend(q, k, v, layer, state):

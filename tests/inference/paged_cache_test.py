@@ -15,10 +15,9 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged
-from dmc_jax.model import modes
+from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies import modes
 
 TOLERANCE = 1e-5  # float32 logits and states of size 1
 # Above every merge logit; at the middle of them; below most; below all.
@@ -51,7 +50,7 @@ POLICIES = {"dmc": DMCSettings(window=WINDOW), "dense": None}
 def read_token(cache, k, v, decision, omega, active, settings):
     for first, heads in LAYERS:
         of_layer = slice(first, first + heads)
-        cache = cache_module.append_or_merge(
+        cache = paged_cache.append_or_merge(
             cache,
             first,
             k[:, of_layer],
@@ -65,13 +64,13 @@ def read_token(cache, k, v, decision, omega, active, settings):
     return dataclasses.replace(cache, position=cache.position + active)
 
 
-free = jax.jit(cache_module.free)
-reserve = jax.jit(functools.partial(cache_module.reserve, first=0, most=3))
-pages_for_one_token = jax.jit(cache_module.pages_for_one_token)
+free = jax.jit(paged_cache.free)
+reserve = jax.jit(functools.partial(paged_cache.reserve, first=0, most=3))
+pages_for_one_token = jax.jit(paged_cache.pages_for_one_token)
 
 
 def small_cache(settings, pages=PAGES):
-    return cache_module.init(
+    return paged_cache.init(
         SMALL,
         settings,
         slots=SLOTS,
@@ -191,7 +190,7 @@ class Allocator(RuleBasedStateMachine):
         free_pages = np.asarray(self.cache.free_pages)[:free_count]
         assert sorted([*owned, *free_pages]) == list(range(PAGES))
         page_bytes = 2 * PAGE * SMALL.head_dim * 4
-        assert cache_module.bytes_live(self.cache) == self.pages_held() * page_bytes
+        assert paged_cache.bytes_live(self.cache) == self.pages_held() * page_bytes
 
     @invariant()
     def slots_hold_the_average_of_their_segment(self):
@@ -264,7 +263,7 @@ def a_row_longer_than_its_page_table_is_reported_test():
 def a_cache_that_cannot_be_is_refused_test(changes, complaint):
     sizes = {"slots": 1, "pages": 1, "page_size": 8, "max_length": 8, "dtype": jnp.float32}
     with pytest.raises(UserError, match=complaint):
-        cache_module.init(SMALL, None, **sizes | changes)
+        paged_cache.init(SMALL, None, **sizes | changes)
 
 
 def reserved_bytes_are_those_of_the_arrays_test():
@@ -272,7 +271,7 @@ def reserved_bytes_are_those_of_the_arrays_test():
     pool = 2 * PAGES * PAGE * SMALL.head_dim * 4
     rings = SLOTS * ROWS * (2 * WINDOW * SMALL.head_dim + WINDOW + 1) * 4
     table = SLOTS * ROWS * (MAX_LENGTH // PAGE + 1) * 4  # and the lengths
-    assert cache_module.bytes_reserved(cache) == pool + rings + table + PAGES * 4 + 4 + SLOTS * 5
+    assert paged_cache.bytes_reserved(cache) == pool + rings + table + PAGES * 4 + 4 + SLOTS * 5
 
 
 # ---- decoding over pages ----------------------------------------------------------------------
@@ -301,8 +300,8 @@ def schedule(tokens):
 def decode_paged(params, config, settings, tokens_active_leaving, threshold, cache):
     def step(cache, now):
         tokens, active, leaving = now
-        cache = cache_module.free(cache, leaving)
-        return paged.decode_step(
+        cache = paged_cache.free(cache, leaving)
+        return decoding.decode_step(
             params, config, cache, tokens, active, settings=settings, threshold=threshold
         )
 
@@ -335,7 +334,7 @@ def longest_segment(opened):
 
 def poisoned_cache(config, settings, pages, dtype=jnp.float32):
     """A cache of two slots in which everything that no sequence wrote is NaN."""
-    cache = cache_module.init(
+    cache = paged_cache.init(
         config, settings, slots=2, pages=pages, page_size=8, max_length=T, dtype=dtype
     )
     nan = functools.partial(jax.tree.map, lambda x: x * np.nan if x.dtype != jnp.int32 else x)
@@ -418,7 +417,7 @@ def sequences_that_are_not_active_stay_as_they_are_and_attend_to_nothing_test():
 
     @jax.jit
     def attend(cache, active, q, k, v):
-        attend = paged.attend_cached(SMALL, POLICIES["dmc"], threshold=0.0, active=active)
+        attend = decoding.attend_cached(SMALL, POLICIES["dmc"], threshold=0.0, active=active)
         return attend(q, k, v, 0, cache)[:2]
 
     _, cache = attend(cache, np.full(SLOTS, True), *tokens[0])

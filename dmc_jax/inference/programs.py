@@ -14,9 +14,8 @@ from jaxtyping import Array, Bool, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged
-from dmc_jax.inference.cache import PagedCache, pages_of
+from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.paged_cache import PagedCache, pages_of
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.inference.requests import Request, Usage
 from dmc_jax.inference.sampling import (
@@ -76,12 +75,12 @@ def init(
 
     Raises:
         UserError: not one of `pages` and `kv_bytes`, fewer pages than a token takes, or as in
-            `cache.init`.
+            `paged_cache.init`.
     """
     if (pages is None) == (kv_bytes is None):
         raise UserError("engine: give one of pages and kv_bytes")
     sizes = {"page_size": page_size, "max_length": max_length, "dtype": jnp.dtype(dtype)}
-    of_cache = functools.partial(cache_module.init, config, settings, slots=slots, **sizes)
+    of_cache = functools.partial(paged_cache.init, config, settings, slots=slots, **sizes)
     rows = config.kv_rows
     # Without a pool yet: it refuses sizes that the next lines could not divide by.
     page_bytes = sum(_page_bytes(jax.eval_shape(lambda: of_cache(pages=1))))
@@ -231,7 +230,7 @@ def next_tokens(
         (the batch, the chosen tokens, the tally). The tokens of inactive and failed sequences mean
         nothing.
     """
-    cache, logits = paged.decode_step(
+    cache, logits = decoding.decode_step(
         params,
         config,
         batch.cache,
@@ -257,7 +256,7 @@ def release(batch: Batch, leaving: Bool[Array, " slots"]) -> tuple[Batch, Tally]
     Returns:
         (the batch, the tally).
     """
-    batch = dataclasses.replace(batch, cache=cache_module.free(batch.cache, leaving))
+    batch = dataclasses.replace(batch, cache=paged_cache.free(batch.cache, leaving))
     return batch, tally(batch.cache)
 
 
