@@ -19,6 +19,7 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts
 from dmc_jax.inference.requests import Event, Result
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.policies.choice import POLICIES
 
 _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
@@ -45,7 +46,9 @@ _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Slots per page: 8, 16, 32, .
 _WINDOW = flags.DEFINE_integer(
     "window", None, "Merge window in tokens, 0: unlimited; default: that of training."
 )
-_POLICY = flags.DEFINE_enum("policy", "dmc", ["dmc", "dense"], "dense: the model never merges.")
+_POLICY = flags.DEFINE_enum(
+    "policy", None, list(POLICIES), "What the cache keeps; default: what the model was trained for."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object per prompt, and nothing else.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for these objects, one a line.")
 _TOKENIZER = flags.DEFINE_string(

@@ -17,6 +17,7 @@ from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.report import head_table
 from dmc_jax.interop.native import LoadedModel, load_model
 from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.choice import policy_for
 from dmc_jax.training.checkpoint import latest, load_metadata
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -101,10 +102,9 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
         model.config,
         data,
         _SPLIT.value,
-        settings=model.settings,
+        policy=policy_for(model.settings, model.threshold),
         length=length,
         batch=_BATCH.value,
-        threshold=model.threshold,
         limit=_WINDOWS.value,
         dtype=run["compute_dtype"],
         attention=evaluation_attention(

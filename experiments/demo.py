@@ -41,6 +41,7 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.interop.native import LoadedModel, load_model
 from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.choice import policy_for
 from dmc_jax.training import checkpoint
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer
@@ -124,8 +125,7 @@ def measure(model: LoadedModel) -> Evaluation:
         model.config,
         data,
         "test",
-        settings=model.settings,
-        threshold=model.threshold,
+        policy=policy_for(model.settings, model.threshold),
         length=run.data.length,
         batch=16,
         dtype=run.compute_dtype,

@@ -8,87 +8,132 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmc_jax.config import ModelConfig
-from dmc_jax.core.dmc import (
-    DMCSettings,
-    hard_decisions,
-    importance,
-    merge_logits,
-    rotate_for_attention,
-)
-from dmc_jax.core.rope import rotary_frequencies, rotate
+from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.inference.paged_cache import (
     PagedCache,
-    append_or_merge,
     first_rows,
+    places,
+    put_rows,
+    reserve,
     take_rows,
+    write,
 )
 from dmc_jax.model.llama import Attend, forward
+from dmc_jax.policies.policy import Policy, Tokens
 from pallas_kernels.decode_attention.api import decode_attention, plan_decode_attention
 from pallas_kernels.plan import Plan
 
 
+def read_token(
+    cache: PagedCache,
+    policy: Policy,
+    first: int | Array,
+    token: Tokens,
+    *,
+    active: Bool[Array, " seats"],
+    implementation: str | None = None,
+) -> PagedCache:
+    """Let the rows of one layer read a token, as the policy says.
+
+    The position stays as it is: it moves on once all layers have read the token.
+
+    Args:
+        cache: made for the policy.
+        policy: of the rows.
+        first: row of the layer's first KV head.
+        token: of every seat.
+        active: seats that read a token; the others, and failed ones, stay as they are.
+        implementation: "xla", or a kernel that the policy has for it; None: the faster one as
+            measured here.
+    """
+    K = token.k.shape[1]
+    active = (active & ~cache.failed)[:, None]  # [seats, 1]
+    lengths = take_rows(cache.lengths, first, K)
+    before = jax.tree.map(lambda x: take_rows(x, first, K), cache.state)
+    kernel = policy.kernel(implementation)
+    if kernel is not None:
+        slot = policy.slot(before, token, lengths)
+        cache, granted = _grow(cache, lengths, slot, active, first)
+        at = places(cache, slot[..., None], (granted & active)[..., None], first)
+        k_pages, v_pages, state = policy.launch(
+            *(cache.pages.k, cache.pages.v, cache.state, token),
+            first=first,
+            active=active[:, 0],
+            at=(at[0][..., 0], at[1][..., 0]),
+            implementation=kernel,
+        )
+        pages = dataclasses.replace(cache.pages, k=k_pages, v=v_pages)
+        return dataclasses.replace(cache, pages=pages, state=state)
+    after, edit = policy.step(before, token, lengths)
+
+    def where_active(new, old):
+        return jnp.where(active[(..., *(None,) * (new.ndim - 2))], new, old)
+
+    after = jax.tree.map(where_active, after, before)
+    state = jax.tree.map(lambda x, new: put_rows(x, new, first), cache.state, after)
+    cache = dataclasses.replace(cache, state=state)
+    cache, granted = _grow(cache, lengths, edit.slot, active, first)
+    return write(
+        cache,
+        edit.key[:, :, None],
+        edit.value[:, :, None],
+        edit.slot[..., None],
+        (granted & active)[..., None],
+        first,
+    )
+
+
+def _grow(cache, lengths, slot, active, first) -> tuple[PagedCache, Bool[Array, "seats K"]]:
+    """Reserve the slots that active rows write to, where they do not have them."""
+    return reserve(cache, jnp.where(active, jnp.maximum(lengths, slot + 1), lengths), first)
+
+
 def attend_cached(
     config: ModelConfig,
-    settings: DMCSettings | None,
+    policy: Policy,
     *,
-    threshold: float | Array,
-    active: Bool[Array, " slots"],
+    active: Bool[Array, " seats"],
     implementation: str | None = None,
     update: str | None = None,
     plans: dict[int, Plan | None] | None = None,
 ) -> Attend:
-    """An attention function whose state is the `PagedCache`; one token per slot, T = 1.
+    """Make an attention function whose state is the `PagedCache`; one token per seat, T = 1.
 
     Every layer adds the token to its own rows and attends over them. The position stays as it is:
     whoever calls the model moves it on once all layers have read the token.
 
     Args:
         config: gives the layout of the rows, the rotary base and scaling.
-        settings: those that the cache was made with; None: dense.
-        threshold: of hard decisions.
-        active: sequences that read a token; the output of the others is zero.
+        policy: that the cache was made for.
+        active: seats that read a token; the output of the others is zero.
         implementation: of `decode_attention`; None: the fastest here.
-        update: implementation of `append_or_merge`; None: the fastest here.
+        update: implementation of `read_token`; None: the fastest here.
         plans: of `plan_step`; None: every layer makes its own.
     """
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     offsets = first_rows(config)
-    rotation = rotate if settings is None else rotate_for_attention
 
     def attend(q, k, v, layer, cache):
-        slots, _, N, H = q.shape
+        seats, _, N, H = q.shape
         K, first = k.shape[2], offsets[layer]
-        decision = omega = None
-        if settings is not None:
-            decision = hard_decisions(merge_logits(k, settings), threshold)[:, 0]
-            omega = importance(q, K, settings)[:, 0]
-        cache = append_or_merge(
-            cache,
-            first,
-            k[:, 0],
-            v[:, 0],
-            decision,
-            omega,
-            active=active,
-            settings=settings,
-            frequencies=frequencies,
-            implementation=update,
-        )
+        token = Tokens(q[:, 0], k[:, 0], v[:, 0], cache.position, frequencies)
+        cache = read_token(cache, policy, first, token, active=active, implementation=update)
         # Attention reads the pool after the layer wrote to it, and nothing reads it before: that
         # order lets XLA update it in place.
         lengths = take_rows(cache.lengths, first, K)
         lengths = jnp.where((active & ~cache.failed)[:, None], lengths, 0)
+        rotated = policy.rotate(q, cache.position[:, None], frequencies)
         out = decode_attention(
-            rotation(q, cache.position[:, None], frequencies).reshape(slots * K, N // K, H),
-            cache.k_pages,
-            cache.v_pages,
-            take_rows(cache.page_table, first, K).reshape(slots * K, -1),
+            rotated.reshape(seats * K, N // K, H),
+            cache.pages.k,
+            cache.pages.v,
+            take_rows(cache.page_table, first, K).reshape(seats * K, -1),
             lengths.reshape(-1),
             scale=H**-0.5,
             implementation=implementation,
             plan=None if plans is None else jax.tree.map(lambda x: x[layer], plans[K]),
         )
-        return out.reshape(slots, 1, N, H), cache, None
+        return out.reshape(seats, 1, N, H), cache, None
 
     return attend
 
@@ -96,32 +141,32 @@ def attend_cached(
 def plan_step(
     config: ModelConfig,
     cache: PagedCache,
-    active: Bool[Array, " slots"],
+    active: Bool[Array, " seats"],
     implementation: str | None = None,
 ) -> dict[int, Plan | None]:
-    """Splits the attention of all layers of a step, before the first of them.
+    """Split the attention of all layers of a step, before the first of them.
 
     A row takes one slot more or none in the step; the plan counts it in.
 
     Args:
         config: gives the layout of the rows.
         cache: as the step finds it.
-        active: sequences that read a token.
+        active: seats that read a token.
         implementation: of `decode_attention`.
 
     Returns:
         For each number K of KV heads that some layer has, plans with a leading axis of layers.
     """
-    slots, R, maxp = cache.page_table.shape
+    seats, R, maxp = cache.page_table.shape
     lengths = jnp.where((active & ~cache.failed)[:, None], cache.lengths + 1, 0)
 
     def plans_of(K):
         # Of a layer with other heads this reads other rows than its own; nobody uses that plan.
         rows = jnp.minimum(first_rows(config)[:, None] + jnp.arange(K), R - 1)  # [L, K]
         return plan_decode_attention(
-            lengths[:, rows].swapaxes(0, 1).reshape(-1, slots * K),
-            cache.k_pages,
-            longest=maxp * cache.k_pages.shape[1],
+            lengths[:, rows].swapaxes(0, 1).reshape(-1, seats * K),
+            cache.pages.k,
+            longest=maxp * cache.pages.page_size,
             implementation=implementation,
         )
 
@@ -132,36 +177,33 @@ def decode_step(
     params: Any,
     config: ModelConfig,
     cache: PagedCache,
-    tokens: Int[Array, " slots"],
-    active: Bool[Array, " slots"],
+    tokens: Int[Array, " seats"],
+    active: Bool[Array, " seats"],
     *,
-    settings: DMCSettings | None,
-    threshold: float | Array = 0.0,
+    policy: Policy,
     dtype: str = "float32",
     implementation: str | None = None,
     update: str | None = None,
-) -> tuple[PagedCache, Float[Array, "slots V"]]:
+) -> tuple[PagedCache, Float[Array, "seats V"]]:
     """Read one token of every active sequence.
 
     Args:
         params: of `init_params` or, faster, `unstack_layers`.
         config: its sizes.
         cache: holds the tokens before.
-        tokens: ids in [0, V); those of inactive slots do not matter.
-        active: sequences that read a token; the others stay as they are.
-        settings: those that the cache was made with.
-        threshold: of hard decisions.
+        tokens: ids in [0, V); those of inactive seats do not matter.
+        active: seats that read a token; the others stay as they are.
+        policy: that the cache was made for.
         dtype: of the forward pass.
         implementation: of `decode_attention`; None: the fastest here.
-        update: implementation of `append_or_merge`; None: the fastest here.
+        update: implementation of `read_token`; None: the fastest here.
 
     Returns:
         (the cache with the tokens, logits of the tokens after them). Both mean nothing for the
-        sequences that `failed` marks, which ran out of pages, and the logits of inactive ones.
+        seats that `failed` marks, which ran out of pages, and the logits of inactive ones.
     """
     attend = attend_cached(
-        *(config, settings),
-        threshold=threshold,
+        *(config, policy),
         active=active,
         implementation=implementation,
         update=update,

@@ -21,6 +21,7 @@ from dmc_jax.interop.parameters import read_params
 from dmc_jax.interop.source import Source
 from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.model.llama import init_params
+from dmc_jax.policies.choice import policy_for
 from dmc_jax.training import checkpoint
 from dmc_jax.training.checkpoint import CheckpointRef, latest
 from dmc_jax.training.optimizer import zero_decision_rows
@@ -167,7 +168,7 @@ def assess(
     Returns:
         Metadata entries `threshold` and `validation`.
     """
-    settings = None if stage == "pretrain" else run.dmc
+    policy = policy_for(None if stage == "pretrain" else run.dmc)
     rows = min(run.data.batch // run.accumulation, run.eval_windows)
     common = {
         "length": run.data.length,
@@ -181,18 +182,18 @@ def assess(
             params,
             run.model,
             data,
-            settings=settings,
+            policy=policy,
             ratio=run.compression.ratio,
             windows=run.compression.calibration_windows,
             **common,
         )
+        policy = policy_for(run.dmc, threshold)
     measured = evaluate(
         params,
         run.model,
         data,
         "validation",
-        settings=settings,
-        threshold=threshold,
+        policy=policy,
         limit=run.eval_windows,
         **common,
     )

@@ -26,7 +26,7 @@ _ON_GPU = ("triton", "pallas_gpu", "xla")
 
 SMALLEST_PAGE = 8
 
-_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def decode_attention(
@@ -184,7 +184,7 @@ def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
     if page < SMALLEST_PAGE or page & (page - 1):
         raise ValueError(f"page must be a power of two >= {SMALLEST_PAGE}, got {page}")
     for name in ("q", "k_pages", "v_pages"):
-        if arrays[name][0].dtype not in _DTYPES:
+        if arrays[name][0].dtype not in DTYPES:
             raise ValueError(f"{name} must be float32 or bfloat16, got {arrays[name][0].dtype}")
     if k_pages.dtype != v_pages.dtype:
         raise ValueError(f"k_pages is {k_pages.dtype} but v_pages {v_pages.dtype}: must be equal")

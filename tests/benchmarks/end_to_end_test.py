@@ -66,8 +66,8 @@ def a_filled_cache_owns_each_page_once_and_has_the_lengths_that_were_set_test(de
         for page in table[: -(-length // 8)]
     ]
     free = cache.free_pages[: cache.free_count].tolist()
-    assert sorted([*owned, *free]) == list(range(cache.k_pages.shape[0]))
-    assert np.isfinite(np.asarray(cache.k_pages, np.float32)).all()
+    assert sorted([*owned, *free]) == list(range(cache.pages.count))
+    assert np.isfinite(np.asarray(cache.pages.k, np.float32)).all()
 
 
 def steps_read_a_token_and_grow_the_rows_as_the_ratio_says_test(decoder):

@@ -8,6 +8,7 @@ import pytest
 
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.inference import decoding
+from dmc_jax.policies.dmc import DMC
 from pallas_kernels.cache_update import api
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
@@ -22,7 +23,7 @@ from tests.pallas_kernels.lowered import (  # noqa: E402
     CONFIG,
     PAGE,
     PAGES,
-    SLOTS,
+    SEATS,
     on,
     shapes_of_a_step,
 )
@@ -90,7 +91,7 @@ def lowered_step():
     step = functools.partial(
         decoding.decode_step,
         config=CONFIG,
-        settings=DMCSettings(),
+        policy=DMC(DMCSettings()),
         dtype="bfloat16",
         implementation="xla",
         update="triton",
@@ -113,7 +114,7 @@ def a_decoding_step_calls_one_kernel_a_layer_that_changes_the_cache_in_place_tes
         r"output_operand_alias<output_tuple_indices = \[(\d+)\],\s*operand_index = (\d+)", call
     )
     assert aliases == [(str(i), str(i)) for i in range(6)]
-    ring = f"{SLOTS}x{CONFIG.kv_rows}x12x64xf32"
+    ring = f"{SEATS}x{CONFIG.kv_rows}x12x64xf32"
     results = call[call.rindex("->") :]
     assert results.count(f"tensor<{PAGES}x{PAGE}x64xbf16>") == 2
     assert results.count(f"tensor<{ring}>") == 2
