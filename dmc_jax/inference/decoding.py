@@ -21,7 +21,7 @@ from dmc_jax.inference.paged_cache import (
 from dmc_jax.model.llama import Attend, forward
 from dmc_jax.policies.policy import Policy, Tokens
 from pallas_kernels.decode_attention.api import decode_attention, plan_decode_attention
-from pallas_kernels.plan import Plan
+from pallas_kernels.decode_attention.plan import Plan
 
 
 def read_token(

@@ -7,7 +7,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.errors import UserError
-from pallas_kernels.triton_call import unavailable
+from pallas_kernels.causal_attention import api as kernels
 
 
 def choose_attention(
@@ -26,18 +26,15 @@ def choose_attention(
     Raises:
         UserError: the kernels are asked for and cannot run here.
     """
-    reason = unavailable()
-    if implementation == "triton" and reason is not None:
+    if implementation == "triton" and (reason := kernels.unavailable("triton")) is not None:
         raise UserError(f"attention is 'triton', which cannot run here: {reason}; choose auto")
-    alone = mesh is None and jax.device_count() > 1
-    if implementation == "xla" or (implementation == "auto" and (reason is not None or alone)):
+    if implementation == "auto":
+        alone = mesh is None and jax.device_count() > 1
+        implementation = kernels.XLA if alone else kernels.choose(None)
+    if implementation == kernels.XLA:
         return _in_blocks(block)
-    # Where there is no Triton, importing it fails.
-    from pallas_kernels.causal_attention import triton
-
-    if mesh is None or mesh.size == 1:
-        return triton.causal_attention
-    return _split_over(mesh, triton.causal_attention)
+    attend = _by_kernels(implementation)
+    return attend if mesh is None or mesh.size == 1 else _split_over(mesh, attend)
 
 
 def evaluation_attention(trained_with: str, block: int) -> CausalAttention:
@@ -54,6 +51,11 @@ def evaluation_attention(trained_with: str, block: int) -> CausalAttention:
 @functools.cache
 def _in_blocks(block: int) -> CausalAttention:
     return functools.partial(causal_attention, block=block)
+
+
+@functools.cache
+def _by_kernels(implementation: str) -> CausalAttention:
+    return functools.partial(kernels.causal_attention, implementation=implementation)
 
 
 @functools.cache

@@ -4,25 +4,19 @@ A row is one KV head of one sequence (of one layer); its G query heads share its
 Every row has its own length and its own list of pages, so a cache whose heads are compressed
 unevenly needs no padding to the longest row.
 
-An implementation is a module of this package with `decode_attention`, which takes the arguments
-after they were validated. One that needs a certain machine has `unavailable`, which says why it
-cannot run on the present one; one that splits its work by a plan has `plan_rows`.
+An implementation takes the arguments after they were validated. One that splits its work by a plan
+has `plan_rows`.
 """
-
-import importlib
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import target
-from pallas_kernels.plan import Plan
+from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.implementations import Implementations
 
-IMPLEMENTATIONS = ("reference", "xla", "triton", "pallas_gpu")
-
-# What to try on a GPU, in this order; elsewhere there is but one choice.
-_ON_GPU = ("triton", "pallas_gpu", "xla")
+IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton", "pallas_gpu"))
+unavailable = IMPLEMENTATIONS.unavailable
 
 SMALLEST_PAGE = 8
 
@@ -54,9 +48,7 @@ def decode_attention(
         lengths: int32, slots in use; a row of length 0 gives zeros. Values outside
             [0, maxp * page] count as the nearest one inside: under jit they cannot be refused.
         scale: factor on the dot products.
-        implementation: a name in `IMPLEMENTATIONS`; None takes the fastest for this machine: on a
-            GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla". A name never
-            falls back to another. The machine is `target.current()`, asked while tracing.
+        implementation: as for `choose`; the machine is asked while tracing.
         plan: of `plan_decode_attention` for these rows, with lengths no less than `lengths`; None:
             an implementation that works by a plan makes its own.
 
@@ -68,8 +60,8 @@ def decode_attention(
             without plans, or shapes or dtypes that break the contract.
         RuntimeError: an implementation that cannot run on this machine, and why.
     """
-    name = _choose(implementation)
-    module = _module(name)
+    name = choose(implementation)
+    module = IMPLEMENTATIONS.load(name)
     _validate(q, k_pages, v_pages, page_table, lengths)
     capacity = page_table.shape[1] * k_pages.shape[1]
     lengths = jnp.clip(jnp.asarray(lengths), 0, capacity)
@@ -110,7 +102,7 @@ def plan_decode_attention(
     Raises:
         ValueError, RuntimeError: as `decode_attention`.
     """
-    module = _module(_choose(implementation))
+    module = IMPLEMENTATIONS.load(choose(implementation))
     if not hasattr(module, "plan_rows"):
         return None
 
@@ -122,41 +114,17 @@ def plan_decode_attention(
     return plan(jnp.clip(lengths, 0, longest))
 
 
-def unavailable(implementation: str) -> str | None:
-    """Says why an implementation cannot run on this machine; None where it can.
+def choose(implementation: str | None) -> str:
+    """Name the implementation that runs: the one that is asked for, else the fastest here.
 
     Args:
-        implementation: a name in `IMPLEMENTATIONS`.
+        implementation: a name in `IMPLEMENTATIONS`, which never falls back to another; None: on a
+            GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla".
+
+    Raises:
+        ValueError, RuntimeError: as `decode_attention`.
     """
-    try:
-        module = _module(implementation)
-    except ImportError as error:
-        return f"its module cannot be imported: {error}"
-    return module.unavailable() if hasattr(module, "unavailable") else None
-
-
-def _choose(implementation: str | None) -> str:
-    if implementation is None:
-        if target.current().platform != "gpu":
-            return "xla"
-        return next(name for name in _ON_GPU if unavailable(name) is None)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no implementation {implementation!r} of decode_attention;"
-            f" there is {', '.join(IMPLEMENTATIONS)} (or None for the fastest)"
-        )
-    reason = unavailable(implementation)
-    if reason is not None:
-        raise RuntimeError(
-            f"implementation {implementation!r} of decode_attention cannot run here: {reason};"
-            " leave the choice to None, or name one that can"
-        )
-    return implementation
-
-
-def _module(name: str) -> ModuleType:
-    """Imports an implementation when it is used: what one needs may be missing for others."""
-    return importlib.import_module(f"pallas_kernels.decode_attention.{name}")
+    return IMPLEMENTATIONS.choose(implementation, on_gpu=("triton", "pallas_gpu"))
 
 
 def _validate(q, k_pages, v_pages, page_table, lengths) -> None:

@@ -15,7 +15,7 @@ def decode_attention(
     v_pages: Float[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
-    scale: float,
+    scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
     """Attends row by row; see `api.decode_attention` for the contract."""
     _, page, H = k_pages.shape

@@ -46,7 +46,7 @@ def decode_attention(
     v_pages: Float[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
-    scale: float,
+    scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
     """Attends 64 items a step; see `api.decode_attention` for the contract."""
     R, G, H = q.shape

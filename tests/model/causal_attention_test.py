@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.errors import UserError
-from dmc_jax.model import causal_attention as attention_module
 from dmc_jax.model.causal_attention import choose_attention, evaluation_attention
+from pallas_kernels import target
+from pallas_kernels.causal_attention import api
 
 # As the kernels are: XLA's own splitting would not show what shard_map does wrong.
 STAND_IN = causal_attention
@@ -17,10 +18,15 @@ STAND_IN = causal_attention
 
 @pytest.fixture
 def kernels_run(monkeypatch):
-    """The kernels' place is taken by the chunked form."""
+    """On a GPU, the kernels' place is taken by the chunked form."""
     triton = pytest.importorskip("pallas_kernels.causal_attention.triton")
-    monkeypatch.setattr(attention_module, "unavailable", lambda: None)
+    monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "any", 1, 90))
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "causal_attention", STAND_IN)
+
+
+def is_kernels(chosen):
+    return (chosen.func, chosen.keywords) == (api.causal_attention, {"implementation": "triton"})
 
 
 def make_inputs(B, T, N, K, H):
@@ -40,14 +46,16 @@ def without_a_gpu_the_chunked_form_attends_test():
 
 def evaluation_takes_the_kernels_unless_training_was_told_not_to_test(kernels_run, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert evaluation_attention("triton", 32) is evaluation_attention("auto", 32) is STAND_IN
+    assert evaluation_attention("triton", 32) is evaluation_attention("auto", 32)
+    assert is_kernels(evaluation_attention("auto", 32))
     assert evaluation_attention("xla", 32) is choose_attention("xla", block=32)
     monkeypatch.setattr(jax, "device_count", lambda: 2)  # which would all get everything
     assert evaluation_attention("triton", 32) is choose_attention("xla", block=32)
 
 
 def a_kernel_that_cannot_run_is_refused_with_the_reason_test(monkeypatch):
-    monkeypatch.setattr(attention_module, "unavailable", lambda: "it needs an NVIDIA GPU")
+    triton = pytest.importorskip("pallas_kernels.causal_attention.triton")
+    monkeypatch.setattr(triton, "unavailable", lambda: "it needs an NVIDIA GPU")
     with pytest.raises(UserError, match="'triton', which cannot run here: it needs an NVIDIA GPU"):
         choose_attention("triton")
     assert choose_attention("auto").func is causal_attention
@@ -55,11 +63,12 @@ def a_kernel_that_cannot_run_is_refused_with_the_reason_test(monkeypatch):
 
 def kernels_attend_where_they_can_run_test(kernels_run):
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
-    assert choose_attention("auto", mesh=one) is STAND_IN
+    assert is_kernels(choose_attention("auto", mesh=one))
     assert choose_attention("xla", mesh=one).func is causal_attention
     # Arrays may be anywhere on several devices, and XLA would bring all of them to each.
     without_mesh = choose_attention("auto")
-    assert without_mesh is (STAND_IN if jax.device_count() == 1 else choose_attention("xla"))
+    alone = jax.device_count() == 1
+    assert is_kernels(without_mesh) if alone else without_mesh is choose_attention("xla")
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

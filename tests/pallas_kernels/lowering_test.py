@@ -168,4 +168,4 @@ def what_the_gpu_lacks_is_said_test(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with on("NVIDIA H200"):
         assert "jax_triton cannot be imported" in api.unavailable("triton")
-        assert api._choose(None) == "pallas_gpu"
+        assert api.choose(None) == "pallas_gpu"

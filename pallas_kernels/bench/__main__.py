@@ -30,11 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_cases, target, timing, tuning
-from pallas_kernels.bench_cases import MB, Case
-from pallas_kernels.bench_contenders import DENSE, Wrong, make_contender, measure
-from pallas_kernels.bench_plot import plot
+from pallas_kernels import target, timing, tuning
+from pallas_kernels.bench.cases import DTYPE, MB, Case, make_pages
+from pallas_kernels.bench.contenders import DENSE, Wrong, make_contender, measure
+from pallas_kernels.bench.plot import plot
 from pallas_kernels.decode_attention import api
+from pallas_kernels.decode_attention.settings import CANDIDATES, Settings, settings_for
 
 SIZES = (8 * MB, 64 * MB, 256 * MB, 1024 * MB)
 PAGES, WIDTHS, QUERIES = (16, 64, 256), (64, 128), (1, 4, 8)
@@ -101,6 +102,7 @@ def goals(results: list[dict]) -> dict[str, dict[str, float]]:
 
 # ---- settings ---------------------------------------------------------------------------------
 
+_WITH_SETTINGS = ("triton", "pallas_gpu")
 _TUNED_ON = (
     Case("uneven", 256 * MB, 64, 128, 1),
     Case("uneven", 256 * MB, 16, 128, 1),
@@ -115,7 +117,7 @@ def tune(
     *,
     until: float,
     cases: tuple[Case, ...] = _TUNED_ON,
-    candidates: tuple[tuning.Settings, ...] = tuning.CANDIDATES,
+    candidates: tuple[Settings, ...] = CANDIDATES,
 ) -> Path:
     """Times every candidate and keeps the fastest settings of this device.
 
@@ -129,25 +131,22 @@ def tune(
     Returns:
         The file with the settings.
     """
-    kind, made = target.current().kind, {case: bench_cases.make_pages(case) for case in cases}
+    kind, made = target.current().kind, {case: make_pages(case) for case in cases}
     source = timing.source("pallas_kernels.bench --tune")
-    chosen = {name: tuning.settings_for(name, kind) for name in ("triton", "pallas_gpu")}
+    chosen = {name: settings_for(name, kind) for name in _WITH_SETTINGS}
     for name in (name for name in names if name in chosen):
 
         def seconds(settings, name=name):
             taken = []
-            with _settings(settings):
-                for case, pages in made.items():
-                    try:
-                        if time.perf_counter() > until:
-                            raise TimeoutError("no time left for it")
-                        result = measure(make_contender(name, case, pages), case, pages, rate)
-                        taken.append(1e-6 * result["microseconds"])
-                    except Exception as error:  # compilers have errors of many kinds
-                        print(
-                            f"{name} {settings}: passed over, {timing.in_a_line(error)}", flush=True
-                        )
-                        return [np.inf] * len(made)
+            for case, pages in made.items():
+                try:
+                    if time.perf_counter() > until:
+                        raise TimeoutError("no time left for it")
+                    contender = make_contender(name, case, pages, settings=settings)
+                    taken.append(1e-6 * measure(contender, case, pages, rate)["microseconds"])
+                except Exception as error:  # compilers have errors of many kinds
+                    print(f"{name} {settings}: passed over, {timing.in_a_line(error)}", flush=True)
+                    return [np.inf] * len(made)
             print(f"{name} {settings}: {[round(1e6 * t, 1) for t in taken]} us", flush=True)
             return taken
 
@@ -157,19 +156,6 @@ def tune(
         tuning.save(kind, source, {name: chosen[name]})
         print(f"{name}: {chosen[name]}")
     return tuning.file_of(kind)
-
-
-class _settings:
-    """Within it, kernels are built with these settings, whatever the device's files say."""
-
-    def __init__(self, settings: tuning.Settings):
-        self.settings, self.usual = settings, tuning.settings_for
-
-    def __enter__(self):
-        tuning.settings_for = lambda implementation, device_kind: self.settings
-
-    def __exit__(self, *error):
-        tuning.settings_for = self.usual
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -203,7 +189,7 @@ def run(
         if started + 1.5 * longest > until:
             report["left_out"] = len(cases) - index
             break
-        pages = bench_cases.make_pages(case, cold_bytes)
+        pages = make_pages(case, cold_bytes)
         for name in names:
             result = {"contender": name, **vars(case)}
             try:
@@ -246,10 +232,10 @@ def _implementations(given: str | None) -> tuple[str, ...]:
         return tuple(name for name in names if api.unavailable(name) is None)
     names = tuple(given.split(","))
     for name in names:
-        if name not in api.IMPLEMENTATIONS or (reason := api.unavailable(name)):
-            known = ", ".join(api.IMPLEMENTATIONS)
-            why = f"there is {known}" if name not in api.IMPLEMENTATIONS else reason
-            raise ValueError(f"--implementations: {name!r}: {why}")
+        try:
+            api.IMPLEMENTATIONS.load(name)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"--implementations: {error}") from None
     return names
 
 
@@ -285,16 +271,16 @@ def main(arguments: list[str] | None = None) -> int:
     report = {
         "measures": "decode attention of one layer, useful bytes/s against the rate of copying",
         "machine": timing.machine(command),
-        "dtype": jnp.dtype(bench_cases.DTYPE).name,
+        "dtype": jnp.dtype(DTYPE).name,
         "copies_bytes_per_second": rates,
         "copy_bytes_per_second": rate,
     }
     where = report["machine"]
     print(f"{where['device']}, jax {where['packages']['jax']}; copy {rate / 1e9:.1f} GB/s")
     report["settings"] = {
-        name: vars(tuning.settings_for(name, target.current().kind))
+        name: vars(settings_for(name, target.current().kind))
         for name in names
-        if name in ("triton", "pallas_gpu")
+        if name in _WITH_SETTINGS
     }
     cases = (quick_cases if options.quick else plan_cases)(names)
     cold_bytes = _QUICK_COLD_BYTES if options.quick else timing.COLD_BYTES

@@ -13,6 +13,7 @@ from pallas_kernels.cache_update import api
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
 
+from pallas_kernels.cache_update.settings import SETTINGS  # noqa: E402
 from pallas_kernels.cache_update.triton import (  # noqa: E402
     update_constants,
     update_rows,
@@ -49,13 +50,13 @@ def compile_update(capability, *, H=128, window=12, pages="bfloat16", tokens="bf
     pool, ring = array(9999, 64, H, dtype=pages), array(64, 1024, window or 1, H)
     weights, count = array(*ring.shape[:3]), array(64, 1024, dtype="int32")
     state = api.State(pool, pool, ring, ring, weights, count)
-    constants = update_constants(state, array(64, 32, H), not window)
+    constants = update_constants(state, array(64, 32, H), not window, SETTINGS)
     dtypes = {name: "float32" for name in update_rows.arg_names if name not in constants}
     dtypes |= {name: str(x.dtype) for x, name in zip(state, list(dtypes)[:6], strict=True)}
     dtypes |= {name: str(x.dtype) for x, name in zip(state, list(dtypes)[-6:], strict=True)}
     dtypes |= dict.fromkeys(("k_ptr", "v_ptr"), tokens)
     dtypes |= dict.fromkeys(("page_ptr", "offset_ptr", "active_ptr", "first_ptr"), "int32")
-    warps = warps_for(constants)
+    warps = warps_for(constants, SETTINGS)
     usage = compile_kernel(
         update_rows, dtypes, constants, warps=warps, stages=1, capability=capability
     )

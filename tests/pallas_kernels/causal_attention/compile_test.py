@@ -5,19 +5,23 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
 
-from pallas_kernels.causal_attention import kernels  # noqa: E402
 from pallas_kernels.causal_attention.settings import (  # noqa: E402
     CANDIDATES,
     FLOAT32,
     settings_for,
 )
-from pallas_kernels.causal_attention.triton import constants  # noqa: E402
+from pallas_kernels.causal_attention.triton import (  # noqa: E402
+    attend,
+    constants,
+    key_gradients,
+    query_gradients,
+)
 from tests.pallas_kernels.compiled import compile_kernel  # noqa: E402
 
 KERNELS = {
-    "forward": kernels.attend,
-    "key_gradients": kernels.key_gradients,
-    "query_gradients": kernels.query_gradients,
+    "forward": attend,
+    "key_gradients": key_gradients,
+    "query_gradients": query_gradients,
 }
 DEFAULT = settings_for("no such device")
 INTEGERS = ("starts_ptr", "ends_ptr")

@@ -5,7 +5,6 @@ Without a GPU the kernel runs interpreted.
 
 import dataclasses
 import functools
-import importlib
 import sys
 import types
 
@@ -25,7 +24,9 @@ from dmc_jax.policies.policy import Tokens
 from pallas_kernels import target, tuning
 from pallas_kernels.cache_update import api
 from pallas_kernels.cache_update.api import IMPLEMENTATIONS, State, cache_update
+from pallas_kernels.cache_update.settings import Settings
 from pallas_kernels.cache_update.workloads import CORRECTNESS, make_inputs
+from pallas_kernels.implementations import Implementations
 from tests.pallas_kernels import interpreted
 
 # Of averages of tokens of size 1. A bfloat16 key is rounded before the rotation and after it; where
@@ -33,24 +34,7 @@ from tests.pallas_kernels import interpreted
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-5}
 EQUAL_BITS = 0.98  # of bfloat16 numbers
 
-every_update = pytest.mark.parametrize("update", IMPLEMENTATIONS)
-
-
-@pytest.fixture(autouse=True)
-def kernel_interpreted_without_a_gpu(request, monkeypatch):
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if parameters.get("update") != "triton":
-        return
-    if jax.default_backend() == "gpu":
-        reason = api.unavailable("triton")
-        if reason is not None:
-            pytest.skip(reason)
-        return
-    pytest.importorskip("triton", reason="triton is not installed")
-    module = importlib.import_module("pallas_kernels.cache_update.triton")
-    monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
-    monkeypatch.setattr(module, "unavailable", lambda: None)
-    monkeypatch.setattr(module, "launch", interpreted.launch_triton)
+every_update = pytest.mark.parametrize("update", IMPLEMENTATIONS.names)
 
 
 def bits(x):
@@ -143,6 +127,20 @@ def the_kernel_gives_what_the_reference_gives_test(update, workload):
     coarse = "bfloat16" if "bfloat16" in (workload.pages, workload.tokens) else "float32"
     assert_close(after.k_pages, expected.k_pages, coarse)
     assert_close(after.v_pages, expected.v_pages, workload.pages)
+
+
+@pytest.mark.parametrize("update", ["triton"])
+@pytest.mark.parametrize("entries", [1, 4])
+def results_do_not_depend_on_the_settings_test(update, entries):
+    """A ring of 12 in tiles of 1 and of 4."""
+    (state, token, others), expected = inputs_and_expected(CORRECTNESS[0])
+    others = dict(others, first=jnp.asarray(others["first"], jnp.int32))
+    unlimited = not others.pop("window")
+    after = IMPLEMENTATIONS.load(update).cache_update(
+        state, *token, **others, unlimited=unlimited, settings=Settings(entries, 256)
+    )
+    for name in State._fields:
+        assert_close(getattr(after, name), getattr(expected, name), "float32")
 
 
 @every_update
@@ -360,9 +358,10 @@ def a_model_decodes_as_by_xla_test(update):
 @pytest.fixture
 def on_a_gpu(tmp_path, monkeypatch):
     """A GPU on which every kernel can run; nothing was measured on it."""
-    module = types.SimpleNamespace(unavailable=lambda: None)
+    module = types.ModuleType("any")
+    module.unavailable = lambda: None
     monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
-    monkeypatch.setattr(api, "_module", lambda name: module)
+    monkeypatch.setattr(Implementations, "_module", lambda self, name: module)
     return module
 
 
@@ -378,15 +377,6 @@ def xla_is_chosen_unless_the_kernel_was_measured_to_be_faster_test(on_a_gpu, mon
 def without_a_gpu_xla_is_chosen_whatever_was_measured_test(monkeypatch):
     monkeypatch.setattr(tuning, "entry", lambda name, kind: "triton")
     assert api.choose(None) == "xla"
-
-
-def a_name_is_never_replaced_by_another_test(on_a_gpu):
-    assert api.choose("reference") == "reference"
-    on_a_gpu.unavailable = lambda: "it is gone"
-    with pytest.raises(RuntimeError, match="'triton' of cache_update cannot run here: it is gone;"):
-        api.choose("triton")
-    with pytest.raises(ValueError, match="no implementation 'cuda' of cache_update; there is ref"):
-        api.choose("cuda")
 
 
 @pytest.mark.parametrize("version, runs", [((0, 3, 1), True), ((0, 4, 0), False)])
@@ -405,6 +395,7 @@ def another_way_of_working_in_place_is_refused_test(monkeypatch, version, runs):
 # ---- what is refused ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "field, change, complaint",
     [
@@ -422,6 +413,7 @@ def a_state_that_breaks_the_contract_is_refused_test(field, change, complaint):
         cache_update(state, *token, **others, implementation="reference")
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "index, change, complaint",
     [

@@ -4,24 +4,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tuning
-
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
 
-from pallas_kernels.decode_attention import split  # noqa: E402
+from pallas_kernels.decode_attention import gpu  # noqa: E402
+from pallas_kernels.decode_attention.plan import make_plan  # noqa: E402
+from pallas_kernels.decode_attention.settings import CANDIDATES, settings_for  # noqa: E402
 from pallas_kernels.decode_attention.triton import (  # noqa: E402
     attend_constants,
     attend_items,
     join_constants,
     join_items,
 )
-from pallas_kernels.plan import make_plan  # noqa: E402
 from tests.pallas_kernels.compiled import SHARED, compile_kernel  # noqa: E402
 
-DEFAULT = tuning.settings_for("triton", "no such device")
+DEFAULT = settings_for("triton", "no such device")
 
 # How many programs there are does not change the kernel.
-VARIANTS = {(s.block_bytes, s.warps, s.stages): s for s in tuning.CANDIDATES}.values()
+VARIANTS = {(s.block_bytes, s.warps, s.stages): s for s in CANDIDATES}.values()
 
 capabilities = pytest.mark.parametrize("capability", SHARED)
 
@@ -34,7 +33,7 @@ def compiled_afresh(tmp_path, monkeypatch):
 def compile_attend(settings, capability, *, G=4, H=128, page=16, q="bfloat16", pool="bfloat16"):
     queries, pages = jax.ShapeDtypeStruct((64, G, H), q), jax.ShapeDtypeStruct((99, page, H), pool)
     table = jax.ShapeDtypeStruct((64, 256), "int32")
-    block = settings.block(split.padded_width(H), pages.dtype.itemsize)
+    block = settings.block(gpu.padded_width(H), pages.dtype.itemsize)
     dtypes = dict.fromkeys(
         ("table_ptr", "lengths_ptr", "row_ptr", "begin_ptr", "end_ptr", "of_program_ptr"), "int32"
     )
@@ -107,12 +106,12 @@ def joining_items_takes_little_test(R, G, capability):
         join_items,
         dtypes | {"of_row_ptr": "int32", "out_ptr": "bfloat16"},
         join_constants(q, plan),
-        warps=split.JOIN_WARPS,
+        warps=gpu.JOIN_WARPS,
         stages=1,
         capability=capability,
     )
     assert usage.spilled == 0
-    assert usage.resident(split.JOIN_WARPS, capability) >= 4
+    assert usage.resident(gpu.JOIN_WARPS, capability) >= 4
 
 
 def a_spill_would_be_seen_test(monkeypatch):

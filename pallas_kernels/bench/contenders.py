@@ -1,5 +1,6 @@
 """What `bench` compares: the implementations of decode attention, and dense ones beside them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_cases, timing
-from pallas_kernels.bench_cases import Case, Pages
+from pallas_kernels import timing
+from pallas_kernels.bench.cases import Case, Pages, make_padded
 from pallas_kernels.decode_attention import api, reference
+from pallas_kernels.decode_attention.settings import Settings
 
 DENSE = ("dense_xla", "dense_cudnn")
 
@@ -36,7 +38,11 @@ class Wrong(Exception):
 
 
 def make_contender(
-    name: str, case: Case, pages: Pages, cold_bytes: int = timing.COLD_BYTES
+    name: str,
+    case: Case,
+    pages: Pages,
+    cold_bytes: int = timing.COLD_BYTES,
+    settings: Settings | None = None,
 ) -> Contender:
     """Makes one of those that are compared.
 
@@ -45,39 +51,36 @@ def make_contender(
         case: what it shall do.
         pages: of the case.
         cold_bytes: to read before the same again.
+        settings: to build an implementation with; None: those kept for this device.
     """
     if name not in DENSE:
-        return paged(name, case, pages)
-    padded = bench_cases.make_padded(pages, cold_bytes)
+        return paged(name, case, pages, settings)
+    padded = make_padded(pages, cold_bytes)
     call = _dense_cudnn if name == "dense_cudnn" else _dense_xla
     return Contender(call, pages.lengths, padded, sum(x.nbytes for x in padded[0]))
 
 
-def paged(name: str, case: Case, pages: Pages) -> Contender:
+def paged(name: str, case: Case, pages: Pages, settings: Settings | None = None) -> Contender:
     """One of `decode_attention`'s implementations; NAME+plan makes its plan in every call."""
     implementation, _, inside = name.partition("+")
-    plan = None
-    if not inside:
-        plan = jax.jit(
-            lambda lengths: api.plan_decode_attention(
-                lengths,
-                pages.k_pages,
-                longest=pages.tables[0].shape[1] * case.page,
-                implementation=implementation,
-            )
-        )(pages.lengths)
+    if settings is None:
+        longest = pages.tables[0].shape[1] * case.page
+        attend = functools.partial(api.decode_attention, implementation=implementation)
+        plan_rows = functools.partial(
+            api.plan_decode_attention, longest=longest, implementation=implementation
+        )
+    else:
+        module = api.IMPLEMENTATIONS.load(implementation)
+        attend = functools.partial(module.decode_attention, settings=settings)
+        plan_rows = functools.partial(module.plan_rows, settings=settings)
+    plan = None if inside else jax.jit(plan_rows)(pages.lengths, pages.k_pages)
 
     def call(q, shared, table):
         k_pages, v_pages, lengths, plan = shared
         if inside:
             # Nothing is added, but the compiler cannot know, and make one plan for all calls.
             lengths += jnp.isnan(q[0, 0, 0]).astype(lengths.dtype)
-        return api.decode_attention(
-            *(q, k_pages, v_pages, table, lengths),
-            scale=case.width**-0.5,
-            implementation=implementation,
-            plan=plan,
-        )
+        return attend(*(q, k_pages, v_pages, table, lengths), scale=case.width**-0.5, plan=plan)
 
     shared = pages.k_pages, pages.v_pages, pages.lengths, plan
     return Contender(call, shared, pages.tables, case.live_bytes)

@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, bench_cases, bench_contenders, timing, tuning
-from pallas_kernels.bench_cases import MB, Case
-from pallas_kernels.bench_contenders import Wrong
-from pallas_kernels.timing import Timing
+from pallas_kernels import target, timing, tuning
+from pallas_kernels.bench import __main__ as bench
+from pallas_kernels.bench.cases import MB, Case, make_padded, make_pages
+from pallas_kernels.bench.contenders import TOLERANCE, Wrong, check, make_contender, measure
+from pallas_kernels.decode_attention import api
+from pallas_kernels.decode_attention.settings import CANDIDATES, Settings, settings_for
 
 SMALL = Case("uneven", MB // 8, 16, 32, 4)
 
 
 @pytest.fixture(scope="module")
 def pages():
-    return bench_cases.make_pages(SMALL, cold_bytes=MB // 4)
+    return make_pages(SMALL, cold_bytes=MB // 4)
 
 
 # ---- inputs -----------------------------------------------------------------------------------
@@ -54,7 +56,7 @@ def sets_share_no_page_and_only_dead_slots_hold_nan_test(pages):
 
 def padded_rows_hold_what_the_pages_hold_and_zeros_behind_test(pages):
     lengths = np.asarray(pages.lengths)
-    ((k, v), *_) = bench_cases.make_padded(pages, cold_bytes=1)
+    ((k, v), *_) = make_padded(pages, cold_bytes=1)
     assert k.shape == (lengths.size, lengths.max(), SMALL.width)
     table = np.asarray(pages.tables[0])
     for padded, pool in ((k, pages.k_pages), (v, pages.v_pages)):
@@ -66,55 +68,15 @@ def padded_rows_hold_what_the_pages_hold_and_zeros_behind_test(pages):
             assert (padded[row, lengths[row] :] == 0).all()
 
 
-# ---- time -------------------------------------------------------------------------------------
-
-
-def every_call_gets_the_result_of_the_one_before_and_the_sets_in_turn_test(monkeypatch):
-    monkeypatch.setattr(timing, "PROGRAM_SECONDS", 6e-3)
-    monkeypatch.setattr(timing, "_sampled", lambda run, calls: (run(), calls))
-    sets = [jnp.float32(3), jnp.float32(5), jnp.float32(7)]
-    first, ((again, last), calls) = timing.time_chain(
-        lambda x, factor, one: factor * x + one,
-        jnp.float32(1),
-        jnp.float32(0.5),
-        sets,
-        expected=1e-3,
-    )
-    # 6 ms of calls of 1 ms: one turn of two rounds through three sets, after the first call.
-    assert calls == 1 + 6
-    x = expected = 0.5 * 1 + 3
-    for one in (3, 5, 7, 3, 5, 7):
-        x = 0.5 * x + one
-    assert (float(first), float(again), float(last)) == (expected, expected, x)
-
-
-def a_call_takes_its_share_of_the_wall_time_test(monkeypatch):
-    clock = itertools.accumulate((0, 8, 1, 4, 1, 6, 1, 2, 1, 10), lambda a, b: a + b)
-    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert timing._sampled(lambda: None, 2) == Timing(3.0, 1.0, 5.0, 2)
-
-
-@pytest.mark.parametrize(
-    "call_bytes, buffers", [(1, 32), (100, 10), (999, 2), (1000, 1), (10**9, 1)]
-)
-def buffers_add_up_to_the_cold_bytes_test(call_bytes, buffers):
-    assert timing.buffers_for(call_bytes, 1000) == buffers
-
-
-def copying_has_a_rate_and_it_is_found_twice_test():
-    rates = timing.copy_rates(2**16)
-    assert rates.keys() == {"copy", "kernel"} and all(rate > 0 for rate in rates.values())
-
-
 # ---- check ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["xla", "xla+plan", "reference", "dense_xla"])
 def contenders_are_right_and_get_a_time_test(pages, name, monkeypatch):
     monkeypatch.setattr(timing, "PROGRAM_SECONDS", 1e-4)
-    contender = bench_contenders.make_contender(name, SMALL, pages, 1)
-    result = bench_contenders.measure(contender, SMALL, pages, rate=1e9)
-    assert result["relative_error"] < bench_contenders.TOLERANCE
+    contender = make_contender(name, SMALL, pages, 1)
+    result = measure(contender, SMALL, pages, rate=1e9)
+    assert result["relative_error"] < TOLERANCE
     assert result["useful_bytes"] == int(pages.lengths.sum()) * 2 * 32 * 2
     seconds = 1e-6 * result["microseconds"]
     assert result["of_copy"] == pytest.approx(result["useful_bytes"] / seconds / 1e9, rel=1e-2)
@@ -131,11 +93,31 @@ def contenders_are_right_and_get_a_time_test(pages, name, monkeypatch):
 @pytest.mark.parametrize("end", [0, -1])  # the shortest and the longest row
 def a_wrong_row_gets_no_time_test(pages, harm, end):
     row = np.argsort(pages.lengths)[end]
-    contender = bench_contenders.make_contender("xla", SMALL, pages, 1)
+    contender = make_contender("xla", SMALL, pages, 1)
     wrong = contender._replace(call=lambda *inputs: harm(contender.call(*inputs), row))
     first = wrong.call(pages.q, wrong.shared, wrong.sets[0])
     with pytest.raises(Wrong, match="relative error"):
-        bench_contenders.check(first, SMALL, pages)
+        check(first, SMALL, pages)
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+def a_contender_is_built_with_the_settings_it_is_given_and_is_right_test(
+    pages, implementation, monkeypatch
+):
+    settings = Settings(block_bytes=1024, warps=1, stages=2, programs_per_core=3)
+    module, built = api.IMPLEMENTATIONS.load(implementation), []
+
+    def launch(kernel, *inputs, launch=module.launch, **how):
+        built.append((how["num_warps"], how["num_stages"], how.get("BLOCK"), how["grid"]))
+        return launch(kernel, *inputs, **how)
+
+    monkeypatch.setattr(module, "launch", launch)
+    contender = make_contender(implementation, SMALL, pages, settings=settings)
+    out = contender.call(pages.q, contender.shared, contender.sets[0])
+    block, programs = settings.block(32, 2), 3 * target.current().cores
+    assert built[0] == (1, 2, block, (programs,))
+    assert block != settings_for(implementation, "any").block(32, 2)
+    check(out, SMALL, pages)
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -227,33 +209,32 @@ def goals_are_the_least_bandwidth_and_uneven_over_even_test():
 def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
     tmp_path, monkeypatch
 ):
-    kept = dataclasses.asdict(tuning.CANDIDATES[0])
+    kept = dataclasses.asdict(CANDIDATES[0])
     default = dict.fromkeys(("triton", "pallas_gpu"), kept)
     (tmp_path / "default.json").write_text(json.dumps(default))
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     tuning._read.cache_clear()
-    monkeypatch.setattr(bench, "make_contender", lambda *_: None)
+    monkeypatch.setattr(bench, "make_contender", lambda *_, settings: settings)
     seen = []
 
-    def measure(contender, case, pages, rate):
-        settings = tuning.settings_for("triton", "any")
+    def measure(settings, case, pages, rate):
         seen.append(settings)
-        if settings == tuning.CANDIDATES[2]:
+        if settings == CANDIDATES[2]:
             raise Wrong("relative error 1")
-        return {"microseconds": 9.0 - tuning.CANDIDATES.index(settings)}
+        return {"microseconds": 9.0 - CANDIDATES.index(settings)}
 
     monkeypatch.setattr(bench, "measure", measure)
     file = bench.tune(
         *(("triton", "xla"), 1e9),
         until=np.inf,
         cases=(SMALL,),
-        candidates=tuning.CANDIDATES[:4],
+        candidates=CANDIDATES[:4],
     )
-    assert seen == list(tuning.CANDIDATES[:4])
+    assert seen == list(CANDIDATES[:4])
     kept = json.loads(file.read_text())
-    assert tuning.Settings(**kept["triton"]) == tuning.CANDIDATES[3]
+    assert Settings(**kept["triton"]) == CANDIDATES[3]
     assert kept.keys() == {"source", "triton"}  # the other was not timed
-    assert tuning.settings_for("triton", jax.devices()[0].device_kind) == tuning.CANDIDATES[3]
+    assert settings_for("triton", jax.devices()[0].device_kind) == CANDIDATES[3]
     tuning._read.cache_clear()
 
 
@@ -263,8 +244,14 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
     [
         ([], "the benchmark needs a GPU that JAX sees, and it sees cpu"),
         (["--quick", "--tune"], "--tune needs a GPU"),
-        (["--quick", "--implementations=xla,tritium"], "'tritium': there is reference, xla"),
-        (["--quick", "--implementations=pallas_gpu"], "'pallas_gpu': it needs a GPU"),
+        (
+            ["--quick", "--implementations=xla,tritium"],
+            "'tritium' of decode_attention; there is reference, xla",
+        ),
+        (
+            ["--quick", "--implementations=pallas_gpu"],
+            "'pallas_gpu' of decode_attention cannot run here: it needs a GPU",
+        ),
     ],
 )
 def what_cannot_be_run_is_said_in_one_line_test(arguments, what, capsys):

@@ -1,13 +1,16 @@
-"""What the GPU kernels have in common: padded sizes, their settings and their plan.
+"""What the GPU kernels have in common: padded sizes and their plan.
 
 Both split rows by a `plan`, let each program attend to its items, and join the items of a row.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import target, tuning
-from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels import target
+from pallas_kernels.decode_attention.plan import Plan, make_plan
+from pallas_kernels.decode_attention.settings import Settings
 
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E), and exp2 is one instruction
 
@@ -43,18 +46,13 @@ def joined_at_a_time(plan: Plan, G: int, H: int) -> tuple[int, int]:
     return items, min(queries, _power_of_two(G))
 
 
-def widens(q: Array, k_pages: Array) -> bool:
+def widens(q: Any, k_pages: Any) -> bool:
     """Whether the kernels compute in float32, and not in bfloat16 with float32 sums."""
     return jnp.promote_types(q.dtype, k_pages.dtype) == jnp.float32
 
 
-def settings_for(implementation: str) -> tuning.Settings:
-    """The settings of an implementation on the present device."""
-    return tuning.settings_for(implementation, target.current().kind)
-
-
 def plan_rows(
-    settings: tuning.Settings, lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]
+    settings: Settings, lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]
 ) -> Plan:
     """Makes the plan that suits some settings, a pool and the present device."""
     return make_plan(

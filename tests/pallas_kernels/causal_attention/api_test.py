@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dmc_jax.core import attention as core
-from pallas_kernels import target
-from pallas_kernels.causal_attention import reference
+from pallas_kernels.causal_attention import api, reference
 from pallas_kernels.causal_attention.settings import Blocks, Settings
+from pallas_kernels.causal_attention.workloads import CORRECTNESS, Workload, make_inputs
 from tests.pallas_kernels import interpreted
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -29,24 +29,7 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 
 @pytest.fixture(autouse=True)
 def interpreted_without_a_gpu(monkeypatch):
-    if jax.default_backend() == "gpu":
-        reason = kernels.unavailable()
-        if reason is not None:
-            pytest.skip(reason)
-    else:
-        monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
-        monkeypatch.setattr(kernels, "launch", interpreted.launch_triton)
-
-
-def make_inputs(B, T, N, K, H, *, dtype="float32", documents=True, seed=0):
-    """(q, k, v, key_bias), segment_ids and a cotangent; some keys are all but superseded."""
-    keys = jax.random.split(jax.random.key(seed), 6)
-    q, d_out = (jax.random.normal(key, (B, T, N, H), dtype) for key in keys[:2])
-    k, v = (jax.random.normal(key, (B, T, K, H), dtype) for key in keys[2:4])
-    bias = jax.random.uniform(keys[4], (B, T, K), minval=-4.0, maxval=0.0)
-    bias = jnp.where(bias < -3.0, -50_000.0, bias)
-    starts = jax.random.bernoulli(keys[5], 0.06, (B, T))
-    return (q, k, v, bias), jnp.cumsum(starts, axis=1) if documents else None, d_out
+    interpreted.let_run("causal_attention", "triton", monkeypatch)
 
 
 def attention_by_loops(q, k, v, bias, scale, segment_ids):
@@ -78,25 +61,17 @@ def with_gradients(attend, inputs, d_out):
 
 
 def the_reference_is_the_formula_test():
-    inputs, segment_ids, _ = make_inputs(2, 20, 4, 2, 8)
+    inputs, segment_ids, _ = make_inputs(Workload(2, 20, 4, 2, 8))
     attend = functools.partial(reference.causal_attention, scale=0.3)
     got = jax.jit(attend)(*inputs, segment_ids=segment_ids)
     expected = attention_by_loops(*inputs, 0.3, np.asarray(segment_ids))
     assert_close(got, expected, "float32")
 
 
-@pytest.mark.parametrize(
-    "B, T, N, K, H, dtype, documents",
-    [
-        (1, 1, 1, 1, 16, "float32", False),
-        (2, 75, 4, 2, 24, "float32", True),
-        (1, 64, 2, 2, 16, "float32", False),
-        (1, 70, 3, 1, 32, "bfloat16", True),
-    ],
-)
-def outputs_and_all_gradients_equal_the_reference_test(B, T, N, K, H, dtype, documents):
-    inputs, segment_ids, d_out = make_inputs(B, T, N, K, H, dtype=dtype, documents=documents)
-    how = {"scale": H**-0.5, "segment_ids": segment_ids}
+@pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
+def outputs_and_all_gradients_equal_the_reference_test(workload):
+    inputs, segment_ids, d_out = make_inputs(workload)
+    how = {"scale": workload.width**-0.5, "segment_ids": segment_ids}
     got, expected = (
         with_gradients(functools.partial(attend, **how, **more), inputs, d_out)
         for attend, more in (
@@ -106,12 +81,12 @@ def outputs_and_all_gradients_equal_the_reference_test(B, T, N, K, H, dtype, doc
     )
     for one, other, like in zip(got, expected, (inputs[0], *inputs), strict=True):
         assert one.dtype == other.dtype == like.dtype
-        assert_close(one, other, dtype)
+        assert_close(one, other, workload.dtype)
 
 
 @pytest.mark.parametrize("queries, keys", [(16, 16), (64, 16), (32, 32)])
 def results_do_not_depend_on_the_blocks_test(queries, keys):
-    inputs, segment_ids, d_out = make_inputs(1, 50, 2, 1, 16, seed=1)
+    inputs, segment_ids, d_out = make_inputs(Workload(1, 50, 2, 1, 16), seed=1)
     forward, backward = Blocks(queries, keys, 4, 1), Blocks(keys, queries, 4, 1)
     got, expected = (
         with_gradients(
@@ -128,7 +103,7 @@ def results_do_not_depend_on_the_blocks_test(queries, keys):
 
 
 def without_a_bias_it_is_ordinary_attention_test():
-    (q, k, v, _), _, _ = make_inputs(1, 40, 4, 2, 16, documents=False)
+    (q, k, v, _), _, _ = make_inputs(Workload(1, 40, 4, 2, 16, documents=False))
     got = kernels.causal_attention(q, k, v, scale=0.25, settings=SMALL)
     expected = jax.nn.dot_product_attention(q, k, v, scale=0.25, is_causal=True)
     assert_close(got, expected, "float32")
@@ -136,7 +111,7 @@ def without_a_bias_it_is_ordinary_attention_test():
 
 def the_chunked_form_and_the_kernels_are_one_function_test():
     """Two gradients that were derived and written apart."""
-    inputs, segment_ids, d_out = make_inputs(2, 45, 4, 2, 16, seed=2)
+    inputs, segment_ids, d_out = make_inputs(Workload(2, 45, 4, 2, 16), seed=2)
     how = {"scale": 0.25, "segment_ids": segment_ids}
     chunked = functools.partial(core.causal_attention, block=16, **how)
     kernel = functools.partial(kernels.causal_attention, settings=SMALL, **how)
@@ -147,7 +122,7 @@ def the_chunked_form_and_the_kernels_are_one_function_test():
 
 
 def a_superseded_key_is_seen_by_its_own_token_alone_test():
-    (q, k, v, _), _, _ = make_inputs(1, 20, 1, 1, 16, documents=False)
+    (q, k, v, _), _, _ = make_inputs(Workload(1, 20, 1, 1, 16, documents=False))
     superseded = jnp.array([1, 0, 0, 1, 1, 1, 0, 0, 0, 1] * 2)
     bias = (-50_000.0 * superseded)[None, :, None]
     got = kernels.causal_attention(q, k, v, bias, scale=0.25, settings=SMALL)
@@ -156,18 +131,9 @@ def a_superseded_key_is_seen_by_its_own_token_alone_test():
     assert_close(got, expected, "float32")
 
 
-def documents_begin_and_end_where_ids_change_test():
-    ids = jnp.array([[7, 7, 7, 2, 9, 9], [0, 0, 0, 0, 0, 0]])
-    starts, ends = kernels.document_bounds(ids, ids.shape)
-    assert starts.tolist() == [[0, 0, 0, 3, 4, 4], [0] * 6]
-    assert ends.tolist() == [[3, 3, 3, 4, 6, 6], [6] * 6]
-    starts, ends = kernels.document_bounds(None, (1, 3))
-    assert (starts.tolist(), ends.tolist()) == ([[0] * 3], [[3] * 3])
-
-
 def a_recomputed_and_scanned_layer_has_the_same_gradient_test():
     """As training uses it: inside `jit`, `scan` and `checkpoint`."""
-    (q, k, v, bias), _, _ = make_inputs(1, 33, 2, 1, 16, documents=False)
+    (q, k, v, bias), _, _ = make_inputs(Workload(1, 33, 2, 1, 16, documents=False))
 
     def loss(q, attend):
         @jax.checkpoint
@@ -182,7 +148,15 @@ def a_recomputed_and_scanned_layer_has_the_same_gradient_test():
     assert_close(got, expected, "float32")
 
 
-@pytest.mark.parametrize("attend", [reference.causal_attention, kernels.causal_attention])
+@pytest.mark.parametrize("name", api.IMPLEMENTATIONS.names)
+def a_name_gets_the_implementation_with_its_kept_settings_test(name):
+    inputs, segment_ids, _ = make_inputs(Workload(2, 40, 4, 2, 16))
+    how = {"scale": 0.25, "segment_ids": segment_ids}
+    got = api.causal_attention(*inputs, **how, implementation=name)
+    assert_close(got, reference.causal_attention(*inputs, **how), "float32")
+
+
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "name, shape, dtype, message",
     [
@@ -195,18 +169,18 @@ def a_recomputed_and_scanned_layer_has_the_same_gradient_test():
         ("segment_ids", (1, 7), "int32", r"segment_ids must be \[B T\] with T = 8"),
     ],
 )
-def broken_contracts_are_named_test(attend, name, shape, dtype, message):
+def broken_contracts_are_named_test(name, shape, dtype, message):
     arrays = {"q": jnp.zeros((1, 8, 4, 16)), "k": jnp.zeros((1, 8, 2, 16))}
     arrays |= {"v": arrays["k"], name: jnp.zeros(shape, dtype)}
     with pytest.raises(ValueError, match=message):
-        attend(**arrays, scale=1.0)
+        api.causal_attention(**arrays, scale=1.0, implementation="reference")
 
 
 @pytest.mark.slow
 def no_random_case_differs_from_the_reference_test():
     """Sizes around those of blocks, where an index off by one would show."""
     for seed, (T, (N, K)) in enumerate(itertools.product((15, 16, 17, 31, 33), ((1, 1), (2, 1)))):
-        inputs, segment_ids, d_out = make_inputs(1, T, N, K, 16, seed=seed)
+        inputs, segment_ids, d_out = make_inputs(Workload(1, T, N, K, 16), seed=seed)
         how = {"scale": 0.25, "segment_ids": segment_ids}
         kernel = functools.partial(kernels.causal_attention, settings=SMALL, **how)
         expected = functools.partial(reference.causal_attention, **how)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.plan import make_plan
+from pallas_kernels.decode_attention.plan import make_plan
 
 # Shapes are few, since each is compiled; what hypothesis varies are the lengths.
 ROWS = 7
@@ -108,6 +108,7 @@ def layers_are_planned_at_once_test():
         assert items_of(one) == dealt(lengths[layer].tolist(), BLOCK, 3)
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "lengths, block, programs, message",
     [

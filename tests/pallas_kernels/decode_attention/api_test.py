@@ -4,33 +4,34 @@ Without a GPU, its implementations run interpreted (see conftest), all through t
 """
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import target, tuning
-from pallas_kernels.decode_attention import api
+from pallas_kernels import target
 from pallas_kernels.decode_attention.api import (
     IMPLEMENTATIONS,
+    choose,
     decode_attention,
     plan_decode_attention,
 )
+from pallas_kernels.decode_attention.plan import make_plan
+from pallas_kernels.decode_attention.settings import CANDIDATES
 from pallas_kernels.decode_attention.workloads import (
     CORRECTNESS,
     Workload,
     make_inputs,
     ragged_lengths,
 )
-from pallas_kernels.plan import make_plan
+from pallas_kernels.implementations import Implementations
 from tests.pallas_kernels.interpreted import GPU
 
 # Relative and absolute. Both sides compute in float32, so bfloat16 only rounds the result.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+FAST = [name for name in IMPLEMENTATIONS.names if name != "reference"]
 PLANNED = ["triton", "pallas_gpu"]
 RAGGED = CORRECTNESS[0]
 
@@ -42,13 +43,13 @@ SLOW = {
     *("many_short-G1-H32-page16-float32", "boundaries-G4-H32-page8-float32"),
 }
 
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.names)
 # XLA takes seconds to compile an interpreted Pallas kernel, and shapes differ from test to test.
 pallas_is_slow = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(name, marks=[pytest.mark.slow] if name == "pallas_gpu" else [])
-        for name in IMPLEMENTATIONS
+        for name in IMPLEMENTATIONS.names
     ],
 )
 without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
@@ -198,8 +199,8 @@ def a_nan_in_a_live_slot_stays_in_its_row_test(implementation):
 def permuting_the_pool_changes_nothing_test(implementation):
     inputs = inputs_of(RAGGED)
     pages = inputs.k_pages.shape[0]
-    order = np.random.default_rng(1).permutation(pages)
-    table = np.argsort(order)[np.clip(inputs.page_table, 0, pages - 1)].astype(np.int32)
+    order = jax.random.permutation(jax.random.key(1), pages)
+    table = jnp.argsort(order)[jnp.clip(inputs.page_table, 0, pages - 1)]
     attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
     moved = attend(inputs.q, inputs.k_pages[order], inputs.v_pages[order], table, inputs.lengths)
     np.testing.assert_array_equal(moved, attend(*inputs))
@@ -283,9 +284,9 @@ def a_plan_made_ahead_for_longer_rows_changes_nothing_test(implementation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", PLANNED)
-@pytest.mark.parametrize("settings", tuning.CANDIDATES, ids=str)
+@pytest.mark.parametrize("settings", CANDIDATES, ids=str)
 def settings_to_tune_from_change_nothing_but_rounding_test(implementation, settings):
-    module = importlib.import_module(f"pallas_kernels.decode_attention.{implementation}")
+    module = IMPLEMENTATIONS.load(implementation)
     inputs = inputs_of(RAGGED)
     out = module.decode_attention(*inputs, RAGGED.width**-0.5, settings=settings)
     assert_close(out, expected_of(RAGGED))
@@ -351,6 +352,7 @@ def all_that_is_not_live_is_poisoned_test():
 # ---- what is refused ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("annotations_aside")
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -399,11 +401,12 @@ def a_gpu_implementation_without_a_gpu_says_what_it_lacks_test(name):
         decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)
 
 
-@without_a_gpu
 def on_a_gpu_the_best_that_can_run_is_taken_test(monkeypatch):
-    here = set(IMPLEMENTATIONS)
+    here = set(IMPLEMENTATIONS.names)
     monkeypatch.setattr(target, "current", lambda: GPU)
-    monkeypatch.setattr(api, "unavailable", lambda name: None if name in here else "no")
+    monkeypatch.setattr(
+        Implementations, "unavailable", lambda self, name: None if name in here else "no"
+    )
     for name in ("triton", "pallas_gpu", "xla"):
-        assert api._choose(None) == name
+        assert choose(None) == name
         here.remove(name)
