@@ -25,7 +25,7 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import Llama3Scaling
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.parameters import places
 from dmc_jax.interop.source import Source, Tensor

@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import random_model
 from benchmarks.random_model import WIDE
 from dmc_jax.config import ModelConfig
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference import paged_cache
 from dmc_jax.inference.decoding import decode_step
 from dmc_jax.inference.prefill import prefill

@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 from absl import flags, logging
 
+from dmc_jax import commands
+from dmc_jax.checkpoints.states import quiet_orbax
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
-from dmc_jax.errors import UserError, run_door
+from dmc_jax.errors import UserError
 from dmc_jax.interop.compare import Comparison, compare, logits_of
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import FORMATS, check_tokenizer, describe, open_source
-from dmc_jax.interop.native import write_native
 from dmc_jax.interop.output import new_folder, progress_of
 from dmc_jax.interop.source import Source
-from dmc_jax.training.checkpoint import quiet_orbax
 
 _INPUT = flags.DEFINE_string("input", None, "Folder of the checkpoint to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.")
@@ -78,7 +79,7 @@ def _convert() -> int:
         tensor.nbytes // tensor.dtype.itemsize * (dtype or tensor.dtype).itemsize
         for tensor in source.tensors.values()
     )
-    write, counted = (write_native, read) if to == "orbax" else (write_huggingface, written)
+    write, counted = (write_dmc_jax, read) if to == "orbax" else (write_huggingface, written)
     with (
         new_folder(output, written) as folder,
         progress_of(f"writing {output}", counted) as progress,
@@ -147,4 +148,4 @@ def _as_text(text: str, found: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

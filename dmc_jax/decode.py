@@ -14,7 +14,8 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from dmc_jax.errors import UserError, run_door, stop_requests
+from dmc_jax import commands
+from dmc_jax.errors import UserError
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts
 from dmc_jax.inference.requests import Event, Result
@@ -90,7 +91,7 @@ def _run(
     """The results of all sequences, cut short by Ctrl-C, and the exit code."""
     results = {}
     # Between two steps only: an interrupt in the middle of one can get lost in JAX's callbacks.
-    with stop_requests("ending after this step") as asked:
+    with commands.stop_requests("ending after this step") as asked:
         print(opening, end="", flush=True)
         while engine.unfinished:
             for sequence in engine.unfinished if asked else ():
@@ -176,4 +177,4 @@ def _summary(results: list[Result], seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

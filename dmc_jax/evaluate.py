@@ -11,14 +11,15 @@ from pathlib import Path
 
 from absl import flags, logging
 
+from dmc_jax import commands
+from dmc_jax.checkpoints.models import LoadedModel, load_model
+from dmc_jax.checkpoints.run_directory import latest, load_metadata
 from dmc_jax.data.prepared import PreparedData, open_data
-from dmc_jax.errors import UserError, run_door
+from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
-from dmc_jax.evaluation.report import head_table
-from dmc_jax.interop.native import LoadedModel, load_model
+from dmc_jax.evaluation.tables import head_table
 from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.policies.choice import policy_for
-from dmc_jax.training.checkpoint import latest, load_metadata
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's directory, a stage of it, or a step.", required=True
@@ -160,4 +161,4 @@ def _as_text(about: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

@@ -19,6 +19,9 @@ from absl import logging
 sys.path.append(".")  # run from the repository's root, where configs/ is
 from configs import tiny_4x
 from dmc_jax.baselines.gqa import mean_pool_kv_heads
+from dmc_jax.checkpoints.models import LoadedModel, load_model
+from dmc_jax.checkpoints.run_directory import latest
+from dmc_jax.checkpoints.states import open_for_saving
 from dmc_jax.config import (
     CompressionConfig,
     ModelConfig,
@@ -28,21 +31,14 @@ from dmc_jax.config import (
     to_dict,
 )
 from dmc_jax.data.prepare import prepare
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
-from dmc_jax.evaluation.report import (
-    ComparisonRow,
-    collapse,
-    comparison_table,
-    head_table,
-    machine,
-    write_report,
-)
+from dmc_jax.evaluation.report import write_report
+from dmc_jax.evaluation.tables import ComparisonRow, collapse, comparison_table, head_table
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.interop.native import LoadedModel, load_model
 from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.policies.choice import policy_for
-from dmc_jax.training import checkpoint
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import state_of
@@ -95,10 +91,10 @@ def continue_training(
 
 def average_kv_heads(source: LoadedModel, kv_heads: int, output: Path) -> LoadedModel:
     """A checkpoint of the pretrained model with fewer KV heads."""
-    if checkpoint.latest(output) is None:
+    if latest(output) is None:
         params, config = mean_pool_kv_heads(source.params, source.config, kv_heads)
         about = source.metadata | {"run": to_dict(dataclasses.replace(run, model=config))}
-        with checkpoint.open_for_saving(output, "pretrain", keep=1) as saver:
+        with open_for_saving(output, "pretrain", keep=1) as saver:
             saver.save(0, state_of(params, make_optimizer(run.optimizer, 1.0)), {}, about)
     return load_model(output)
 

@@ -1,7 +1,7 @@
 """The layers of the house: who may import whom, and no room too long.
 
     doors -> {training, inference, interop, evaluation, baselines}
-          -> policies -> {model, data, pallas_kernels} -> core
+          -> checkpoints -> policies -> {model, data, pallas_kernels} -> core
 
 `config` and `errors` serve every layer but `core` and `pallas_kernels`, which know no other.
 """
@@ -19,8 +19,8 @@ PRODUCT = ("dmc_jax", "pallas_kernels", "experiments", "configs")
 MAX_LINES = 420
 
 FLOWS = {"training", "inference", "interop", "evaluation", "baselines"}
-PARTS = {"policies", "model", "data", "pallas_kernels"}
-COMMON = {"config", "errors"}
+PARTS = {"checkpoints", "policies", "model", "data", "pallas_kernels"}
+COMMON = {"config", "errors", "files", "commands"}
 LIBRARY = FLOWS | PARTS | COMMON | {"core"}
 
 # What each layer may import of the project. No set holds "door": nothing imports a door.
@@ -29,13 +29,16 @@ ALLOWED = {
     **{flow: LIBRARY for flow in FLOWS},
     "training": LIBRARY - {"inference"},
     "inference": LIBRARY - {"training"},
-    "policies": PARTS | COMMON | {"core"},
-    "model": PARTS - {"policies"} | COMMON | {"core"},
-    "data": PARTS - {"policies"} | COMMON | {"core"},
+    "checkpoints": PARTS | COMMON | {"core"},
+    "policies": PARTS - {"checkpoints"} | COMMON | {"core"},
+    "model": PARTS - {"checkpoints", "policies"} | COMMON | {"core"},
+    "data": PARTS - {"checkpoints", "policies"} | COMMON | {"core"},
     "pallas_kernels": {"pallas_kernels"},
     "core": {"core"},
     "config": {"core", "errors"},
     "errors": set(),
+    "files": set(),
+    "commands": {"errors"},
     "package": set(),
     "experiments": LIBRARY | {"experiments", "configs"},
     "configs": LIBRARY | {"configs"},

@@ -1,6 +1,7 @@
 """One token of every sequence: attention over a `PagedCache`, and a step of the model."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,11 @@ from dmc_jax.inference.paged_cache import (
 )
 from dmc_jax.model.llama import Attend, forward
 from dmc_jax.policies.policy import Policy, Tokens
-from pallas_kernels.decode_attention.api import decode_attention, plan_decode_attention
+from pallas_kernels.decode_attention.api import (
+    decode_attention,
+    decode_attention_and_weights,
+    plan_decode_attention,
+)
 from pallas_kernels.decode_attention.plan import Plan
 
 
@@ -30,7 +35,8 @@ def read_token(
     first: int | Array,
     token: Tokens,
     *,
-    active: Bool[Array, " seats"],
+    active: Bool[Array, " B"],
+    seats: Int[Array, " B"] | None = None,
     implementation: str | None = None,
 ) -> PagedCache:
     """Let the rows of one layer read a token, as the policy says.
@@ -41,17 +47,18 @@ def read_token(
         cache: made for the policy.
         policy: of the rows.
         first: row of the layer's first KV head.
-        token: of every seat.
-        active: seats that read a token; the others, and failed ones, stay as they are.
+        token: of B sequences.
+        active: those that read it; the others, and failed ones, stay as they are.
+        seats: of the sequences; None: all seats, in order.
         implementation: "xla", or a kernel that the policy has for it; None: the faster one as
             measured here.
     """
     K = token.k.shape[1]
-    active = (active & ~cache.failed)[:, None]  # [seats, 1]
-    lengths = take_rows(cache.lengths, first, K)
-    before = jax.tree.map(lambda x: take_rows(x, first, K), cache.state)
+    active = _readable(cache, active, seats)[:, None]  # [B, 1]
+    rows = functools.partial(take_rows, first=first, heads=K, seats=seats)
+    lengths, before = rows(cache.lengths), jax.tree.map(rows, cache.state)
     kernel = policy.kernel(implementation)
-    if kernel is not None:
+    if kernel is not None and seats is None:
         slot = policy.slot(before, token, lengths)
         cache, granted = _grow(cache, lengths, slot, active, first)
         at = places(cache, slot[..., None], (granted & active)[..., None], first)
@@ -65,14 +72,8 @@ def read_token(
         pages = dataclasses.replace(cache.pages, k=k_pages, v=v_pages)
         return dataclasses.replace(cache, pages=pages, state=state)
     after, edit = policy.step(before, token, lengths)
-
-    def where_active(new, old):
-        return jnp.where(active[(..., *(None,) * (new.ndim - 2))], new, old)
-
-    after = jax.tree.map(where_active, after, before)
-    state = jax.tree.map(lambda x, new: put_rows(x, new, first), cache.state, after)
-    cache = dataclasses.replace(cache, state=state)
-    cache, granted = _grow(cache, lengths, edit.slot, active, first)
+    cache = _remember(cache, after, before, active, first, seats)
+    cache, granted = _grow(cache, lengths, edit.slot, active, first, seats)
     return write(
         cache,
         edit.key[:, :, None],
@@ -80,12 +81,82 @@ def read_token(
         edit.slot[..., None],
         (granted & active)[..., None],
         first,
+        seats=seats,
     )
 
 
-def _grow(cache, lengths, slot, active, first) -> tuple[PagedCache, Bool[Array, "seats K"]]:
+def _readable(cache, active, seats) -> Bool[Array, " B"]:
+    """Say which sequences read a token: none that failed, or whose seat the cache does not have."""
+    if seats is None:
+        return active & ~cache.failed
+    return active & ~cache.failed.at[seats].get(mode="fill", fill_value=True)
+
+
+def _grow(cache, lengths, slot, active, first, seats=None):
     """Reserve the slots that active rows write to, where they do not have them."""
-    return reserve(cache, jnp.where(active, jnp.maximum(lengths, slot + 1), lengths), first)
+    wanted = jnp.where(active, jnp.maximum(lengths, slot + 1), lengths)
+    return reserve(cache, wanted, first, seats=seats)
+
+
+def _remember(cache, after, before, active, first, seats) -> PagedCache:
+    """Put the new state of active rows into the cache."""
+
+    def put(x, new, old):
+        new = jnp.where(active[(..., *(None,) * (new.ndim - 2))], new, old)
+        return put_rows(x, new, first, seats)
+
+    return dataclasses.replace(cache, state=jax.tree.map(put, cache.state, after, before))
+
+
+def attend_token(
+    cache: PagedCache,
+    policy: Policy,
+    first: int | Array,
+    token: Tokens,
+    *,
+    active: Bool[Array, " B"],
+    seats: Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+    update: str | None = None,
+    plan: Plan | None = None,
+) -> tuple[Float[Array, "B N H"], PagedCache]:
+    """Let the rows of one layer read a token, and attend over them.
+
+    Args:
+        cache, policy, first, token, active, seats: as for `read_token`; the output of sequences
+            that do not read is zero.
+        implementation: of `decode_attention`; None: the fastest here that can do what the policy
+            asks for.
+        update: implementation of `read_token`; None: the fastest here.
+        plan: of `plan_step`; None: the attention makes its own.
+
+    Returns:
+        (the attention output, the cache).
+    """
+    (B, N, H), K = token.q.shape, token.k.shape[1]
+    cache = read_token(
+        cache, policy, first, token, active=active, seats=seats, implementation=update
+    )
+    # Attention reads the pool after the layer wrote to it, and nothing reads it before: that
+    # order lets XLA update it in place.
+    rows = functools.partial(take_rows, first=first, heads=K, seats=seats)
+    active = _readable(cache, active, seats)[:, None]
+    lengths = jnp.where(active, rows(cache.lengths), 0)
+    rotated = policy.rotate(token.q[:, None], token.positions[:, None], token.frequencies)
+    arguments = (
+        rotated.reshape(B * K, N // K, H),
+        cache.pages.k,
+        cache.pages.v,
+        rows(cache.page_table).reshape(B * K, -1),
+        lengths.reshape(-1),
+    )
+    options = {"scale": H**-0.5, "implementation": implementation}
+    if not policy.watches:
+        return decode_attention(*arguments, **options, plan=plan).reshape(B, N, H), cache
+    out, weights = decode_attention_and_weights(*arguments, **options)
+    before = jax.tree.map(rows, cache.state)
+    after = policy.observe(before, weights.reshape(B, K, N // K, -1), lengths)
+    return out.reshape(B, N, H), _remember(cache, after, before, active, first, seats)
 
 
 def attend_cached(
@@ -114,26 +185,16 @@ def attend_cached(
     offsets = first_rows(config)
 
     def attend(q, k, v, layer, cache):
-        seats, _, N, H = q.shape
-        K, first = k.shape[2], offsets[layer]
-        token = Tokens(q[:, 0], k[:, 0], v[:, 0], cache.position, frequencies)
-        cache = read_token(cache, policy, first, token, active=active, implementation=update)
-        # Attention reads the pool after the layer wrote to it, and nothing reads it before: that
-        # order lets XLA update it in place.
-        lengths = take_rows(cache.lengths, first, K)
-        lengths = jnp.where((active & ~cache.failed)[:, None], lengths, 0)
-        rotated = policy.rotate(q, cache.position[:, None], frequencies)
-        out = decode_attention(
-            rotated.reshape(seats * K, N // K, H),
-            cache.pages.k,
-            cache.pages.v,
-            take_rows(cache.page_table, first, K).reshape(seats * K, -1),
-            lengths.reshape(-1),
-            scale=H**-0.5,
+        K = k.shape[2]
+        out, cache = attend_token(
+            *(cache, policy, offsets[layer]),
+            Tokens(q[:, 0], k[:, 0], v[:, 0], cache.position, frequencies),
+            active=active,
             implementation=implementation,
+            update=update,
             plan=None if plans is None else jax.tree.map(lambda x: x[layer], plans[K]),
         )
-        return out.reshape(seats, 1, N, H), cache, None
+        return out[:, None], cache, None
 
     return attend
 
@@ -207,7 +268,8 @@ def decode_step(
         active=active,
         implementation=implementation,
         update=update,
-        plans=plan_step(config, cache, active, implementation),
+        # Whoever watches gets the weights from implementations that know no plans.
+        plans=None if policy.watches else plan_step(config, cache, active, implementation),
     )
     output = forward(params, config, tokens[:, None], dtype=dtype, attend=attend, state=cache)
     cache = dataclasses.replace(output.state, position=output.state.position + active)

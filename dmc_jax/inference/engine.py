@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dmc_jax.checkpoints.models import load_model, load_own_tokenizer
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
@@ -27,7 +28,6 @@ from dmc_jax.inference.requests import (
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import Snapshot
-from dmc_jax.interop.native import load_model, load_own_tokenizer
 from dmc_jax.policies.choice import describe, policy_for
 from dmc_jax.policies.policy import Policy
 

@@ -59,7 +59,7 @@ def init(
         seats: sequences that the cache holds at a time.
         pages: P, in the pool.
         page_size: slots per page, a power of two.
-        max_length: tokens that a sequence may come to, which sizes the page tables.
+        max_length: tokens that a sequence may come to, whose slots size the page tables.
         dtype: of keys and values in the pages, float32 or bfloat16.
 
     Raises:
@@ -69,10 +69,10 @@ def init(
         if size < 1:
             raise UserError(f"cache: {name} must be 1 or more, got {size}")
     pool = empty_pages(pages, page_size, config.head_dim, dtype)
-    rows = (seats, config.kv_rows)
+    rows, longest = (seats, config.kv_rows), policy.most_slots(max_length)
     return PagedCache(
         pages=pool,
-        page_table=jnp.zeros((*rows, pages_of(max_length, page_size)), jnp.int32),
+        page_table=jnp.zeros((*rows, pages_of(longest, page_size)), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
         state=policy.start(rows, config.head_dim),
         position=jnp.zeros(seats, jnp.int32),
@@ -251,13 +251,14 @@ def free(cache: PagedCache, leaving: Bool[Array, " seats"]) -> PagedCache:
 # ---- what it takes ----------------------------------------------------------------------------
 
 
-def pages_for_one_token(cache: PagedCache, active: Bool[Array, " seats"]) -> Int[Array, ""]:
-    """Count the pages that one more token of every active sequence takes at most.
+def pages_for_one_token(cache: PagedCache) -> Int[Array, " seats"]:
+    """Count the pages that one more token of each sequence takes at most.
 
-    With as many free pages, the next step cannot run out of them.
+    With as many free pages as all that read one may take, the next step cannot run out of them.
     """
-    full = cache.lengths % cache.pages.page_size == 0
-    return (full & active[:, None]).sum(dtype=jnp.int32)
+    page, maxp = cache.pages.page_size, cache.page_table.shape[2]
+    grows = (cache.lengths % page == 0) & (cache.lengths < maxp * page)
+    return grows.sum(axis=1, dtype=jnp.int32)
 
 
 def bytes_live(cache: PagedCache) -> int:

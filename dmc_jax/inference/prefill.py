@@ -5,7 +5,8 @@ once what each writes to which slot, from the state that the cache carries over;
 written to a slot goes to a page. The pages then hold, in order and without what was written over,
 every slot of the tokens so far. So a query attends over the slots before its own, read from the
 pages, and over what its own token wrote: the work falls with the compression ratio, and for any
-split of the prompt into chunks the result is what one token at a time gives.
+split of the prompt into chunks the result is what one token at a time gives. With a policy that has
+no such form, every layer attends token by token, and only the rest of the model is parallel.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
+from dmc_jax.inference.decoding import attend_token
 from dmc_jax.inference.paged_cache import (
     PagedCache,
     first_rows,
@@ -173,6 +175,20 @@ def attend_chunk(
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     offsets = first_rows(config)
 
+    def by_steps(q, k, v, layer, cache):
+        start = cache.position.at[seats].get(mode="clip")
+
+        def read(t, carry):
+            out, cache = carry
+            token = Tokens(q[:, t], k[:, t], v[:, t], start + t, frequencies)
+            out_t, cache = attend_token(
+                *(cache, policy, offsets[layer], token), active=t < counts, seats=seats
+            )
+            return out.at[:, t].set(out_t), cache
+
+        out, cache = jax.lax.fori_loop(0, counts.max(), read, (jnp.zeros_like(q), cache))
+        return out, cache, None
+
     def attend(q, k, v, layer, cache):
         (_, T, K, _), first = k.shape, offsets[layer]
         # A failed sequence stays as it is, and so does a seat that the cache does not have.
@@ -193,7 +209,7 @@ def attend_chunk(
         q = policy.rotate(q, at, frequencies)
         return attend_pages(q, edits.key, edits.value, slot, cache, first, seats), cache, None
 
-    return attend
+    return attend if policy.chunked else by_steps
 
 
 # ---- into the pages ---------------------------------------------------------------------------

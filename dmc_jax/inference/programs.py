@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
-from dmc_jax.inference.paged_cache import PagedCache, pages_of
+from dmc_jax.inference.paged_cache import PagedCache, pages_for_one_token, pages_of
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.inference.requests import Request, Usage
 from dmc_jax.inference.sampling import (
@@ -89,7 +89,8 @@ def init(
             f"engine: a pool of {pages} pages cannot hold a token of the {rows} rows of one "
             f"sequence: give {rows} pages, {rows * page_bytes:,} bytes, or more"
         )
-    pages = min(pages, seats * rows * pages_of(max_length, page_size))
+    most = seats * rows * pages_of(policy.most_slots(max_length), page_size)
+    pages = min(pages, most)
     return Batch(of_cache(pages=pages), jnp.zeros((seats, config.vocab_size), bool))
 
 
@@ -250,8 +251,7 @@ def tally(cache: PagedCache) -> Tally:
     return Tally(
         free=cache.free_count,
         failed=cache.failed,
-        # As `pages_for_one_token`, of every sequence.
-        may_take=(cache.lengths % page == 0).sum(axis=1, dtype=jnp.int32),
+        may_take=pages_for_one_token(cache),
         position=cache.position,
         slots=cache.lengths.sum(axis=1),
         pages=pages_of(cache.lengths, page).sum(axis=1),

@@ -163,6 +163,8 @@ class Scheduler:
         tokens = len(request.prompt) + len(request.tokens)
         # Every row begins a page that it does not fill.
         expected = tokens * slots_per_token / self._page_size + self._config.kv_rows
+        _, rows, most = self._batch.cache.page_table.shape
+        expected = min(expected, rows * most)
         return max(expected, request.pages_wanted) + self._may_take() <= counts.free
 
     def _join(self, request: Request, seat: int) -> None:

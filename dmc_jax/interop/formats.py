@@ -3,18 +3,18 @@
 import os
 from pathlib import Path
 
+from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.errors import UserError
+from dmc_jax.interop.dmc_jax import open_dmc_jax
 from dmc_jax.interop.huggingface import is_huggingface, open_huggingface
 from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.meta import is_meta, open_meta
-from dmc_jax.interop.native import open_native
 from dmc_jax.interop.source import Source
 from dmc_jax.model.presets import PRESETS
-from dmc_jax.training.checkpoint import latest
 
 _READERS = {
-    "orbax": (lambda path: latest(path) is not None, open_native),
+    "orbax": (lambda path: latest(path) is not None, open_dmc_jax),
     "huggingface": (is_huggingface, open_huggingface),
     "meta": (is_meta, open_meta),
     "megatron": (is_megatron, open_megatron),

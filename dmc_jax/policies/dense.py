@@ -26,6 +26,7 @@ class Dense(Policy):
     channel_scale: float | Array | None = None
 
     name = "dense"
+    chunked = True
 
     def rotate(self, x, positions, frequencies):
         """Rotate, without the faded part of the decision channel."""

@@ -38,6 +38,7 @@ class DMC(Policy):
     threshold: float | Array = 0.0
 
     name = "dmc"
+    chunked = True
 
     def rotate(self, x, positions, frequencies):
         """Rotate, without the decision channel."""

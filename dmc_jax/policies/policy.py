@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.attention import CausalAttention, causal_attention
-from dmc_jax.core.rope import Llama3Scaling
+from dmc_jax.core.dmc import segment_starts
+from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies
 from dmc_jax.model.llama import Attend, ModelOutput
 
 State = Any  # a pytree of arrays [*rows, ...]: what a row remembers beside its slots
@@ -71,6 +72,18 @@ class Policy(abc.ABC):
     """A method. Frozen dataclasses registered as pytrees: sizes are static, numbers are leaves."""
 
     name: ClassVar[str]
+    chunked: ClassVar[bool] = (
+        False  # it has a `chunk`; else a prompt is read by steps, in each layer
+    )
+    watches: ClassVar[bool] = False  # it has an `observe`, which is told the weights of attention
+
+    def most_slots(self, tokens: int) -> int:
+        """Say how many slots a row may come to, which is what memory is for.
+
+        Args:
+            tokens: of a sequence, at most.
+        """
+        return tokens
 
     @abc.abstractmethod
     def rotate(
@@ -123,7 +136,21 @@ class Policy(abc.ABC):
             (the state after it, what to write).
         """
 
-    @abc.abstractmethod
+    def observe(
+        self,
+        state: State,
+        weights: Float[Array, "B K G S"],
+        lengths: Int[Array, "B K"],
+    ) -> State:
+        """Look at what the query of a step attended to.
+
+        Args:
+            state: of the rows [B, K, ...], after the step.
+            weights: of every query head, 0 beyond the row's slots.
+            lengths: slots that the rows have after the step.
+        """
+        raise NotImplementedError(f"{self.name} does not watch attention")
+
     def chunk(
         self, state: State, tokens: Tokens, lengths: Int[Array, "B K"], counts: Int[Array, " B"]
     ) -> tuple[State, Edit]:
@@ -141,6 +168,7 @@ class Policy(abc.ABC):
         Returns:
             (the state after the last real token, what to write); edits of padding mean nothing.
         """
+        raise NotImplementedError(f"{self.name} reads a token at a time")
 
     # ---- a step in one launch -----------------------------------------------------------------
 
@@ -184,6 +212,58 @@ class Policy(abc.ABC):
             (keys and values of the pool, the state), after the token.
         """
         raise NotImplementedError(f"{self.name} has no kernel")
+
+
+def whole_by_steps(
+    policy: Policy,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    where: Where,
+) -> Attended:
+    """Attend over whole sequences by a policy's steps: `Policy.whole` of one with no other form.
+
+    Args:
+        policy: one that `watches`.
+        q, k, v, where: as for `Policy.whole`.
+    """
+    B, T, K, H = k.shape
+    G, slots = q.shape[2] // K, policy.most_slots(T)
+    frequencies = rotary_frequencies(H, where.rope_theta, where.rope_scaling)
+    begins = jnp.broadcast_to(segment_starts(B, T, where.segment_ids), (B, T, K)) > 0
+    nothing = policy.start((B, K), H)
+
+    def read(carry, now):
+        keys, values, lengths, state = carry
+        q, k, v, positions, begins = now  # of one token; where a document begins, a row does
+        lengths = jnp.where(begins, 0, lengths)
+
+        def renewed(x, fresh):
+            return jnp.where(begins[(..., *(None,) * (x.ndim - 2))], fresh, x)
+
+        token = Tokens(q, k, v, positions, frequencies)
+        state, edit = policy.step(jax.tree.map(renewed, state, nothing), token, lengths)
+        written = (jnp.arange(slots) == edit.slot[..., None])[..., None]  # [B, K, S, 1]
+        keys = jnp.where(written, edit.key[:, :, None], keys)
+        values = jnp.where(written, edit.value[:, :, None], values)
+        grown = jnp.maximum(lengths, edit.slot + 1)
+
+        q = policy.rotate(q[:, None], positions[:, None], frequencies).reshape(B, K, G, H)
+        live = (jnp.arange(slots) < grown[..., None])[:, :, None]
+        scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(live, H**-0.5 * scores, -jnp.inf), axis=-1)
+        out = jnp.einsum(
+            "BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32
+        ).astype(q.dtype)
+        state = policy.observe(state, weights, grown)
+        appends = (grown > lengths).astype(jnp.float32)
+        return (keys, values, grown, state), (out.reshape(B, K * G, H), appends)
+
+    rows = jnp.zeros((B, K, slots, H), k.dtype)
+    empty = rows, rows, jnp.zeros((B, K), jnp.int32), nothing
+    by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, where.positions, begins))
+    _, (out, appends) = jax.lax.scan(read, empty, by_token)
+    return Attended(out.swapaxes(0, 1), Record(appends.swapaxes(0, 1), decisions=None))
 
 
 # ---- a model that attends with a policy -------------------------------------------------------

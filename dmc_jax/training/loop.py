@@ -11,16 +11,23 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from dmc_jax.checkpoints.run_directory import (
+    CheckpointRef,
+    latest,
+    load_metadata,
+    write_metadata,
+)
+from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
+from dmc_jax.commands import stop_requests
 from dmc_jax.config import STAGES, RunConfig, to_dict
 from dmc_jax.data.loader import longest_document, training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
-from dmc_jax.errors import RunFailure, UserError, stop_requests
+from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import count_parameters
-from dmc_jax.training import checkpoint, metrics, stages
-from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, write_metadata
+from dmc_jax.model.sharding import batch_sharding, make_mesh
+from dmc_jax.training import metrics, stages, starts
 from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.sharding import batch_sharding, make_mesh
 from dmc_jax.training.step import make_train_step
 
 # What may change between the parts of an interrupted run; everything else would make it another.
@@ -47,10 +54,10 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         RunFailure: a loss that is not a finite number.
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint was written.
     """
-    checkpoint.quiet_orbax()
+    quiet_orbax()
     directory = Path(run.output) / run.name
     datas = open_datas(run)
-    _check_tokenizer(stages.initial_checkpoint(run), datas[0][0])
+    _check_tokenizer(starts.initial_checkpoint(run), datas[0][0])
     mesh = make_mesh(run.mesh)
     _check_batch(run, mesh)
     choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
@@ -80,18 +87,18 @@ def _train_stage(run: RunConfig, stage: str, datas: list, mesh: Mesh, quiet: boo
     directory, steps = Path(run.output) / run.name, run.stage(stage).steps
     logging.info("stage %s: %d steps", stage, steps)
     optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
-    state, resumed = stages.start_of_stage(run, stage, optimizer, mesh)
-    teacher, teacher_params = stages.load_teacher(run, stage, mesh)
+    state, resumed = starts.start_of_stage(run, stage, optimizer, mesh)
+    teacher, teacher_params = starts.load_teacher(run, stage, mesh)
     take_step = make_train_step(run, stage, mesh, optimizer, teacher)
     batches = _batches(run, stage, datas)
     first = 0
     if resumed is not None:
         first = resumed.step
-        batches.set_state(checkpoint.load_data_state(resumed))
+        batches.set_state(load_data_state(resumed))
         logging.info("resuming %s at step %d", stage, first)
 
     with (
-        checkpoint.open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
+        open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
         _open_metrics(run, stage, first, quiet) as sink,
         stop_requests("stopping after this step; the run can be resumed") as stopping,
     ):
@@ -234,7 +241,7 @@ class _Recent:
     run: RunConfig
     stage: str
     sink: metrics.MetricsLogger
-    saver: checkpoint.Saver
+    saver: Saver
     steps: list[tuple[int, Any, np.ndarray]] = dataclasses.field(default_factory=list)
     since: float = dataclasses.field(default_factory=time.perf_counter)
 

@@ -15,10 +15,10 @@ from dmc_jax.core.losses import compression_loss, distillation, token_cross_entr
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
 from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
+from dmc_jax.model.sharding import shardings
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole, decision_means
-from dmc_jax.training.sharding import shardings
 from dmc_jax.training.state import TrainState
 
 Batch = dict[str, Array]

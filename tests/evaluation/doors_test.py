@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dmc_jax.checkpoints.run_directory import latest, load_metadata
 from dmc_jax.evaluation.report import write_report
-from dmc_jax.training.checkpoint import latest, load_metadata
 from tests.doors import runs_of
 
 ROOT = Path(__file__).parents[2]

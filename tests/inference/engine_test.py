@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints import models
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.inference import engine as engine_module
@@ -17,7 +18,6 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import load_snapshot
-from dmc_jax.interop import native
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.choice import policy_for
 from dmc_jax.policies.dense import Dense
@@ -425,8 +425,8 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         metadata={"tokenizer_sha256": "its own", "run": {"compute_dtype": "float32"}},
     )
     monkeypatch.setattr(engine_module, "load_model", lambda path: loaded)
-    monkeypatch.setattr(native, "load_tokenizer", lambda path: Pieces())
-    monkeypatch.setattr(native, "fingerprint", lambda path: path)
+    monkeypatch.setattr(models, "load_tokenizer", lambda path: Pieces())
+    monkeypatch.setattr(models, "fingerprint", lambda path: path)
     ratios = {}
     for policy in ("dmc", "dense"):
         engine = Engine.from_checkpoint(

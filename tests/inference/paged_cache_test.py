@@ -125,7 +125,8 @@ class Allocator(RuleBasedStateMachine):
         for _ in range(tokens):
             k, v = self.random.normal(size=(2, SEATS, ROWS, SMALL.head_dim)).astype(np.float32)
             omega = self.random.uniform(0.1, 1, (SEATS, ROWS)).astype(np.float32)
-            enough = PAGES - self.pages_held() >= pages_for_one_token(self.cache, np.array(active))
+            wanted = np.asarray(pages_for_one_token(self.cache))[np.array(active)].sum()
+            enough = PAGES - self.pages_held() >= wanted
             tall = max(len(held) for held in self.slots.values()) == MAX_LENGTH
             before = list(self.failed)
             self.cache = read_token(

@@ -8,17 +8,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints.models import load_model, load_own_tokenizer
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.data.tokenizer import train_sentencepiece
 from dmc_jax.errors import UserError
 from dmc_jax.interop.compare import logits_of
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source, recognise
 from dmc_jax.interop.huggingface import open_huggingface
 from dmc_jax.interop.huggingface_config import config_json, model_config
-from dmc_jax.interop.native import load_model, load_own_tokenizer, write_native
 from dmc_jax.interop.parameters import flatten, leaf_shapes, read_params
 from dmc_jax.model.llama import Llama, init_params
 from dmc_jax.model.presets import PRESETS
@@ -46,7 +47,7 @@ def quiet(_):
 
 def to_ours(source, folder, dtype=None):
     folder.mkdir()
-    write_native(source, folder, dtype, quiet)
+    write_dmc_jax(source, folder, dtype, quiet)
     return folder
 
 

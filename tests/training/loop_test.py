@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints.models import load_model
+from dmc_jax.checkpoints.run_directory import latest, load_metadata, write_metadata
 from dmc_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -21,9 +23,7 @@ from dmc_jax.config import (
 )
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import RunFailure, UserError
-from dmc_jax.interop.native import load_model
-from dmc_jax.training import loop, stages
-from dmc_jax.training.checkpoint import latest, load_metadata, write_metadata
+from dmc_jax.training import loop, starts
 from dmc_jax.training.loop import train
 
 
@@ -232,12 +232,12 @@ def a_batch_that_the_mesh_cannot_split_is_refused_test(tiny_run, one_device, mon
 
 def the_teacher_is_the_model_the_run_starts_from_test(tiny_run):
     mesh = loop.make_mesh(tiny_run.mesh)
-    assert stages.load_teacher(tiny_run, "retrofit", mesh) == (None, None)
+    assert starts.load_teacher(tiny_run, "retrofit", mesh) == (None, None)
     compression = dataclasses.replace(tiny_run.compression, distillation=1.0)
     run = dataclasses.replace(tiny_run, compression=compression, stages="pretrain,retrofit")
     directory = train(run, quiet=True)
-    assert stages.load_teacher(run, "pretrain", mesh) == (None, None)
-    config, params = stages.load_teacher(run, "retrofit", mesh)
+    assert starts.load_teacher(run, "pretrain", mesh) == (None, None)
+    config, params = starts.load_teacher(run, "retrofit", mesh)
     assert config == run.model
     assert_same(params, load_model(directory / "pretrain").params)
     assert any("distillation" in line for line in metrics_of(directory)[4:])

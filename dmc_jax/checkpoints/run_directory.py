@@ -1,7 +1,7 @@
 """What lies where in a run directory, `RUN/<stage>/<step>/`, and the JSON beside the arrays.
 
     RUN/metrics.jsonl                      one line a logged step
-    RUN/<stage>/<step>/state/              the arrays, written by `checkpoint.py`
+    RUN/<stage>/<step>/state/              the arrays, written by `states.py`
     RUN/<stage>/<step>/data/metadata       JSON: where the data iterator stands
     RUN/<stage>/<step>/metadata/metadata   JSON: configuration and what else a reader wants first
 

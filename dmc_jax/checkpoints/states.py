@@ -21,34 +21,16 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dmc_jax.errors import UserError
-from dmc_jax.training.run_directory import (
-    STAGES,
+from dmc_jax.checkpoints.run_directory import (
     CheckpointRef,
     clear_partial,
     complete_steps,
     free_space,
-    latest,
-    load_metadata,
     read_json,
     remove_step,
-    write_metadata,
 )
-
-__all__ = [
-    "STAGES",
-    "CheckpointRef",
-    "Saver",
-    "describe_mismatch",
-    "latest",
-    "load_data_state",
-    "load_metadata",
-    "load_params",
-    "load_state",
-    "open_for_saving",
-    "quiet_orbax",
-    "write_metadata",
-]
+from dmc_jax.config import STAGES
+from dmc_jax.errors import UserError
 
 PyTree = Any
 

@@ -1,16 +1,15 @@
-"""Our own checkpoints, read without the config file that made them, and written from any other."""
+"""Our own checkpoints as one format among others: opened as a `Source`, written from any."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import tensorstore as ts
-from jax.sharding import Mesh
 
+from dmc_jax.checkpoints.models import find_checkpoint, tokenizer_path
+from dmc_jax.checkpoints.run_directory import load_metadata
+from dmc_jax.checkpoints.states import open_for_saving
 from dmc_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -21,7 +20,7 @@ from dmc_jax.config import (
     to_dict,
 )
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from dmc_jax.data.tokenizer import fingerprint
 from dmc_jax.errors import UserError
 from dmc_jax.interop.huggingface import tokenizer_files
 from dmc_jax.interop.orbax_arrays import open_arrays, read_part, replace_array, write_part
@@ -36,116 +35,12 @@ from dmc_jax.interop.parameters import (
     unflatten,
 )
 from dmc_jax.interop.source import Source, Tensor
-from dmc_jax.model.llama import init_params
-from dmc_jax.training.checkpoint import (
-    CheckpointRef,
-    latest,
-    load_metadata,
-    load_params,
-    open_for_saving,
-)
-from dmc_jax.training.sharding import with_shardings
 
 # Tokens per window that evaluation takes by default, where training did not say.
 _EVALUATED_LENGTH = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to run."""
-
-    ref: CheckpointRef
-    config: ModelConfig
-    params: Any
-    settings: DMCSettings | None  # None: a dense model
-    threshold: float  # of hard decisions, calibrated at the end of the retrofit
-    data: Path  # prepared folder it was trained on
-    tokenizer: Path | None  # None: it was converted from a checkpoint without one
-    metadata: dict
-
-
-def find_checkpoint(path: str | os.PathLike) -> CheckpointRef:
-    """The newest complete checkpoint of a run directory, a stage of it, or a step itself.
-
-    Raises:
-        UserError: there is none.
-    """
-    ref = latest(path)
-    if ref is None:
-        raise UserError(
-            f"no complete checkpoint in {path}; expected a run directory, a stage of one "
-            "(RUN/finetune) or a step of that (RUN/finetune/600)"
-        )
-    return ref
-
-
-def load_own_tokenizer(model: LoadedModel, path: str | os.PathLike | None = None) -> Tokenizer:
-    """The tokenizer that a model was trained with.
-
-    Args:
-        model: from `load_model`.
-        path: where it is now; None: where it was in training.
-
-    Raises:
-        UserError: no tokenizer there, or another one.
-    """
-    path = path or model.tokenizer
-    if path is None:
-        raise UserError(
-            f"{model.ref.path} was converted from a checkpoint without a tokenizer: name one with "
-            "--tokenizer=FILE"
-        )
-    tokenizer = load_tokenizer(path)
-    expected = model.metadata["tokenizer_sha256"]
-    if expected is not None and fingerprint(path) != expected:
-        raise UserError(
-            f"{path} is not the tokenizer that {model.ref.path} was trained with: name that one "
-            "with --tokenizer=FILE"
-        )
-    return tokenizer
-
-
-def load_model(path: str | os.PathLike, mesh: Mesh | None = None) -> LoadedModel:
-    """Load sizes, parameters and DMC settings of a checkpoint.
-
-    Args:
-        path: as in `find_checkpoint`.
-        mesh: devices to spread the parameters over; None: the first device.
-
-    Returns:
-        The model; its parameters are float32, whatever they are stored in.
-
-    Raises:
-        UserError: no checkpoint there, or a damaged one.
-    """
-    ref = find_checkpoint(path)
-    metadata = load_metadata(ref)
-    config = from_dict(ModelConfig, metadata["run"]["model"])
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    if mesh is not None:
-        shapes = with_shardings(shapes, mesh)
-    settings = from_dict(DMCSettings, metadata["run"]["dmc"])
-    return LoadedModel(
-        ref=ref,
-        config=config,
-        params=load_params(ref, shapes),
-        settings=settings if metadata["mode"] == "dmc" else None,
-        threshold=metadata["threshold"],
-        data=Path(metadata["data"]),
-        tokenizer=_tokenizer_path(ref, metadata),
-        metadata=metadata,
-    )
-
-
-def _tokenizer_path(ref: CheckpointRef, metadata: dict) -> Path | None:
-    """Where the tokenizer is; a converted checkpoint names one beside itself."""
-    return (ref.path / metadata["tokenizer"]).resolve() if metadata["tokenizer"] else None
-
-
-# ---- as one format among others ---------------------------------------------------------------
-
-
-def open_native(path: str | os.PathLike) -> Source:
+def open_dmc_jax(path: str | os.PathLike) -> Source:
     """Open a checkpoint of ours as every other format is opened.
 
     Args:
@@ -160,7 +55,7 @@ def open_native(path: str | os.PathLike) -> Source:
         config = from_dict(ModelConfig, metadata["run"]["model"])
         settings = from_dict(DMCSettings, metadata["run"]["dmc"])
         mode, threshold = metadata["mode"], float(metadata["threshold"])
-        tokenizer = _tokenizer_path(ref, metadata)
+        tokenizer = tokenizer_path(ref, metadata)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the metadata of {ref.path} is damaged: {error!r}") from None
     shapes = leaf_shapes(config)
@@ -199,7 +94,7 @@ def _tensor(where: Path, array: ts.TensorStore, place: Place) -> Tensor:
     return Tensor(place.foreign_shape, dtype, lambda: to_foreign(place, read_rows, dtype))
 
 
-def write_native(
+def write_dmc_jax(
     source: Source, folder: Path, dtype: np.dtype | None, progress: Callable[[int], object]
 ) -> None:
     """Write any checkpoint as one of ours, tensor by tensor.
