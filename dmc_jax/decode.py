@@ -50,6 +50,7 @@ _WINDOW = flags.DEFINE_integer(
 _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What the cache keeps; default: what the model was trained for."
 )
+_BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object per prompt, and nothing else.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for these objects, one a line.")
 _TOKENIZER = flags.DEFINE_string(
@@ -70,6 +71,7 @@ def main() -> int:
             tokenizer=_TOKENIZER.value,
             page_size=_PAGE_SIZE.value,
             window=_WINDOW.value,
+            budget=_BUDGET.value,
         )
         for line in lines:
             engine.submit(line.prompt, line.params)  # ids count from 0, as the lines

@@ -109,6 +109,7 @@ class Engine:
         tokenizer: str | os.PathLike | None = None,
         dtype: str | None = None,
         window: int | None = None,
+        budget: int | None = None,
         **options: Any,
     ) -> "Engine":
         """Make an engine for a checkpoint of ours.
@@ -123,6 +124,7 @@ class Engine:
             dtype: of the forward pass and the cache; None: that of training, but float32 on a
                 CPU, where XLA copies the whole pool to write to a bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
+            budget: slots of a row, for "tova".
             options: `page_size`, `max_length` of the engine.
 
         Raises:
@@ -135,7 +137,9 @@ class Engine:
             model.params,
             model.config,
             load_own_tokenizer(model, tokenizer),
-            policy=policy_for(model.settings, model.threshold, name=policy, window=window),
+            policy=policy_for(
+                model.settings, model.threshold, name=policy, window=window, budget=budget
+            ),
             kv_bytes=kv_bytes,
             max_sequences=max_sequences,
             dtype=dtype or (trained if jax.default_backend() != "cpu" else "float32"),

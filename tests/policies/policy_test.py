@@ -20,6 +20,7 @@ from dmc_jax.policies.choice import POLICIES, describe, policy_for
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole
+from dmc_jax.policies.tova import TOVA
 from tests.tiny_llama import build
 
 TABLE = {
@@ -28,6 +29,8 @@ TABLE = {
     "dmc, window 12": DMC(DMCSettings(window=12, offset=0.0), -1.0),
     "dmc, window 3": DMC(DMCSettings(window=3, offset=0.0)),
     "dmc, unlimited": DMC(DMCSettings(window=None, offset=0.0), -0.5),
+    "tova, 11 slots": TOVA(11),
+    "tova, 8 slots, without the channel": TOVA(8, 0.0),
 }
 T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
@@ -173,6 +176,7 @@ def what_a_sequence_gets_in_the_engine_does_not_depend_on_who_is_there_test(poli
     engine = Engine(
         *model(), Ids(), policy=policy, max_sequences=3, pages=40, page_size=PAGE, max_length=60
     )
+    free = engine.free_pages
     prompts = [[1, *row[: 3 + 4 * i]] for i, row in enumerate(some_tokens(7, 5).tolist())]
     params = [SamplingParams(24, temperature=0.5 * (i % 2), seed=i) for i in range(5)]
     together = [result.tokens for result in engine.generate(prompts, params)]
@@ -181,7 +185,7 @@ def what_a_sequence_gets_in_the_engine_does_not_depend_on_who_is_there_test(poli
         for prompt, one in zip(prompts, params, strict=True)
     ]
     assert together == alone and len(set(together)) == 5
-    assert engine.free_pages == 40
+    assert engine.free_pages == free
 
 
 @every_policy
@@ -207,9 +211,12 @@ def thresholds_of_many_values_are_one_program_test():
 @pytest.mark.parametrize(
     "trained, options, complaint",
     [
-        (DMCSettings(), {"name": "none"}, "policy: expected dense or dmc.*, got 'none'"),
+        (DMCSettings(), {"name": "none"}, "policy: expected dense or dmc or tova, got 'none'"),
         (None, {"name": "dmc"}, "dmc needs a model that was trained for it"),
         (DMCSettings(), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
+        (None, {"name": "tova"}, "budget: give the slots of a row with tova"),
+        (DMCSettings(), {"budget": 9}, "budget: .* with no other policy"),
+        (None, {"name": "tova", "budget": 0}, "budget: expected a slot or more for a row, got 0"),
         (DMCSettings(), {"name": "dense", "window": 3}, "window: .* dense does not"),
     ],
 )
@@ -223,5 +230,6 @@ def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
     assert policy_for(None) == Dense()
     assert policy_for(trained, 0.5) == DMC(trained, 0.5)
     assert policy_for(trained, 0.5, name="dense") == Dense(0.0)
+    assert policy_for(trained, 0.5, name="tova", budget=9) == TOVA(9, 0.0)
     assert policy_for(trained, window=0) == DMC(DMCSettings(window=None))
     assert describe(DMC(trained, np.float32(0.5)))["threshold"] == 0.5
