@@ -20,7 +20,7 @@ Candidate = TypeVar("Candidate")
 
 
 def entry(name: str, device_kind: str) -> Any:
-    """Reads what is kept under a name for a device, or else for any.
+    """Read what is kept under a name for a device, or else for any.
 
     Args:
         name: of an entry of `tuned/default.json`.
@@ -37,7 +37,7 @@ def file_of(device_kind: str) -> Path:
 def fastest(
     time: Callable[[Candidate], Iterable[float]], candidates: Iterable[Candidate]
 ) -> Candidate:
-    """Picks the setting with the least product of its times.
+    """Pick the setting with the least product of its times.
 
     The product, not the sum: so a workload counts as much as another that takes ten times longer.
 
@@ -50,7 +50,7 @@ def fastest(
 
 
 def save(device_kind: str, source: str, chosen: Mapping[str, Any]) -> Path:
-    """Writes entries of a device's file, for this process too; its other entries stay.
+    """Write entries of a device's file, for this process too; its other entries stay.
 
     Args:
         device_kind: as JAX names the device.

@@ -119,7 +119,7 @@ def tune(
     cases: tuple[Case, ...] = _TUNED_ON,
     candidates: tuple[Settings, ...] = CANDIDATES,
 ) -> Path:
-    """Times every candidate and keeps the fastest settings of this device.
+    """Time every candidate and keep the fastest settings of this device.
 
     Args:
         names: implementations with settings; the others keep what they have.
@@ -169,7 +169,7 @@ def run(
     until: float,
     cold_bytes: int = timing.COLD_BYTES,
 ) -> bool:
-    """Measures cases in order, and prints and writes what each gives.
+    """Measure cases in order, and print and write what each gives.
 
     Args:
         cases: with the names of their contenders.
@@ -240,7 +240,7 @@ def _implementations(given: str | None) -> tuple[str, ...]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures; 1 where an implementation failed or was wrong, 2 where it cannot be measured."""
+    """Measure; 1 where an implementation failed or was wrong, 2 where it cannot be measured."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, on any device")

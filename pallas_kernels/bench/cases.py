@@ -84,7 +84,7 @@ class Pages(NamedTuple):
 
 
 def make_pages(case: Case, cold_bytes: int = COLD_BYTES) -> Pages:
-    """Makes as many sets of pages, in one pool, as it takes to read from memory and not a cache.
+    """Make as many sets of pages, in one pool, as it takes to read from memory and not a cache.
 
     Args:
         case: gives the sizes.

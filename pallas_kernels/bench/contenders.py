@@ -44,7 +44,7 @@ def make_contender(
     cold_bytes: int = timing.COLD_BYTES,
     settings: Settings | None = None,
 ) -> Contender:
-    """Makes one of those that are compared.
+    """Make one of those that are compared.
 
     Args:
         name: of an implementation, of that with "+plan", or of `DENSE`.
@@ -133,7 +133,7 @@ def check(out: jax.Array, case: Case, pages: Pages) -> float:
 
 
 def measure(contender: Contender, case: Case, pages: Pages, rate: float) -> dict:
-    """Checks and times one contender.
+    """Check and time one contender.
 
     Args:
         contender: to call.

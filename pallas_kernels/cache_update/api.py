@@ -77,7 +77,7 @@ def cache_update(
             float32 too. The last channel speaks of merging: it is zeroed before the rotation, and
             after it.
         window: W; None or 0: unlimited.
-        implementation: a name in `IMPLEMENTATIONS`; it never falls back to another.
+        implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
 
     Returns:
         The state after the token. Averages are float32, rounded to the dtype of `k_t` before the
@@ -105,8 +105,8 @@ def choose(implementation: str | None) -> str:
     """Name what to update a cache with: `XLA`, or an implementation that can run here.
 
     Args:
-        implementation: `XLA`, a name in `IMPLEMENTATIONS`, or None: the caller's own form, unless
-            the settings measured on this GPU say that a kernel is faster.
+        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: the caller's own form,
+            unless on this GPU a kernel was measured to be faster.
 
     Raises:
         ValueError, RuntimeError: as `cache_update`.

@@ -38,7 +38,7 @@ def causal_attention(
         scale: factor on the dot products.
         segment_ids: document of every token; attention stays inside a document. The tokens of a
             document follow one another.
-        implementation: a name in `IMPLEMENTATIONS`; it never falls back to another.
+        implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
@@ -56,7 +56,7 @@ def choose(implementation: str | None) -> str:
     """Name who attends: `XLA`, or an implementation that can run here.
 
     Args:
-        implementation: `XLA`, a name in `IMPLEMENTATIONS`, or None: "triton" where it can run,
+        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: "triton" where it can run,
             elsewhere the caller's own form.
 
     Raises:

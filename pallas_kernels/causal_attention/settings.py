@@ -72,5 +72,5 @@ def settings_for(device_kind: str) -> Settings:
 
 
 def from_json(content: Mapping[str, Mapping[str, int]]) -> Settings:
-    """Settings as `tuning` keeps them."""
+    """Read settings as `tuning` keeps them."""
     return Settings(**{kernel: Blocks(**blocks) for kernel, blocks in content.items()})

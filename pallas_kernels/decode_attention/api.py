@@ -117,7 +117,7 @@ def plan_decode_attention(
     longest: int,
     implementation: str | None = None,
 ) -> Plan | None:
-    """Splits the work of `decode_attention` ahead of it, for many layers at once.
+    """Split the work of `decode_attention` ahead of it, for many layers at once.
 
     The arrays of the plan have the leading axes of `lengths`: a layer's plan is its slice.
 
@@ -150,8 +150,8 @@ def choose(implementation: str | None) -> str:
     """Name the implementation that runs: the one that is asked for, else the fastest here.
 
     Args:
-        implementation: a name in `IMPLEMENTATIONS`, which never falls back to another; None: on a
-            GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla".
+        implementation: one of `IMPLEMENTATIONS.names`, which never falls back to another; None: on
+            a GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla".
 
     Raises:
         ValueError, RuntimeError: as `decode_attention`.

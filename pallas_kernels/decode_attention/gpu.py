@@ -54,7 +54,7 @@ def widens(q: Any, k_pages: Any) -> bool:
 def plan_rows(
     settings: Settings, lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]
 ) -> Plan:
-    """Makes the plan that suits some settings, a pool and the present device."""
+    """Make the plan that suits some settings, a pool and the present device."""
     return make_plan(
         lengths,
         block=settings.block(padded_width(k_pages.shape[-1]), k_pages.dtype.itemsize),

@@ -29,7 +29,7 @@ def decode_attention(
     plan: Plan | None = None,
     settings: Settings | None = None,
 ) -> Float[Array, "R G H"]:
-    """Attends as planned; see `api.decode_attention` for the contract.
+    """Attend as planned; see `api.decode_attention` for the contract.
 
     Args:
         settings: to try others than the kept ones, which tuning does.
@@ -56,7 +56,7 @@ def plan_rows(
 
 
 def unavailable() -> str | None:
-    """Says why this cannot run here; None where it can."""
+    """Say why this cannot run here; None where it can."""
     device = target.current()
     if device.platform != "gpu":
         return f"it needs a GPU, and JAX runs on {device.kind!r} ({device.platform}) here"
@@ -75,7 +75,7 @@ def launch(
     num_warps: int,
     num_stages: int,
 ) -> tuple[Array, ...]:
-    """Calls a Pallas kernel whose references are whole arrays.
+    """Call a Pallas kernel whose references are whole arrays.
 
     Args:
         kernel: takes references to its inputs, then to its outputs.

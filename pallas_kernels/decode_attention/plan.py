@@ -41,7 +41,7 @@ class Plan:
 
 @functools.partial(jax.jit, static_argnames=("block", "programs"))
 def make_plan(lengths: Int[Array, " R"], *, block: int, programs: int) -> Plan:
-    """Cuts rows into items so that every program gets as many blocks as any other, or one more.
+    """Cut rows into items so that every program gets as many blocks as any other, or one more.
 
     To plan all layers of a model at once, `jax.vmap` this over lengths [L, R].
 

@@ -17,7 +17,7 @@ def decode_attention(
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
-    """Attends row by row; see `api.decode_attention` for the contract."""
+    """Attend row by row; see `api.decode_attention` for the contract."""
     return decode_attention_and_weights(q, k_pages, v_pages, page_table, lengths, scale)[0]
 
 
@@ -30,7 +30,7 @@ def decode_attention_and_weights(
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
 ) -> tuple[Float[Array, "R G H"], Float[Array, "R G S"]]:
-    """Attends row by row; see `api.decode_attention_and_weights` for the contract."""
+    """Attend row by row; see `api.decode_attention_and_weights` for the contract."""
     _, page, H = k_pages.shape
 
     def one_row(row):

@@ -165,7 +165,7 @@ def decode_attention(
     plan: Plan | None = None,
     settings: Settings | None = None,
 ) -> Float[Array, "R G H"]:
-    """Attends as planned; see `api.decode_attention` for the contract.
+    """Attend as planned; see `api.decode_attention` for the contract.
 
     Args:
         settings: to try others than the kept ones, which tuning does.

@@ -48,7 +48,7 @@ def decode_attention(
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
-    """Attends 64 items a step; see `api.decode_attention` for the contract."""
+    """Attend 64 items a step; see `api.decode_attention` for the contract."""
     return _decode(q, k_pages, v_pages, page_table, lengths, scale, scored=False)[0]
 
 
@@ -61,7 +61,7 @@ def decode_attention_and_weights(
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
 ) -> tuple[Float[Array, "R G H"], Float[Array, "R G S"]]:
-    """Keeps the scores of all items; see `api.decode_attention_and_weights` for the contract."""
+    """Keep the scores of all items; see `api.decode_attention_and_weights` for the contract."""
     out, scores = _decode(q, k_pages, v_pages, page_table, lengths, scale, scored=True)
     live = scores != _MASKED  # NaN is live
     peak = scores.max(axis=(1, 3), keepdims=True)
@@ -120,7 +120,7 @@ def _decode(q, k_pages, v_pages, page_table, lengths, scale, *, scored: bool):
 
 
 def _gather(pool: Array, pages: Int[Array, "n item_pages"]) -> Float[Array, "n slots H"]:
-    """Reads the pages of every item as float32; "clip" because unused entries may be anything."""
+    """Read the pages of every item as float32; "clip" because unused entries may be anything."""
     # XLA for CPU (seen in jax 0.10.2) widens a bfloat16 operand before it gathers, and as the pool
     # is the same in every step, moves that float32 copy of the whole pool in front of the loop.
     # Behind this barrier the pool seems to change with the step: only what is read gets widened.
@@ -148,7 +148,7 @@ def _attend(
 
 
 def _merge_rows(partial: _Partial, R: int) -> tuple[_Partial, Int[Array, ""]]:
-    """Merges neighbours of one row; returns as many entries, and the index of the last in use.
+    """Merge neighbours of one row; return as many entries, and the index of the last in use.
 
     Sums go by scatter, not by a 0/1 matrix: a NaN in one row must not reach another. Entries not
     in use have row R (and NaN from 0 / 0 later on), and nobody reads them.

@@ -32,7 +32,7 @@ from tests.pallas_kernels.lowered import (  # noqa: E402
 capabilities = pytest.mark.parametrize("capability", SHARED)
 
 # Of a Llama head and the usual window. A row has some 4 KiB on their way, and a multiprocessor
-# needs 36 KiB to keep the memory busy (see `tuning`).
+# needs 36 KiB to keep the memory busy (see `decode_attention.settings`).
 _ROWS_PER_CORE = 12
 
 
