@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from absl import app, flags, logging
 
@@ -42,6 +42,16 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """Print what a user should know to standard error, a line each.
+
+    Args:
+        notes: a sentence each, such as those of `checkpoints.models.StoredModel`.
+    """
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmc_jax.checkpoints.models import load_model
+from dmc_jax.checkpoints.models import open_model
 from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, RunConfig, StageConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.prepare import prepare
@@ -117,7 +117,7 @@ dense_directory = train(
 # Measured on validation text with the 0/1 decisions of inference; the ratio is tokens per slot.
 
 # %%
-dense, model = load_model(dense_directory), load_model(directory)
+dense, model = open_model(dense_directory), open_model(directory)
 results = {}
 for name, loaded in {"dense": dense, "DMC": model}.items():
     results[name] = evaluate(

@@ -102,6 +102,7 @@ def prepare(
         report(f"already prepared: {output}")
         return open_data(output)
     with appears_when_complete(output) as folder:
+        folder.mkdir()
         _fill(folder, corpus, request, tokenizer, workers, report)
     return open_data(output)
 

@@ -5,13 +5,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dmc_jax.checkpoints.metadata import Metadata
+
 # Blue and orange of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _MEASURED, _TARGET = "#0072B2", "#D55E00"
 _QUIET = "#8A8A8A"
 _INCHES_PER_CELL = 0.62, 0.36
 
 
-def curves(run: dict, metrics: list[dict], stages: list[dict]) -> Figure:
+def curves(run: dict, metrics: list[dict], stages: list[Metadata]) -> Figure:
     """Loss, ratio, compression loss and learning rate over the steps of the whole run."""
     ends = _stage_ends(run, stages)
     names = ["loss", "ratio", "compression_loss", "learning_rate"]
@@ -51,9 +53,9 @@ _LABELS = {
 }
 
 
-def _stage_ends(run: dict, stages: list[dict]) -> dict[str, int]:
+def _stage_ends(run: dict, stages: list[Metadata]) -> dict[str, int]:
     """Last step of every stage in the directory, counted over the run as metrics.jsonl does."""
-    names = [stage["stage"] for stage in stages]
+    names = [metadata.stage for metadata in stages]
     ends = np.cumsum([run[name]["steps"] for name in names])
     return {name: int(end) for name, end in zip(names, ends, strict=True)}
 
@@ -65,11 +67,11 @@ def _plot(axes: Axes, metrics: list[dict], name: str, colour: str, label: str, *
         axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4, **style)
 
 
-def _plot_validation(axes: Axes, stages: list[dict], ends: dict[str, int]) -> None:
+def _plot_validation(axes: Axes, stages: list[Metadata], ends: dict[str, int]) -> None:
     points = [
-        (ends[m["stage"]], m["validation"]["loss"])
+        (ends[m.stage], m.validation["loss"])
         for m in stages
-        if "validation" in m and m["stage"] in ends
+        if m.validation is not None and m.stage in ends
     ]
     if points:
         axes.plot(*zip(*points, strict=True), "o", color=_TARGET, label="validation", clip_on=False)

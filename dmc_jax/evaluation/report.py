@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from dmc_jax.checkpoints.run_directory import latest, load_metadata
+from dmc_jax.checkpoints.metadata import load_metadata
+from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.config import STAGES
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.plots import curves, heatmap
@@ -33,8 +34,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     if not stages:
         raise UserError(f"{run_dir} holds no complete checkpoint yet: nothing to report")
     # The model that the run is for: the last that merges and was measured.
-    final = next((m for m in reversed(stages) if m["mode"] == "dmc" and "validation" in m), None)
-    measured = None if final is None else final["validation"]
+    final = next((m for m in reversed(stages) if m.settings and m.validation), None)
+    measured = final and final.validation
     target = run["compression"]["ratio"]
     warning = None if measured is None else collapse(measured["ratio_by_layer"], target)
 
@@ -45,13 +46,19 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     if measured is None:
         picture.unlink(missing_ok=True)  # of an earlier run that was started afresh
     else:
-        heatmap(measured, target, f"{run['name']}, {final['stage']}").savefig(picture)
+        heatmap(measured, target, f"{run['name']}, {final.stage}").savefig(picture)
     summary = {
         "name": run["name"],
         "target_ratio": target,
         "collapse": warning,
         "stages": [
-            {key: m.get(key) for key in ("stage", "step", "mode", "threshold", "validation")}
+            {
+                "stage": m.stage,
+                "step": m.step,
+                "mode": "dmc" if m.settings else "dense",
+                "threshold": m.threshold,
+                "validation": m.validation,
+            }
             for m in stages
         ],
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dmc_jax.checkpoints.models import load_model, load_own_tokenizer
+from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, load_tokenizer_of
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
@@ -101,7 +101,7 @@ class Engine:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike | StoredModel,
         *,
         kv_bytes: int = 2**28,
         max_sequences: int = 8,
@@ -112,15 +112,15 @@ class Engine:
         budget: int | None = None,
         **options: Any,
     ) -> "Engine":
-        """Make an engine for a checkpoint of ours.
+        """Make an engine for a checkpoint, ours or of another format.
 
         Args:
-            path: a run's directory, a stage of it, or a step.
+            path: as in `find_model`, or the model found or loaded already.
             kv_bytes: of keys and values in the pool.
             max_sequences: that run at a time.
             policy: a name in `policies.choice`, such as "dense" to let a DMC model take a slot for
                 every token; None: what the model was trained for.
-            tokenizer: SentencePiece file; None: where it was in training.
+            tokenizer: its file; None: where it was in training, or came along.
             dtype: of the forward pass and the cache; None: that of training, but float32 on a
                 CPU, where XLA copies the whole pool to write to a bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
@@ -131,18 +131,22 @@ class Engine:
             UserError: no checkpoint there, another tokenizer, an unknown policy, or as for an
                 engine.
         """
-        model = load_model(path)
-        trained = model.metadata["run"]["compute_dtype"]
+        model = path if isinstance(path, StoredModel) else find_model(path)
+        keeps = policy_for(
+            model.settings, model.threshold, name=policy, window=window, budget=budget
+        )
+        if dtype is None:
+            on_cpu = jax.default_backend() == "cpu"
+            dtype = "float32" if on_cpu else model.metadata.compute_dtype
+        text = load_tokenizer_of(model, tokenizer)
         return cls(
-            model.params,
+            model.params if isinstance(model, LoadedModel) else model.load(dtype=dtype).params,
             model.config,
-            load_own_tokenizer(model, tokenizer),
-            policy=policy_for(
-                model.settings, model.threshold, name=policy, window=window, budget=budget
-            ),
+            text,
+            policy=keeps,
             kv_bytes=kv_bytes,
             max_sequences=max_sequences,
-            dtype=dtype or (trained if jax.default_backend() != "cpu" else "float32"),
+            dtype=dtype,
             **options,
         )
 

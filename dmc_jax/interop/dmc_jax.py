@@ -1,5 +1,6 @@
 """Our own checkpoints as one format among others: opened as a `Source`, written from any."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,19 +8,10 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from dmc_jax.checkpoints.models import find_checkpoint, tokenizer_path
-from dmc_jax.checkpoints.run_directory import load_metadata
+from dmc_jax.checkpoints.metadata import FORMAT, Metadata, Origin, load_metadata
+from dmc_jax.checkpoints.models import tokenizer_path
+from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import open_for_saving
-from dmc_jax.config import (
-    CompressionConfig,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    StageConfig,
-    from_dict,
-    to_dict,
-)
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import fingerprint
 from dmc_jax.errors import UserError
 from dmc_jax.interop.huggingface import tokenizer_files
@@ -36,29 +28,22 @@ from dmc_jax.interop.parameters import (
 )
 from dmc_jax.interop.source import Source, Tensor
 
-# Tokens per window that evaluation takes by default, where training did not say.
-_EVALUATED_LENGTH = 4096
-
 
 def open_dmc_jax(path: str | os.PathLike) -> Source:
     """Open a checkpoint of ours as every other format is opened.
 
     Args:
-        path: as in `find_checkpoint`.
+        path: a run directory, a stage of it or a step.
 
     Raises:
         UserError: no checkpoint there, or a damaged one.
     """
-    ref = find_checkpoint(path)
+    ref = latest(path)
+    if ref is None:
+        raise UserError(f"no complete checkpoint of {FORMAT} in {path}")
     metadata = load_metadata(ref)
-    try:
-        config = from_dict(ModelConfig, metadata["run"]["model"])
-        settings = from_dict(DMCSettings, metadata["run"]["dmc"])
-        mode, threshold = metadata["mode"], float(metadata["threshold"])
-        tokenizer = tokenizer_path(ref, metadata)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the metadata of {ref.path} is damaged: {error!r}") from None
-    shapes = leaf_shapes(config)
+    tokenizer = tokenizer_path(ref, metadata)
+    shapes = leaf_shapes(metadata.model)
     arrays = open_arrays(ref.path / "state", list(shapes))
     for leaf, array in arrays.items():
         if array.shape != shapes[leaf]:
@@ -71,13 +56,13 @@ def open_dmc_jax(path: str | os.PathLike) -> Source:
         beside = tokenizer_files(tokenizer.parent)
         files = (tokenizer, *(file for file in beside if file != tokenizer))
     # In the order of our leaves: the layers of a stack are read one after the other.
-    table = sorted(places(config).items(), key=lambda item: item[1].leaf)
+    table = sorted(places(metadata.model).items(), key=lambda item: item[1].leaf)
     return Source(
-        format="orbax",
+        format=FORMAT,
         path=ref.path,
-        config=config,
-        settings=settings if mode == "dmc" else None,
-        threshold=threshold,
+        config=metadata.model,
+        settings=metadata.settings,
+        threshold=metadata.threshold,
         tensors={name: _tensor(ref.path, arrays[p.leaf], p) for name, p in table},
         tokenizer=files,
     )
@@ -112,14 +97,20 @@ def write_dmc_jax(
         OSError: the disk is full.
         UserError: the source is damaged.
     """
-    stage = "pretrain" if source.settings is None else "finetune"
-    tokenizer = copy_tokenizer(source.tokenizer, folder / "tokenizer")
     shapes, dtypes = leaf_shapes(source.config), leaf_dtypes(source, dtype)
+    metadata = metadata_of(source, dtypes["embedding"])
+    tokenizer = copy_tokenizer(source.tokenizer, folder / "tokenizer")
+    if tokenizer is not None:
+        metadata = dataclasses.replace(
+            metadata,
+            # Relative to the step's folder, so that the run directory may be moved.
+            tokenizer=f"../../tokenizer/{tokenizer}",
+            tokenizer_sha256=fingerprint(folder / "tokenizer" / tokenizer),
+        )
     stand_ins = {leaf: np.zeros((1,) * len(shapes[leaf]), dtypes[leaf]) for leaf in shapes}
-    with open_for_saving(folder, stage, keep=1) as saver:
-        about = _metadata(source, stage, folder, tokenizer, str(dtypes["embedding"]))
-        saver.save(0, {"params": unflatten(stand_ins)}, {}, about)
-    state = folder.absolute() / stage / "0" / "state"
+    with open_for_saving(folder, metadata.stage, keep=1) as saver:
+        saver.save(metadata.step, {"params": unflatten(stand_ins)}, {}, metadata)
+    state = folder.absolute() / metadata.stage / str(metadata.step) / "state"
     table, arrays = places(source.config), {}
     for name, tensor in source.tensors.items():
         place = table[name]
@@ -140,32 +131,20 @@ def write_dmc_jax(
         progress(tensor.nbytes)
 
 
-def _metadata(source: Source, stage: str, folder: Path, tokenizer: str | None, dtype: str) -> dict:
-    """What training writes beside the arrays (see `stages.describe`), for a converted model."""
-    none = StageConfig(steps=1, learning_rate=0.0)
-    run = RunConfig(
-        name="converted",
+def metadata_of(source: Source, dtype: np.dtype | None = None) -> Metadata:
+    """What a checkpoint of ours with the same model says of itself, but for its tokenizer.
+
+    Args:
+        source: the checkpoint; a dense model counts as pretrained, a DMC model as fine-tuned.
+        dtype: of the weights, where they are written in another than the source's.
+    """
+    dtype = dtype or source.tensors["model.embed_tokens.weight"].dtype
+    return Metadata(
+        stage="pretrain" if source.settings is None else "finetune",
+        step=0,
         model=source.config,
-        dmc=source.settings or DMCSettings(),
-        compression=CompressionConfig(),
-        pretrain=none,
-        zero_out=none,
-        retrofit=none,
-        finetune=none,
-        data=DataConfig(path="", length=max(2, min(source.config.max_length, _EVALUATED_LENGTH))),
-        stages=stage,
-        compute_dtype="float32" if dtype == "float32" else "bfloat16",
+        settings=source.settings,
+        threshold=source.threshold,
+        compute_dtype="float32" if dtype == np.float32 else "bfloat16",
+        converted_from=Origin(source.format, str(source.path.absolute())),
     )
-    return {
-        "format": "dmc_jax",
-        "stage": stage,
-        "step": 0,
-        "mode": "dense" if source.settings is None else "dmc",
-        "threshold": source.threshold,
-        "run": to_dict(run),
-        "data": "",
-        # Relative to the step's folder, so that the run directory may be moved.
-        "tokenizer": f"../../tokenizer/{tokenizer}" if tokenizer else "",
-        "tokenizer_sha256": fingerprint(folder / "tokenizer" / tokenizer) if tokenizer else None,
-        "converted_from": {"format": source.format, "path": str(source.path.absolute())},
-    }

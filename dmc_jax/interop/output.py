@@ -42,6 +42,7 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(appears_when_complete(output))
+            folder.mkdir()
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from None
         yield folder

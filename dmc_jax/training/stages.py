@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmc_jax.config import RunConfig, to_dict
+from dmc_jax.checkpoints.metadata import Metadata
+from dmc_jax.config import RunConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
 from dmc_jax.model.causal_attention import evaluation_attention
@@ -28,20 +29,21 @@ def finish_stage(stage: str, state: TrainState) -> TrainState:
     )
 
 
-def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> dict:
+def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> Metadata:
     """Metadata of any checkpoint: enough to load and run it without its config file."""
-    return {
-        "format": "dmc_jax",
-        "stage": stage,
-        "step": step,
+    return Metadata(
+        stage=stage,
+        step=step,
+        model=run.model,
         # After zero_out no head merges yet, but the decision channel has left attention.
-        "mode": "dense" if stage == "pretrain" else "dmc",
-        "threshold": 0.0,
-        "run": to_dict(run),
-        "data": str(data.path.absolute()),
-        "tokenizer": str(data.tokenizer_path.absolute()),
-        "tokenizer_sha256": data.manifest["tokenizer_sha256"],
-    }
+        settings=None if stage == "pretrain" else run.dmc,
+        threshold=0.0,
+        compute_dtype=run.compute_dtype,
+        data=str(data.path.absolute()),
+        tokenizer=str(data.tokenizer_path.absolute()),
+        tokenizer_sha256=data.manifest["tokenizer_sha256"],
+        run=run,
+    )
 
 
 def assess(
@@ -50,7 +52,7 @@ def assess(
     """Measurements at the end of a stage: calibrated threshold and validation figures.
 
     Returns:
-        Metadata entries `threshold` and `validation`.
+        Fields `threshold` and `validation` of `Metadata`.
     """
     policy = policy_for(None if stage == "pretrain" else run.dmc)
     rows = min(run.data.batch // run.accumulation, run.eval_windows)

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, and no failure ever passes for one."""
 
+import dataclasses
 import errno
 import logging
 import os
@@ -20,13 +21,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dmc_jax.checkpoints import states
-from dmc_jax.checkpoints.run_directory import (
-    CheckpointRef,
-    latest,
-    load_metadata,
-    write_metadata,
-)
+from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
+from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.errors import UserError
+from dmc_jax.model.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,11 +69,16 @@ def assert_bit_equal(actual, expected):
         assert words(a) == words(b), path
 
 
-def save(run, stage="retrofit", steps=(1,), keep=3, state=None, data_state=None, **metadata):
+def about(step=1, **more):
+    return Metadata("retrofit", step, PRESETS["tiny"], None, 0.0, "float32", **more)
+
+
+def save(run, stage="retrofit", steps=(1,), keep=3, state=None, data_state=None, **more):
     state = make_state() if state is None else state
     with states.open_for_saving(run, stage, keep) as saver:
         for step in steps:
-            saver.save(step, state, {"at": step} if data_state is None else data_state, metadata)
+            at = {"at": step} if data_state is None else data_state
+            saver.save(step, state, at, about(step, **more))
     return latest(run)
 
 
@@ -90,7 +93,7 @@ def the_state_may_be_donated_as_soon_as_save_returns_test(tmp_path):
     expected = jax.tree.map(np.array, state)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     with states.open_for_saving(tmp_path, "retrofit", 1) as saver:
-        saver.save(1, state, {}, {})
+        saver.save(1, state, {}, about())
         jax.block_until_ready(step(state))
     restored = states.load_state(latest(tmp_path), abstract(expected))
     np.testing.assert_array_equal(restored["params"], expected["params"])
@@ -141,24 +144,26 @@ def the_data_state_comes_back_as_it_was_given_test(tmp_path, data_state):
 
 
 def metadata_can_be_rewritten_after_the_save_test(tmp_path):
-    ref = save(tmp_path, stage="finetune", ratio=4.0)
-    assert load_metadata(ref) == {"ratio": 4.0}
-    write_metadata(ref, load_metadata(ref) | {"threshold": 0.25})
-    assert load_metadata(ref) == {"ratio": 4.0, "threshold": 0.25}
+    ref = save(tmp_path, stage="finetune", validation={"ratio": 4.0})
+    found = load_metadata(ref)
+    assert found == about(validation={"ratio": 4.0})
+    write_metadata(ref, dataclasses.replace(found, data="elsewhere"))
+    assert load_metadata(ref) == about(validation={"ratio": 4.0}, data="elsewhere")
     assert_bit_equal(states.load_state(ref, abstract(make_state())), make_state())
 
 
 def a_failed_rewrite_leaves_the_former_metadata_test(tmp_path, monkeypatch):
-    ref = save(tmp_path, ratio=4.0)
+    ref = save(tmp_path)
+    files = sorted((ref.path / "metadata").iterdir())
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device .* former metadata is intact"):
-        write_metadata(ref, {"ratio": 5.0})
-    assert load_metadata(ref) == {"ratio": 4.0}
-    assert [file.name for file in (ref.path / "metadata").glob("*.partial")] == []
+        write_metadata(ref, about(data="elsewhere"))
+    assert load_metadata(ref) == about()
+    assert sorted((ref.path / "metadata").iterdir()) == files
 
 
 def metadata_that_is_not_json_is_refused_before_anything_is_written_test(tmp_path):
@@ -166,7 +171,7 @@ def metadata_that_is_not_json_is_refused_before_anything_is_written_test(tmp_pat
         states.open_for_saving(tmp_path, "retrofit", 1) as saver,
         pytest.raises(TypeError, match="not JSON serializable"),
     ):
-        saver.save(1, make_state(), {}, {"ratio": np.float32(4)})
+        saver.save(1, make_state(), {}, about(validation={"ratio": np.float32(4)}))
     assert latest(tmp_path) is None
 
 
@@ -250,10 +255,10 @@ def an_existing_step_is_never_overwritten_test(tmp_path):
             pytest.raises(UserError, match="step 5 is there"),
             states.open_for_saving(tmp_path, "retrofit", 2) as saver,
         ):
-            saver.save(step, {"params": jnp.ones(2)}, {}, {})
+            saver.save(step, {"params": jnp.ones(2)}, {}, about())
     with states.open_for_saving(tmp_path, "retrofit", 2, resumed_step=5) as saver:
-        assert saver.save(5, {"params": jnp.ones(2)}, {}, {}) is False
-        assert saver.save(6, {"params": jnp.ones(2)}, {}, {}) is True
+        assert saver.save(5, {"params": jnp.ones(2)}, {}, about()) is False
+        assert saver.save(6, {"params": jnp.ones(2)}, {}, about()) is True
     ref = latest(tmp_path / "retrofit" / "5")
     assert not np.any(states.load_params(ref, jax.ShapeDtypeStruct((2,), jnp.float32)))
 
@@ -305,6 +310,14 @@ def orbax_can_be_told_to_keep_its_progress_to_itself_test(tmp_path, monkeypatch)
     assert seen == ["of the run itself"]
 
 
+ABOUT = """
+from dmc_jax.checkpoints.metadata import Metadata
+from dmc_jax.model.presets import PRESETS
+
+def about(step):
+    return Metadata("retrofit", step, PRESETS["tiny"], None, 0.0, "float32")
+"""
+
 # A limit on a file's size stands for a full disk: the write fails in Orbax's thread, with an errno.
 WRITE_TO_A_FULL_DISK = """
 import resource, sys
@@ -314,11 +327,11 @@ from dmc_jax.checkpoints.run_directory import latest
 
 state = {"params": jax.random.normal(jax.random.key(0), (1 << 18,))}
 saver = states.open_for_saving(sys.argv[1], "retrofit", 1)
-saver.save(1, state, {}, {})
+saver.save(1, state, {}, about(1))
 saver.wait()
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-saver.save(2, state, {}, {})
+saver.save(2, state, {}, about(2))
 try:
     saver.wait()
 except OSError as error:
@@ -328,7 +341,7 @@ found = latest(sys.argv[1])
 print("newest", found.step)
 loaded = states.load_state(found, state)
 print("equal", bool((loaded["params"] == state["params"]).all()))
-saver.save(2, state, {}, {})
+saver.save(2, state, {}, about(2))
 saver.close()
 print("then", latest(sys.argv[1]).step)
 """
@@ -341,7 +354,7 @@ def run_python(code, *arguments):
 
 
 def a_full_disk_is_one_clear_error_and_the_previous_checkpoint_stays_test(tmp_path):
-    process = run_python(WRITE_TO_A_FULL_DISK, tmp_path)
+    process = run_python(ABOUT + WRITE_TO_A_FULL_DISK, tmp_path)
     output, _ = process.communicate(timeout=120)
     lines = output.splitlines()
     assert len(lines) == 4, output
@@ -360,14 +373,14 @@ from dmc_jax.checkpoints.run_directory import latest
 
 with states.open_for_saving(sys.argv[1], "retrofit", 2) as saver:
     for step in range(1, 10_000):
-        saver.save(step, {"params": jnp.full((64, 1 << 14), step)}, {}, {"step": step})
+        saver.save(step, {"params": jnp.full((64, 1 << 14), step)}, {}, about(step))
         print(step, flush=True)
 """
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.005, 0.02])
 def a_kill_in_mid_save_leaves_a_whole_checkpoint_test(tmp_path, delay):
-    process = run_python(SAVE_FOR_EVER, tmp_path)
+    process = run_python(ABOUT + SAVE_FOR_EVER, tmp_path)
     while process.stdout.readline() != "4\n":
         assert process.poll() is None
     time.sleep(delay)
@@ -375,7 +388,7 @@ def a_kill_in_mid_save_leaves_a_whole_checkpoint_test(tmp_path, delay):
     process.communicate()
     found = latest(tmp_path)
     assert found.step >= 3  # saving 4 began, so saving 3 had ended
-    assert load_metadata(found) == {"step": found.step}
+    assert load_metadata(found) == about(found.step)
     params = states.load_params(found, jax.ShapeDtypeStruct((64, 1 << 14), jnp.int32))
     assert bool((params == found.step).all())
     save(tmp_path, steps=(found.step + 1,), state={"params": jnp.zeros(2)})

@@ -6,8 +6,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints.metadata import Metadata, to_json
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.report import write_report
+from dmc_jax.model.presets import PRESETS
 
 STEPS = {"pretrain": 40, "zero_out": 5, "retrofit": 20, "finetune": 30}
 
@@ -44,20 +47,22 @@ def make_run(path, stages, by_head, target=4.0):
     for stage in stages:
         folder = path / stage / str(STEPS[stage])
         merges = stage in ("retrofit", "finetune")
-        about = {
-            "stage": stage,
-            "step": STEPS[stage],
-            "mode": "dmc" if merges else "dense",
-            "threshold": -0.375 if merges else 0.0,
-            "validation": figures(by_head if merges else [[1.0] * len(row) for row in by_head]),
-        }
-        if stage == "zero_out":  # interrupted before it was measured
-            del about["validation"]
+        measured = figures(by_head if merges else [[1.0] * len(row) for row in by_head])
+        about = Metadata(
+            stage=stage,
+            step=STEPS[stage],
+            model=PRESETS["tiny"],
+            settings=DMCSettings() if merges else None,
+            threshold=-0.375 if merges else 0.0,
+            compute_dtype="float32",
+            # zero_out was interrupted before it was measured
+            validation=None if stage == "zero_out" else measured,
+        )
         for name, content in (
             ("_CHECKPOINT_METADATA", {}),
             ("state/_METADATA", {}),
             ("data/metadata", {}),
-            ("metadata/metadata", about),
+            ("metadata/metadata", to_json(about)),
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(content))

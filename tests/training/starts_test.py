@@ -135,26 +135,27 @@ def a_config_of_another_model_is_refused_before_anything_is_written_test(
 ):
     other = dataclasses.replace(run, model=dataclasses.replace(run.model, **change))
     with pytest.raises(UserError, match=message):
-        starts.initial_checkpoint(other)
+        starts.initial_model(other)
     assert list(tmp_path.iterdir()) == []
 
 
 def how_the_config_spells_equal_layers_and_the_length_does_not_matter_test(run):
     model = dataclasses.replace(run.model, kv_heads=(2, 2), max_length=4096)
-    assert starts.initial_checkpoint(dataclasses.replace(run, model=model)) is None
+    found = starts.initial_model(dataclasses.replace(run, model=model))
+    assert found.format == "huggingface"
 
 
 def text_of_another_tokenizer_is_refused_test(run, tmp_path):
     write_checkpoint(tmp_path / "hf", SIZES, random_weights(SIZES))
     train_sentencepiece(["another text altogether " * 50], 280, tmp_path / "hf/tokenizer.model")
     other = dataclasses.replace(run, init_from=str(tmp_path / "hf"))
-    with pytest.raises(UserError, match="has another tokenizer than the one of"):
-        starts.initial_checkpoint(other)
+    with pytest.raises(UserError, match="trained with another tokenizer than the one of"):
+        starts.initial_model(other)
     (tmp_path / "hf/tokenizer.model").unlink()  # without one there is nothing to compare
-    assert starts.initial_checkpoint(other) is None
+    assert starts.initial_model(other).tokenizer is None
 
 
 def a_folder_of_no_known_format_is_refused_as_before_test(run, tmp_path):
     other = dataclasses.replace(run, init_from=str(tmp_path))
     with pytest.raises(UserError, match="no complete checkpoint in"):
-        starts.initial_checkpoint(other)
+        starts.initial_model(other)
