@@ -31,7 +31,7 @@ from dmc_jax.evaluation.tables import ComparisonRow, collapse, comparison_table,
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.causal_attention import evaluation_attention
-from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import state_of
@@ -116,7 +116,7 @@ def measure(model: LoadedModel) -> Evaluation:
         model.config,
         data,
         "test",
-        policy=policy_for(model.settings, model.threshold),
+        policy=model.policy,
         length=run.data.length,
         batch=16,
         dtype=run.compute_dtype,
@@ -133,7 +133,9 @@ for name, directory, steps in (
 ):
     model = open_model(directory)
     measured = measure(model)
-    note = collapse(measured.ratio_by_layer, run.compression.ratio) if model.settings else None
+    note = None
+    if isinstance(model.policy, DMC):
+        note = collapse(measured.ratio_by_layer, run.compression.ratio)
     rows.append(ComparisonRow(name, steps, measured, model.config, note or ""))
 table = comparison_table(rows)
 

@@ -30,7 +30,6 @@ from dmc_jax.evaluation.tables import head_table
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import Llama, count_parameters
-from dmc_jax.policies.choice import policy_for
 from dmc_jax.policies.policy import attend_whole
 from dmc_jax.training.loop import train
 
@@ -125,7 +124,7 @@ for name, loaded in {"dense": dense, "DMC": model}.items():
         loaded.config,
         data,
         "validation",
-        policy=policy_for(loaded.settings, loaded.threshold),
+        policy=loaded.policy,
         length=run.data.length,
         batch=16,
         limit=128,
@@ -157,8 +156,7 @@ if "get_ipython" in globals():  # in a notebook
 sentence = "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n"
 tokenizer = load_tokenizer(model.tokenizer)
 ids = encode_prompt(tokenizer, sentence)
-policy = policy_for(model.settings, model.threshold)
-attend = attend_whole(policy, model.config, jnp.arange(len(ids))[None])
+attend = attend_whole(model.policy, model.config, jnp.arange(len(ids))[None])
 output = Llama(model.config).apply({"params": model.params}, jnp.array([ids]), attend=attend)
 appends = np.concatenate([record.appends for record in output.records])[:, 0]  # [L, T, K]
 
