@@ -12,7 +12,7 @@ from dmc_jax.errors import RunFailure, UserError
 
 
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
-    """Runs a command's `main` under absl; expected failures become one line and an exit code.
+    """Run a command's `main` under absl; expected failures become one line and an exit code.
 
     Exit codes: what `main` returns (None is 0); 2 for a `UserError`, an unknown or illegal flag or
     a stray argument; 1 for a `RunFailure` or an `OSError` such as a full disk; 130 for Ctrl-C.
@@ -83,7 +83,7 @@ def stop_requests(notice: str) -> Iterator[list[int]]:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
+    """Parse absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
     try:
         left = flags.FLAGS(argv)
     except (KeyError, AttributeError, TypeError, OSError) as error:

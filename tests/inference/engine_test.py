@@ -421,7 +421,7 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
     loaded = models.LoadedModel(
         path="run",
         format="dmc_jax",
-        metadata=Metadata("finetune", 1, config, DMC(SETTINGS, HALF), compute_dtype="float32"),
+        metadata=Metadata("finetune", 1, config, DMC(SETTINGS, HALF), "float32"),
         tokenizer="its own",
         tokenizer_sha256=frozenset(["its own"]),
         read_params=None,

@@ -85,7 +85,7 @@ def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, unbroken, mon
     for stage in tiny_run.stage_names:
         ours, theirs = open_model(resumed / stage), open_model(unbroken / stage)
         assert_same(ours.params, theirs.params)
-        assert ours.metadata["validation"] == theirs.metadata["validation"]
+        assert ours.metadata.validation == theirs.metadata.validation
     before = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
     train(tiny_run, quiet=True)  # nothing is left to do
     after = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
