@@ -63,7 +63,7 @@ def _split_over(mesh: Mesh, attention: CausalAttention) -> CausalAttention:
     """The same attention, every device with its own sequences and heads."""
 
     def attend(q, k, v, key_bias=None, *, scale, segment_ids=None):
-        # As in `training.sharding`: heads that do not divide are everywhere.
+        # As in `model.sharding`: heads that do not divide are everywhere.
         heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
         batch = ("data", "fsdp")
         given = {"key_bias": key_bias, "segment_ids": segment_ids}
