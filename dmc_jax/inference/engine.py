@@ -265,7 +265,7 @@ class Engine:
     def stream(
         self, prompts: int | str | Sequence[Prompt], params: Params = None
     ) -> Iterator[Event]:
-        """Events of some sequences as they come, until all have ended; others run meanwhile.
+        """Yield events of some sequences as they come, until all have ended; others run meanwhile.
 
         Args:
             prompts: the id of a sequence, or prompts to submit. These are cancelled if the iterator

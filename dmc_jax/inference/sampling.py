@@ -71,7 +71,7 @@ _DTYPES = {"top_k": np.int32, "seed": np.uint32}
 
 
 def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
-    """One array per number, in NumPy; B is the length of `params`."""
+    """Stack the numbers, one NumPy array each; B is the length of `params`."""
     drawn = [one for one in params if one.temperature > 0]
     return SamplingArrays(
         **{
@@ -87,7 +87,7 @@ def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
 
 
 def token_keys(seeds: UInt32[Array, " B"], index: Int[Array, " B"]) -> Key[Array, " B"]:
-    """Key of each sequence's token `index`, whoever else is in the batch.
+    """Make the key of each sequence's token `index`, whoever else is in the batch.
 
     Args:
         seeds: of the sequences.
