@@ -39,7 +39,8 @@ from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.perplexity import Evaluation
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.evaluation.tables import ComparisonRow, collapse, comparison_table, head_table
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import state_of
 
@@ -123,8 +124,7 @@ def measure(model: LoadedModel) -> Evaluation:
         model.config,
         data,
         "test",
-        settings=model.settings,
-        threshold=model.threshold,
+        policy=model.policy,
         length=run.data.length,
         batch=16,
         dtype=run.compute_dtype,
@@ -141,7 +141,9 @@ for name, directory, steps in (
 ):
     model = dmc.load(directory)
     measured = measure(model)
-    note = collapse(measured.ratio_by_layer, run.compression.ratio) if model.settings else None
+    note = None
+    if isinstance(model.policy, DMC):
+        note = collapse(measured.ratio_by_layer, run.compression.ratio)
     rows.append(ComparisonRow(name, steps, measured, model.config, note or ""))
 table = comparison_table(rows)
 

@@ -37,8 +37,8 @@ from dmc_jax.data.prepare import prepare
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.evaluation.tables import head_table
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, count_parameters
+from dmc_jax.policies.policy import attend_whole
 
 logging.set_verbosity(logging.INFO)  # shows the progress of training
 
@@ -131,8 +131,7 @@ for name, loaded in {"dense": dense, "DMC": model}.items():
         loaded.config,
         data,
         "validation",
-        settings=loaded.settings,
-        threshold=loaded.threshold,
+        policy=loaded.policy,
         length=run.data.length,
         batch=16,
         limit=128,
@@ -156,30 +155,28 @@ if "get_ipython" in globals():  # in a notebook
 
 # %% [markdown]
 # ## Which tokens share a slot
-# The attention function is an argument of the model. With hard decisions it returns, per layer, KV
-# head and token, whether the token was merged into the slot before it. Each pair of brackets is one
-# slot of the cache. A slot's average covers its last `window` tokens.
+# The attention function is an argument of the model. It returns, per layer, KV head and token,
+# whether the token took a slot of its own or was merged into the one before. Each pair of brackets
+# is one slot of the cache. A slot's average covers its last `window` tokens.
 
 # %%
 sentence = "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n"
 tokenizer = load_tokenizer(model.tokenizer)
 ids = encode_prompt(tokenizer, sentence)
-attend = modes.compressed(
-    model.config, model.settings, jnp.arange(len(ids))[None], threshold=model.threshold
-)
+attend = attend_whole(model.policy, model.config, jnp.arange(len(ids))[None])
 output = Llama(model.config).apply({"params": model.params}, jnp.array([ids]), attend=attend)
-merged = np.concatenate([record.merged for record in output.records])[:, 0]  # [L, T, K]
+appends = np.concatenate([record.appends for record in output.records])[:, 0]  # [L, T, K]
 
 ratios = np.array(results["DMC"].ratio_by_head)  # [L, K]
 layer, head = np.unravel_index(np.abs(ratios - results["DMC"].ratio).argmin(), ratios.shape)
 slots = []
-for token, joins in zip(ids, merged[layer, :, head], strict=True):
+for token, opens in zip(ids, appends[layer, :, head], strict=True):
     text = "<s>" if token == tokenizer.bos_id else tokenizer.decode([token])
     text = text.replace("\n", "\\n")
-    if joins:
-        slots[-1] += f"|{text}"
-    else:
+    if opens:
         slots.append(text)
+    else:
+        slots[-1] += f"|{text}"
 print(f"layer {layer}, KV head {head}: {len(ids)} tokens in {len(slots)} slots")
 print("".join(f"[{slot}]" for slot in slots))
 
