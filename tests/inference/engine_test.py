@@ -191,7 +191,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
     rng = np.random.default_rng(5)
     prompts, params = some_prompts(200, seed=1, longest=10), some_params(200, seed=2, longest=20)
     engine = build_engine(tiny_model, pages=TINY)
-    compiled = programs.next_tokens._cache_size()
+    compiled = programs.read_tokens._cache_size()
     ids, results, texts = [], {}, {}
     while len(results) < len(prompts):
         for _ in range(rng.integers(0, 3)):
@@ -213,7 +213,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
         else:
             assert what_was_said(results[one]) == what_was_said(expected)
     assert engine.free_pages == TINY
-    assert programs.next_tokens._cache_size() - compiled <= 1
+    assert programs.read_tokens._cache_size() - compiled <= 1
 
 
 def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
