@@ -116,14 +116,19 @@ def memories_of(device_bytes: int) -> dict[str, int]:
     return memories
 
 
-def compare(results: list[dict]) -> list[dict]:
-    """The best of the largest batches against dense's, at equal memory."""
+def largest(results: list[dict]) -> dict[tuple, dict]:
+    """The fastest of the largest batches, by memory, prompt, new tokens and ratio."""
     best: dict[tuple, dict] = {}
     for one in results:
         if "tokens_per_second" in one and one["memory"]:
             key = one["memory"], one["prompt"], one["new"], one["ratio"]
             best[key] = max(one, best.get(key, one), key=lambda x: x["tokens_per_second"])
-    found = []
+    return best
+
+
+def compare(results: list[dict]) -> list[dict]:
+    """The largest batches against dense's, at equal memory."""
+    best, found = largest(results), []
     for (memory, prompt, new, ratio), one in best.items():
         dense = best.get((memory, prompt, new, 1))
         if ratio > 1 and dense:
@@ -186,34 +191,38 @@ def _print_row(result: dict) -> None:
 
 
 def plot(report: dict, file: Path) -> None:
-    """Tokens a second against batch; dashed, what reading weights and cache alone would allow."""
+    """Tokens a second at equal memory, and how many times dense's that is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    results = [one for one in report["results"] if "tokens_per_second" in one]
-    lengths = sorted({(one["prompt"], one["new"]) for one in results})
-    if not lengths:
+    best = largest(report["results"])
+    shown = next(iter(best), None)
+    if shown is None:
         return
-    figure = Figure(figsize=(5 * len(lengths), 4), dpi=120, layout="constrained")
+    lengths = sorted({(prompt, new) for memory, prompt, new, _ in best if memory == shown[0]})
+    figure = Figure(figsize=(4 * len(lengths), 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, length in zip(
         figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
     ):
-        for ratio, colour in zip(RATIOS, ("#8A8A8A", "#0072B2", "#D55E00"), strict=True):
-            of = [x for x in results if (x["prompt"], x["new"], x["ratio"]) == (*length, ratio)]
-            of.sort(key=lambda one: one["batch"])
-            label = "dense" if ratio == 1 else f"{ratio}x"
-            batches = [one["batch"] for one in of]
-            axes.plot(
-                batches, [x["tokens_per_second"] for x in of], "o-", color=colour, label=label
-            )
-            floor = [x["floor_weights_and_cache"] for x in of]
-            axes.plot(batches, floor, "--", color=colour, linewidth=0.9)
-        axes.set(xscale="log", yscale="log", xlabel="sequences", ylabel="tokens a second")
+        dense = best.get((shown[0], *length, 1))
+        for at, (ratio, colour) in enumerate(
+            zip(RATIOS, ("#8A8A8A", "#0072B2", "#D55E00"), strict=True)
+        ):
+            one = best.get((shown[0], *length, ratio))
+            if one is None:
+                continue
+            speed = one["tokens_per_second"]
+            bar = axes.bar(at, speed, 0.7, color=colour)
+            more = f"{speed / dense['tokens_per_second']:.1f}x\n" if dense else ""
+            axes.bar_label(bar, [f"{more}{speed:,.0f}\n{one['batch']} sequences"], padding=3)
+        axes.set_xticks(range(len(RATIOS)), ["dense", *(f"DMC {ratio}x" for ratio in RATIOS[1:])])
         axes.set_title(f"prompt {length[0]:,}, {length[1]:,} new tokens", fontsize=10)
-        axes.grid(color="#E6E6E6")
-        axes.legend(frameon=False)
-    figure.suptitle(f"{report['model']}, {report['machine']['device']}", fontweight="bold")
+        axes.set_ylabel("new tokens a second")
+        axes.margins(y=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    what = f"{report['model']} shape on one {report['machine']['device']}, {shown[0]} for each"
+    figure.suptitle(f"{what}; decoding, random weights", fontsize=11)
     figure.savefig(file)
 
 

@@ -212,14 +212,14 @@ def compile_step(setup: Setup, run: Run) -> tuple[jax.stages.Compiled, jax.stage
     def arguments():
         cache = new_cache(setup, run, run.batch, jax.random.key(0))
         logits = jnp.zeros((run.batch, setup.config.vocab_size), jnp.float32)
-        return setup.params, cache, logits, logits > 0, *_of_sequences(setup, run)
+        of_model = setup.params, policy_of(run), cache, logits
+        return of_model, _of_sequences(setup, run)
 
-    params, cache, logits, seen, tokens, active, sampling, index = jax.eval_shape(arguments)
+    (params, policy, cache, logits), (tokens, active, sampling, index) = jax.eval_shape(arguments)
     read = programs.read_tokens.lower(
-        *(params, setup.config, cache, tokens, active),
-        policy=jax.eval_shape(lambda: policy_of(run)),
-        dtype=DTYPE,
+        *(params, setup.config, cache, tokens, active), policy=policy, dtype=DTYPE
     )
+    seen = jax.ShapeDtypeStruct(logits.shape, bool)
     choose = programs.choose_tokens.lower(seen, logits, sampling, index)
     return read.compile(), choose.compile()
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import tiny_4x
 from dmc_jax.checkpoints.metadata import Metadata, Origin, from_json, to_json
-from dmc_jax.config import RunConfig, from_dict
+from dmc_jax.config import RunConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
@@ -29,7 +28,7 @@ TRAINED = Metadata(
     data="/data",
     tokenizer="/data/tokenizer.model",
     tokenizer_sha256="0" * 64,
-    run=from_dict(RunConfig, tiny_4x.get_config().to_dict()),
+    run=RunConfig.named("tiny_4x"),
     validation={"loss": 1.5, "ratio_by_layer": [2.0, 3.0]},
 )
 CONVERTED = dataclasses.replace(TRAINED, run=None, converted_from=Origin("meta", "/llama"))

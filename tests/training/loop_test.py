@@ -191,6 +191,21 @@ def a_run_goes_on_with_other_attention_test(tiny_run, tmp_path, theirs):
     assert json.loads((directory / "config.json").read_text())["attention"] == "auto"
 
 
+def a_stage_that_was_never_run_may_have_had_settings_test(tiny_run, unbroken, tmp_path):
+    """As every stage had in configs written before `pretrain` could be left out."""
+    silent = dataclasses.replace(tiny_run, stages="zero_out,retrofit,finetune", pretrain=None)
+    directory = tmp_path / "begun"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(to_dict(tiny_run)))
+    loop._claim_directory(directory, silent)
+    assert json.loads((directory / "config.json").read_text())["pretrain"] is None
+
+    held = (unbroken / "config.json").read_text()  # this one did pretrain
+    with pytest.raises(UserError, match="holds a run with another pretrain"):
+        loop._claim_directory(unbroken, silent)
+    assert (unbroken / "config.json").read_text() == held
+
+
 def a_checkpoint_of_another_shape_is_refused_test(tiny_run, unbroken):
     wider = dataclasses.replace(
         tiny_run,
