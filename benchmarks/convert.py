@@ -25,7 +25,7 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import Llama3Scaling
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.parameters import places
 from dmc_jax.interop.source import Source, Tensor
@@ -108,8 +108,8 @@ def measure(config: ModelConfig, folder: Path) -> dict:
         "copy": {"seconds": copied, "gb_per_second": size / copied / 1e9},
     }
     for name, arguments in {
-        "huggingface_to_orbax": (f"--input={hf}", f"--output={ours}"),
-        "orbax_to_huggingface": (f"--input={ours}", f"--output={back}"),
+        "huggingface_to_dmc_jax": (f"--input={hf}", f"--output={ours}"),
+        "dmc_jax_to_huggingface": (f"--input={ours}", f"--output={back}"),
     }.items():
         seconds, peak = run(*arguments)
         result[name] = {
@@ -131,7 +131,7 @@ def main() -> None:
             "1b": measure(ONE_BILLION, Path(scratch, "1b")),
         }
     large = models["1b"]
-    for name in ("huggingface_to_orbax", "orbax_to_huggingface"):
+    for name in ("huggingface_to_dmc_jax", "dmc_jax_to_huggingface"):
         alone = models["tiny"][name]["peak_bytes"]
         bound = 1.3 * large["largest_tensor_bytes"] + large["largest_shard_bytes"] + alone
         large[name]["peak_without_program_bytes"] = large[name]["peak_bytes"] - alone

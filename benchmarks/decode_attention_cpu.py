@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_attention.workloads import Workload, make_inputs, ragged_lengths
 

@@ -30,7 +30,7 @@ from benchmarks import random_model
 from benchmarks.random_model import SETTINGS, WIDE
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference import cache as cache_module
 from dmc_jax.inference.paged import decode_step
 from dmc_jax.inference.prefill import prefill

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import random_model
 from benchmarks.random_model import SETTINGS, WIDE, NoText, RandomModel
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 

@@ -29,10 +29,10 @@ from dmc_jax.config import (
 )
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.model.sharding import batch_sharding, make_mesh
 from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.sharding import batch_sharding, make_mesh
 from dmc_jax.training.state import init_state
 from dmc_jax.training.step import make_train_step
 

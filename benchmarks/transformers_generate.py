@@ -23,7 +23,7 @@ import transformers
 
 from benchmarks import random_model
 from dmc_jax.config import ModelConfig
-from dmc_jax.evaluation.report import machine
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.interop.parameters import flatten, places, to_foreign

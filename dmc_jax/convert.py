@@ -1,7 +1,7 @@
 """Other people's checkpoints: `python -m dmc_jax.convert --input=PATH --output=DIR`.
 
 Reads checkpoints of Hugging Face, Meta and Megatron(-DMC) and our own, which it recognises, and
-writes one of ours (`--to=orbax`) or a Hugging Face one. DIR appears only when it is complete.
+writes one of ours (`--to=dmc_jax`) or a Hugging Face one. DIR appears only when it is complete.
 `--verify --input=A --against=B --prompt=TEXT` compares the logits of two checkpoints instead.
 
 Exit codes: 0 done; 1 a failure such as a full disk, or logits further apart than `--tolerance`;
@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 from absl import flags, logging
 
+from dmc_jax import commands
+from dmc_jax.checkpoints.metadata import FORMAT
+from dmc_jax.checkpoints.states import quiet_orbax
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
-from dmc_jax.errors import UserError, run_door
+from dmc_jax.errors import UserError
 from dmc_jax.interop.compare import Comparison, compare, logits_of
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import FORMATS, check_tokenizer, describe, open_source
-from dmc_jax.interop.native import write_native
 from dmc_jax.interop.output import new_folder, progress_of
 from dmc_jax.interop.source import Source
-from dmc_jax.training.checkpoint import quiet_orbax
 
 _INPUT = flags.DEFINE_string("input", None, "Folder of the checkpoint to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.")
@@ -30,8 +32,8 @@ _FROM = flags.DEFINE_enum("from", "auto", ["auto", *FORMATS], "Format of the inp
 _TO = flags.DEFINE_enum(
     "to",
     None,
-    ["orbax", "huggingface"],
-    "Format to write; default: orbax, which is ours, and huggingface for a checkpoint of ours.",
+    [FORMAT, "huggingface"],
+    f"Format to write; default: {FORMAT}, which is ours, and huggingface for a checkpoint of ours.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -69,16 +71,16 @@ def _convert() -> int:
     _refuse("only with --verify", against=_AGAINST.value, prompt=_PROMPT.value)
     source = _open(_INPUT.value, _FROM.value)
     print(describe(source), flush=True)
-    to = _TO.value or ("huggingface" if source.format == "orbax" else "orbax")
+    to = _TO.value or ("huggingface" if source.format == FORMAT else FORMAT)
     dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
     output = Path(_OUTPUT.value)
-    # Orbax takes the source's bytes in, a Hugging Face file is counted as it goes out.
+    # What becomes ours is counted as it comes in, a Hugging Face file as it goes out.
     read = sum(tensor.nbytes for tensor in source.tensors.values())
     written = sum(
         tensor.nbytes // tensor.dtype.itemsize * (dtype or tensor.dtype).itemsize
         for tensor in source.tensors.values()
     )
-    write, counted = (write_native, read) if to == "orbax" else (write_huggingface, written)
+    write, counted = (write_dmc_jax, read) if to == FORMAT else (write_huggingface, written)
     with (
         new_folder(output, written) as folder,
         progress_of(f"writing {output}", counted) as progress,
@@ -147,4 +149,4 @@ def _as_text(text: str, found: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from dmc_jax.errors import UserError, run_door, stop_requests
+from dmc_jax import commands
+from dmc_jax.checkpoints.models import find_model
+from dmc_jax.errors import UserError
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts
 from dmc_jax.inference.requests import Event, Result
@@ -24,7 +26,10 @@ _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's directory, a stage of it, or a step; the newest of `make demo`."
+    "checkpoint",
+    None,
+    "A run's directory, a stage of it, a step, or the folder of a Hugging Face, Meta or Megatron "
+    "checkpoint; default: the run of `make demo`.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is the prompt.")
@@ -49,7 +54,7 @@ _POLICY = flags.DEFINE_enum("policy", "dmc", ["dmc", "dense"], "dense: the model
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object per prompt, and nothing else.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for these objects, one a line.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "SentencePiece model, if the training data is no longer where it was."
+    "tokenizer", None, "Its file, where it did not come along or is no longer where it was."
 )
 
 
@@ -58,8 +63,10 @@ def main() -> int:
     logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
     lines = _prompts()
     with _output_file() as output:
+        model = find_model(_checkpoint())
+        commands.show_notes(model.notes)
         engine = Engine.from_checkpoint(
-            _checkpoint(),
+            model,
             kv_bytes=parse_bytes(_KV_BYTES.value),
             max_sequences=min(len(lines), _MOST_SEQUENCES),
             policy=_POLICY.value,
@@ -87,7 +94,7 @@ def _run(
     """The results of all sequences, cut short by Ctrl-C, and the exit code."""
     results = {}
     # Between two steps only: an interrupt in the middle of one can get lost in JAX's callbacks.
-    with stop_requests("ending after this step") as asked:
+    with commands.stop_requests("ending after this step") as asked:
         print(opening, end="", flush=True)
         while engine.unfinished:
             for sequence in engine.unfinished if asked else ():
@@ -173,4 +180,4 @@ def _summary(results: list[Result], seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

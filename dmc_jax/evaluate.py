@@ -5,22 +5,26 @@ retrofitted model stands the dense one that it came from. Exit codes: 0 done, 2 
 1 a failure.
 """
 
+import contextlib
 import dataclasses
 import json
-from pathlib import Path
 
 from absl import flags, logging
 
+from dmc_jax import commands
+from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, open_model
+from dmc_jax.config import RunConfig
 from dmc_jax.data.prepared import PreparedData, open_data
-from dmc_jax.errors import UserError, run_door
+from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
-from dmc_jax.evaluation.report import head_table
-from dmc_jax.interop.native import LoadedModel, load_model
+from dmc_jax.evaluation.tables import head_table
 from dmc_jax.model.attention import evaluation_attention
-from dmc_jax.training.checkpoint import latest, load_metadata
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's directory, a stage of it, or a step.", required=True
+    "checkpoint",
+    None,
+    "A run's directory, a stage of it, a step, or another format's folder.",
+    required=True,
 )
 _DATA = flags.DEFINE_string(
     "data", None, "Folder made by prepare_data; default: what the model was trained on."
@@ -41,61 +45,59 @@ _JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of te
 def main() -> None:
     """Measure what the flags name and print it."""
     logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
-    model = load_model(_CHECKPOINT.value)
+    model = open_model(_CHECKPOINT.value)
+    commands.show_notes(model.notes)
     if _THRESHOLD.value is not None:
         if model.settings is None:
             raise UserError(
-                f"--threshold: {model.ref.path} is a dense model, which decides nothing; leave the "
+                f"--threshold: {model.path} is a dense model, which decides nothing; leave the "
                 "flag out or name a checkpoint of the retrofit or finetune stage"
             )
-        model = dataclasses.replace(model, threshold=_THRESHOLD.value)
-    if not (_DATA.value or model.metadata["data"]):
-        raise UserError(
-            f"{model.ref.path} was converted, not trained here: name a prepared folder with --data"
-        )
-    data = open_data(_DATA.value or model.data)
+        about = dataclasses.replace(model.metadata, threshold=_THRESHOLD.value)
+        model = dataclasses.replace(model, metadata=about)
+    if not (_DATA.value or model.metadata.data):
+        raise UserError(f"{model.path} was not trained here: name a prepared folder with --data")
+    data = open_data(_DATA.value or model.metadata.data)
     length = _LENGTH.value
     if length is None:
-        length = model.metadata["run"]["data"]["length"]
-    dense_path = _dense_checkpoint(model)
+        length = model.metadata.evaluation_length
+    reference = _dense_model(model)
     measured = _measure(model, data, length)
     about = _about(model, data, length, measured)
     del model  # two models at a time would not fit where one just does
-    dense = None
-    if dense_path is not None:
-        reference = load_model(dense_path)
-        if reference.settings is not None:
-            raise UserError(f"--dense: {reference.ref.path} merges; name a dense checkpoint")
-        dense = {
-            "checkpoint": str(reference.ref.path),
-            "evaluation": dataclasses.asdict(_measure(reference, data, length)),
-        }
-    about["dense"] = dense
+    about["dense"] = reference and {
+        "checkpoint": str(reference.path),
+        "evaluation": dataclasses.asdict(_measure(reference.load(), data, length)),
+    }
     print(json.dumps(about) if _JSON.value else _as_text(about))
 
 
-def _dense_checkpoint(model: LoadedModel) -> Path | None:
+def _dense_model(model: StoredModel) -> StoredModel | None:
     """The model before the retrofit: this run's pretraining, else what the run started from."""
     if _DENSE.value:
-        return Path(_DENSE.value)
-    if model.settings is None:
+        dense = find_model(_DENSE.value)
+        if dense.settings is not None:
+            raise UserError(f"--dense: {dense.path} merges; name a dense checkpoint")
+        return dense
+    if model.settings is None or model.metadata.run is None:
         return None
-    start = model.metadata["run"]["init_from"]
-    for place in (model.ref.path.parent.parent / "pretrain", *([start] if start else [])):
-        ref = latest(place)
-        if ref is not None and load_metadata(ref)["mode"] == "dense":
-            return ref.path
+    start = model.metadata.run.init_from
+    for place in (model.path.parent.parent / "pretrain", *([start] if start else [])):
+        with contextlib.suppress(UserError):  # it may be gone by now
+            dense = find_model(place)
+            if dense.settings is None:
+                return dense
     return None
 
 
 def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
     """Evaluate as the end of a stage does: in the precision of training."""
-    if data.manifest["tokenizer_sha256"] != model.metadata["tokenizer_sha256"]:
+    if not model.accepts_tokenizer(data.manifest["tokenizer_sha256"]):
         raise UserError(
-            f"{data.path} was made with another tokenizer than {model.ref.path} was trained with: "
+            f"{data.path} was made with another tokenizer than {model.path} was trained with: "
             f"prepare the text with that one (prepare_data --tokenizer={model.tokenizer})"
         )
-    run = model.metadata["run"]
+    run = model.metadata.run or RunConfig  # the class has the defaults
     return evaluate(
         model.params,
         model.config,
@@ -106,20 +108,17 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
         batch=_BATCH.value,
         threshold=model.threshold,
         limit=_WINDOWS.value,
-        dtype=run["compute_dtype"],
-        attention=evaluation_attention(
-            run.get("attention", "auto"),  # older checkpoints do not say
-            run["attention_block"],
-        ),
+        dtype=model.metadata.compute_dtype,
+        attention=evaluation_attention(run.attention, run.attention_block),
     )
 
 
 def _about(model: LoadedModel, data: PreparedData, length: int, measured: Evaluation) -> dict:
     return {
-        "checkpoint": str(model.ref.path),
-        "stage": model.metadata["stage"],
-        "step": model.metadata["step"],
-        "mode": model.metadata["mode"],
+        "checkpoint": str(model.path),
+        "stage": model.metadata.stage,
+        "step": model.metadata.step,
+        "mode": "dense" if model.settings is None else "dmc",
         "threshold": model.threshold,
         "data": str(data.path),
         "split": _SPLIT.value,
@@ -160,4 +159,4 @@ def _as_text(about: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

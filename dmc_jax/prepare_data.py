@@ -7,9 +7,9 @@ a full disk.
 
 from absl import flags
 
+from dmc_jax import commands
 from dmc_jax.data.corpus import SPLITS
 from dmc_jax.data.prepare import DEFAULT_VOCAB_SIZE, prepare
-from dmc_jax.errors import run_door
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
 _INPUT = flags.DEFINE_string(
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

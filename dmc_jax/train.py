@@ -8,8 +8,9 @@ checkpoint. Run the same command again to go on.
 from absl import flags, logging
 from ml_collections import config_flags
 
+from dmc_jax import commands
 from dmc_jax.config import RunConfig, from_dict
-from dmc_jax.errors import UserError, run_door
+from dmc_jax.errors import UserError
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.training.loop import train
 
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    commands.run(main)

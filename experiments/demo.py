@@ -19,29 +19,18 @@ from absl import logging
 sys.path.append(".")  # run from the repository's root, where configs/ is
 from configs import tiny_4x
 from dmc_jax.baselines.gqa import mean_pool_kv_heads
-from dmc_jax.config import (
-    CompressionConfig,
-    ModelConfig,
-    RunConfig,
-    StageConfig,
-    from_dict,
-    to_dict,
-)
+from dmc_jax.checkpoints.models import LoadedModel, open_model
+from dmc_jax.checkpoints.run_directory import latest
+from dmc_jax.checkpoints.states import open_for_saving
+from dmc_jax.config import CompressionConfig, ModelConfig, RunConfig, StageConfig, from_dict
 from dmc_jax.data.prepare import prepare
+from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
-from dmc_jax.evaluation.report import (
-    ComparisonRow,
-    collapse,
-    comparison_table,
-    head_table,
-    machine,
-    write_report,
-)
+from dmc_jax.evaluation.report import write_report
+from dmc_jax.evaluation.tables import ComparisonRow, collapse, comparison_table, head_table
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.interop.native import LoadedModel, load_model
 from dmc_jax.model.attention import evaluation_attention
-from dmc_jax.training import checkpoint
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import state_of
@@ -94,20 +83,22 @@ def continue_training(
 
 def average_kv_heads(source: LoadedModel, kv_heads: int, output: Path) -> LoadedModel:
     """A checkpoint of the pretrained model with fewer KV heads."""
-    if checkpoint.latest(output) is None:
+    if latest(output) is None:
         params, config = mean_pool_kv_heads(source.params, source.config, kv_heads)
-        about = source.metadata | {"run": to_dict(dataclasses.replace(run, model=config))}
-        with checkpoint.open_for_saving(output, "pretrain", keep=1) as saver:
+        about = dataclasses.replace(
+            source.metadata, model=config, run=dataclasses.replace(run, model=config)
+        )
+        with open_for_saving(output, "pretrain", keep=1) as saver:
             saver.save(0, state_of(params, make_optimizer(run.optimizer, 1.0)), {}, about)
-    return load_model(output)
+    return open_model(output)
 
 
-base = load_model(dmc_dir / "pretrain")
+base = open_model(dmc_dir / "pretrain")
 grouped = average_kv_heads(base, 1, Path(run.output) / "tiny_gqa_start")
 alone = dataclasses.replace(run.compression, distillation=0.0)
-taught = dataclasses.replace(run.compression, teacher=str(base.ref.path))
-dense_dir = continue_training("tiny_dense", base.config, base.ref.path, alone)
-gqa_dir = continue_training("tiny_gqa", grouped.config, grouped.ref.path, taught)
+taught = dataclasses.replace(run.compression, teacher=str(base.path))
+dense_dir = continue_training("tiny_dense", base.config, base.path, alone)
+gqa_dir = continue_training("tiny_gqa", grouped.config, grouped.path, taught)
 
 # %% [markdown]
 # ## The table
@@ -138,9 +129,9 @@ for name, directory, steps in (
     ("dense, continued", dense_dir, further_steps),
     ("GQA 4 -> 1 KV head", gqa_dir, further_steps),
     ("DMC", dmc_dir, further_steps),
-    ("dense, before", base.ref.path, 0),
+    ("dense, before", base.path, 0),
 ):
-    model = load_model(directory)
+    model = open_model(directory)
     measured = measure(model)
     note = collapse(measured.ratio_by_layer, run.compression.ratio) if model.settings else None
     rows.append(ComparisonRow(name, steps, measured, model.config, note or ""))

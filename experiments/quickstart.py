@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from dmc_jax.checkpoints.models import open_model
 from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, RunConfig, StageConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.prepare import prepare
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
 from dmc_jax.evaluation.perplexity import evaluate
-from dmc_jax.evaluation.report import head_table, write_report
+from dmc_jax.evaluation.report import write_report
+from dmc_jax.evaluation.tables import head_table
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.interop.native import load_model
 from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, count_parameters
 from dmc_jax.training.loop import train
@@ -115,7 +116,7 @@ dense_directory = train(
 # Measured on validation text with the 0/1 decisions of inference; the ratio is tokens per slot.
 
 # %%
-dense, model = load_model(dense_directory), load_model(directory)
+dense, model = open_model(dense_directory), open_model(directory)
 results = {}
 for name, loaded in {"dense": dense, "DMC": model}.items():
     results[name] = evaluate(

@@ -10,8 +10,8 @@ import pytest
 
 from dmc_jax.config import MeshConfig, RunConfig, from_dict, to_config_dict
 from dmc_jax.core.schedules import compression_target
+from dmc_jax.model.sharding import batch_sharding, make_mesh
 from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.sharding import batch_sharding, make_mesh
 from dmc_jax.training.state import abstract_state
 from dmc_jax.training.step import make_train_step
 

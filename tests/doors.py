@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # fork would miss, with its first array; those of NumPy sleep.
 _FORKS = """
 import importlib, json, os, sys, warnings
-from dmc_jax.errors import run_door
+from dmc_jax import commands
 
 door, outputs, runs = importlib.import_module(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 codes = []
@@ -26,7 +26,7 @@ for number, arguments in enumerate(runs):
             file = os.open(f"{outputs}/{number}.{stream}", os.O_WRONLY | os.O_CREAT)
             os.dup2(file, stream)
         sys.argv = [door.__file__, *arguments]
-        run_door(door.main)
+        commands.run(door.main)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(codes))
 """

@@ -29,7 +29,6 @@ from dmc_jax.data.corpus import (
     open_corpus,
     unit_hash,
 )
-from dmc_jax.data.folders import appears_when_complete
 from dmc_jax.data.prepared import (
     FORMAT,
     FORMAT_VERSION,
@@ -48,6 +47,7 @@ from dmc_jax.data.tokenizer import (
     train_sentencepiece,
 )
 from dmc_jax.errors import UserError
+from dmc_jax.files import appears_when_complete
 
 DEFAULT_VOCAB_SIZE = 1024
 _SAMPLE_BYTES = 4_000_000  # text the tokenizer is trained on
@@ -102,6 +102,7 @@ def prepare(
         report(f"already prepared: {output}")
         return open_data(output)
     with appears_when_complete(output) as folder:
+        folder.mkdir()
         _fill(folder, corpus, request, tokenizer, workers, report)
     return open_data(output)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, load_tokenizer_of
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer
@@ -30,7 +31,6 @@ from dmc_jax.inference.requests import (
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import Snapshot
-from dmc_jax.interop.native import load_model, load_own_tokenizer
 
 
 class Engine:
@@ -105,7 +105,7 @@ class Engine:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike | StoredModel,
         *,
         kv_bytes: int = 2**28,
         max_sequences: int = 8,
@@ -115,14 +115,14 @@ class Engine:
         window: int | None = None,
         **options: Any,
     ) -> "Engine":
-        """An engine for a checkpoint of ours.
+        """An engine for a checkpoint, ours or of another format.
 
         Args:
-            path: a run's directory, a stage of it, or a step.
+            path: as in `find_model`, or the model found or loaded already.
             kv_bytes: of keys and values in the pool.
             max_sequences: that run at a time.
             policy: "dmc", or "dense" to let the same model take a slot for every token.
-            tokenizer: SentencePiece file; None: where it was in training.
+            tokenizer: its file; None: where it was in training, or came along.
             dtype: of the forward pass and the cache; None: that of training, but float32 on a
                 CPU, where XLA copies the whole pool to write to a bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
@@ -134,22 +134,26 @@ class Engine:
         """
         if policy not in ("dmc", "dense"):
             raise UserError(f"policy: expected dmc or dense, got {policy!r}")
-        model = load_model(path)
-        trained, settings = model.metadata["run"]["compute_dtype"], model.settings
+        model = path if isinstance(path, StoredModel) else find_model(path)
+        settings = model.settings
+        if dtype is None:
+            on_cpu = jax.default_backend() == "cpu"
+            dtype = "float32" if on_cpu else model.metadata.compute_dtype
         if window is not None and settings is not None:
             if window < 0:
                 raise UserError(f"window: expected tokens, or 0 for no limit, got {window}")
             settings = dataclasses.replace(settings, window=window or None)
+        text = load_tokenizer_of(model, tokenizer)
         return cls(
-            model.params,
+            model.params if isinstance(model, LoadedModel) else model.load(dtype=dtype).params,
             model.config,
-            load_own_tokenizer(model, tokenizer),
+            text,
             settings=settings,
             # It stays a DMC model that never merges: no head reads the channel that decides.
             threshold=model.threshold if policy == "dmc" else math.inf,
             kv_bytes=kv_bytes,
             max_sequences=max_sequences,
-            dtype=dtype or (trained if jax.default_backend() != "cpu" else "float32"),
+            dtype=dtype,
             **options,
         )
 

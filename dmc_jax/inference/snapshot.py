@@ -11,7 +11,6 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dmc_jax.core.dmc import OpenSegment
 from dmc_jax.errors import UserError
+from dmc_jax.files import appears_when_complete
 from dmc_jax.inference.cache import PagedCache, pages_of, reserve
 from dmc_jax.inference.sampling import SamplingParams
 
@@ -62,13 +62,8 @@ class Snapshot:
             "params": dataclasses.asdict(self.params),
         }
         arrays = {} if self.rows is None else _to_arrays(self.rows)
-        unfinished = Path(f"{path}.unfinished")
-        try:
-            with unfinished.open("wb") as file:
-                np.savez(file, about=np.array(json.dumps(about)), **arrays)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with appears_when_complete(path) as partial, partial.open("wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
 def load_snapshot(path: str | os.PathLike) -> Snapshot:

@@ -3,18 +3,19 @@
 import os
 from pathlib import Path
 
+from dmc_jax.checkpoints.metadata import FORMAT
+from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.errors import UserError
+from dmc_jax.interop.dmc_jax import open_dmc_jax
 from dmc_jax.interop.huggingface import is_huggingface, open_huggingface
 from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.meta import is_meta, open_meta
-from dmc_jax.interop.native import open_native
 from dmc_jax.interop.source import Source
 from dmc_jax.model.presets import PRESETS
-from dmc_jax.training.checkpoint import latest
 
 _READERS = {
-    "orbax": (lambda path: latest(path) is not None, open_native),
+    FORMAT: (lambda path: latest(path) is not None, open_dmc_jax),
     "huggingface": (is_huggingface, open_huggingface),
     "meta": (is_meta, open_meta),
     "megatron": (is_megatron, open_megatron),
@@ -26,7 +27,7 @@ def open_source(path: str | os.PathLike, form: str = "auto") -> Source:
     """Open a checkpoint of any format.
 
     Args:
-        path: its folder; for one of ours as in `native.find_checkpoint`.
+        path: its folder; for one of ours, a run directory, a stage of it or a step.
         form: one of `FORMATS`, or "auto" to recognise it.
 
     Raises:

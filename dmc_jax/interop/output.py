@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dmc_jax.data.folders import appears_when_complete
+from dmc_jax.commands import stop_requests
 from dmc_jax.data.tokenizer import format_of_file
-from dmc_jax.errors import UserError, stop_requests
+from dmc_jax.errors import UserError
+from dmc_jax.files import appears_when_complete
 
 # Beside the weights: tokenizer, configuration, and what file systems add.
 _SPARE_BYTES = 50_000_000
@@ -41,6 +42,7 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(appears_when_complete(output))
+            folder.mkdir()
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from None
         yield folder

@@ -150,13 +150,13 @@ def _transpose_into(target: np.ndarray, matrix: np.ndarray) -> None:
         target[:, rows] = matrix[rows].T
 
 
-def read_params(source: Source, dtype: str = "float32", shardings: Mapping | None = None) -> dict:
-    """Load a checkpoint of any format as our parameters.
+def read_params(source: Source, abstract: Mapping | None = None) -> dict:
+    """Load a checkpoint of any format as our parameters, a leaf at a time.
 
     Args:
         source: the checkpoint.
-        dtype: of the parameters.
-        shardings: where every leaf goes, in a tree like the parameters'; None: the first device.
+        abstract: dtype and sharding of every leaf, in a tree like the parameters'; without a
+            sharding it goes to the first device. None: all are float32 there.
 
     Returns:
         The parameters as `Llama` takes them.
@@ -167,10 +167,10 @@ def read_params(source: Source, dtype: str = "float32", shardings: Mapping | Non
     by_leaf: dict[str, list[tuple[str, Place]]] = {}
     for name, place in places(source.config).items():
         by_leaf.setdefault(place.leaf, []).append((name, place))
-    flat_shardings = {} if shardings is None else flatten(shardings)
+    wanted = {} if abstract is None else flatten(abstract)
     shapes, params = leaf_shapes(source.config), {}
     for leaf, members in by_leaf.items():
-        array = np.empty(shapes[leaf], np.dtype(dtype))
+        array = np.empty(shapes[leaf], getattr(wanted.get(leaf), "dtype", np.float32))
         for name, place in members:
             tensor = source.tensors[name].read()
             target = array if place.layer is None else array[place.layer]
@@ -178,7 +178,8 @@ def read_params(source: Source, dtype: str = "float32", shardings: Mapping | Non
             for begin in range(0, place.shape[0], step):
                 end = min(begin + step, place.shape[0])
                 target[begin:end] = to_ours(place, tensor, begin, end)
-        params[leaf] = jax.device_put(array, flat_shardings.get(leaf, jax.devices()[0]))
+        where = getattr(wanted.get(leaf), "sharding", None) or jax.devices()[0]
+        params[leaf] = jax.device_put(array, where)
     return unflatten(params)
 
 

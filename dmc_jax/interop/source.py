@@ -34,7 +34,7 @@ class Tensor:
 class Source:
     """A checkpoint that was recognised and checked, but for the contents of its tensors."""
 
-    format: str  # huggingface | meta | megatron | orbax
+    format: str  # dmc_jax | huggingface | meta | megatron
     path: Path
     config: ModelConfig
     settings: DMCSettings | None  # None: a dense model

@@ -1,1 +1,1 @@
-"""The retrofit: state, optimizer, train step, stages, checkpoints and metrics."""
+"""The retrofit: state, optimizer, train step, stages and metrics."""

@@ -11,16 +11,20 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from dmc_jax.checkpoints.metadata import load_metadata, write_metadata
+from dmc_jax.checkpoints.run_directory import latest
+from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
+from dmc_jax.commands import stop_requests
 from dmc_jax.config import STAGES, RunConfig, to_dict
 from dmc_jax.data.loader import longest_document, training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
-from dmc_jax.errors import RunFailure, UserError, stop_requests
+from dmc_jax.errors import RunFailure, UserError
+from dmc_jax.files import write_text
 from dmc_jax.model.attention import choose_attention
 from dmc_jax.model.llama import count_parameters
-from dmc_jax.training import checkpoint, metrics, stages
-from dmc_jax.training.checkpoint import CheckpointRef, latest, load_metadata, write_metadata
+from dmc_jax.model.sharding import batch_sharding, make_mesh
+from dmc_jax.training import metrics, stages, starts
 from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.sharding import batch_sharding, make_mesh
 from dmc_jax.training.step import make_train_step
 
 # What may change between the parts of an interrupted run; everything else would make it another.
@@ -47,10 +51,10 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         RunFailure: a loss that is not a finite number.
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint was written.
     """
-    checkpoint.quiet_orbax()
+    quiet_orbax()
     directory = Path(run.output) / run.name
     datas = open_datas(run)
-    _check_tokenizer(stages.initial_checkpoint(run), datas[0][0])
+    starts.initial_model(run)  # which refuses another model or another tokenizer
     mesh = make_mesh(run.mesh)
     _check_batch(run, mesh)
     choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
@@ -62,7 +66,8 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         # The end of a stage is measured after it is safe on disk; the figures join its metadata.
         ref, data = latest(directory / stage), datas[0][0]
         measured = stages.assess(run, stage, params, data)
-        write_metadata(ref, stages.describe(run, stage, ref.step, data) | measured)
+        about = stages.describe(run, stage, ref.step, data)
+        write_metadata(ref, dataclasses.replace(about, **measured))
     return directory
 
 
@@ -71,7 +76,7 @@ def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
     return (
         done is not None
         and done.step >= run.stage(stage).steps
-        and "validation" in load_metadata(done)
+        and load_metadata(done).validation is not None
     )
 
 
@@ -80,18 +85,18 @@ def _train_stage(run: RunConfig, stage: str, datas: list, mesh: Mesh, quiet: boo
     directory, steps = Path(run.output) / run.name, run.stage(stage).steps
     logging.info("stage %s: %d steps", stage, steps)
     optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
-    state, resumed = stages.start_of_stage(run, stage, optimizer, mesh)
-    teacher, teacher_params = stages.load_teacher(run, stage, mesh)
+    state, resumed = starts.start_of_stage(run, stage, optimizer, mesh)
+    teacher, teacher_params = starts.load_teacher(run, stage, mesh)
     take_step = make_train_step(run, stage, mesh, optimizer, teacher)
     batches = _batches(run, stage, datas)
     first = 0
     if resumed is not None:
         first = resumed.step
-        batches.set_state(checkpoint.load_data_state(resumed))
+        batches.set_state(load_data_state(resumed))
         logging.info("resuming %s at step %d", stage, first)
 
     with (
-        checkpoint.open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
+        open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
         _open_metrics(run, stage, first, quiet) as sink,
         stop_requests("stopping after this step; the run can be resumed") as stopping,
     ):
@@ -164,18 +169,6 @@ def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
     return list(zip(datas, weights, strict=True))
 
 
-def _check_tokenizer(start: CheckpointRef | None, data: PreparedData) -> None:
-    """Ids mean the same only under one tokenizer: the checkpoint's must be the data's."""
-    if start is None:
-        return
-    about = load_metadata(start)
-    if about["tokenizer_sha256"] != data.manifest["tokenizer_sha256"]:
-        raise UserError(
-            f"{start.path} was trained with another tokenizer than the one of {data.path}: prepare "
-            f"the text with its own, prepare_data --tokenizer={about['tokenizer']}"
-        )
-
-
 def _check_batch(run: RunConfig, mesh: Mesh) -> None:
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if (run.data.batch // run.accumulation) % shares:
@@ -197,8 +190,7 @@ def _claim_directory(directory: Path, run: RunConfig) -> None:
                 f"{directory} holds a run with another {', '.join(changed)}; choose another "
                 "--config.name, or remove that directory to start afresh"
             )
-    directory.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ours, indent=1) + "\n")
+    write_text(file, json.dumps(ours, indent=1) + "\n")
 
 
 def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -234,7 +226,7 @@ class _Recent:
     run: RunConfig
     stage: str
     sink: metrics.MetricsLogger
-    saver: checkpoint.Saver
+    saver: Saver
     steps: list[tuple[int, Any, np.ndarray]] = dataclasses.field(default_factory=list)
     since: float = dataclasses.field(default_factory=time.perf_counter)
 

@@ -21,6 +21,7 @@ from absl import logging
 from tqdm import tqdm
 
 from dmc_jax.errors import UserError
+from dmc_jax.files import write_text
 
 # Peak dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; the first match
 # counts. NVIDIA's data sheets print twice this for Hopper, "with sparsity".
@@ -232,9 +233,7 @@ def _cut_lines_from(file: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, file)
+    write_text(file, "".join(kept))
 
 
 def _required(package: str, setting: str) -> ModuleType:

@@ -8,7 +8,7 @@ import optax
 
 from dmc_jax.config import OptimizerConfig
 from dmc_jax.core.dmc import DECISION_CHANNEL
-from dmc_jax.training.sharding import leaf_path
+from dmc_jax.model.sharding import leaf_path
 
 
 def is_matrix(path: str) -> bool:

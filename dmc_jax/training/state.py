@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.model.llama import init_params
-from dmc_jax.training.sharding import shardings, with_shardings
+from dmc_jax.model.sharding import shardings, with_shardings
 
 
 @jax.tree_util.register_dataclass

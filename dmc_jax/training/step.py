@@ -16,7 +16,7 @@ from dmc_jax.core.schedules import compression_target, decision_channel_scale, l
 from dmc_jax.model import modes
 from dmc_jax.model.attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
-from dmc_jax.training.sharding import shardings
+from dmc_jax.model.sharding import shardings
 from dmc_jax.training.state import TrainState
 
 Batch = dict[str, Array]

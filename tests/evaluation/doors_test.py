@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dmc_jax.checkpoints.metadata import load_metadata
+from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.evaluation.report import write_report
-from dmc_jax.training.checkpoint import latest, load_metadata
 from tests.doors import runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def evaluate_as_json_repeats_the_figures_of_training_beside_the_dense_model_test
     for about, stage in ((found, "retrofit"), (found["dense"], "pretrain")):
         ref = latest(finished_run / stage)
         assert about["checkpoint"] == str(ref.path)
-        expected = load_metadata(ref)["validation"]
+        expected = load_metadata(ref).validation
         assert about["evaluation"] == {
             key: value if isinstance(value, list) else pytest.approx(value, rel=1e-5)
             for key, value in expected.items()
@@ -178,5 +179,5 @@ def a_truncated_checkpoint_is_one_line_and_exit_code_2_test(finished_run, tmp_pa
 
 def a_real_run_can_be_reported_test(finished_run):
     text = (write_report(finished_run) / "report.md").read_text()
-    loss = load_metadata(latest(finished_run / "retrofit"))["validation"]["loss"]
+    loss = load_metadata(latest(finished_run / "retrofit")).validation["loss"]
     assert f"{loss:.4f}" in text

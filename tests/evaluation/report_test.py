@@ -6,9 +6,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints.metadata import Metadata, to_json
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.evaluation.perplexity import Evaluation
-from dmc_jax.evaluation.report import ComparisonRow, collapse, comparison_table, write_report
+from dmc_jax.evaluation.report import write_report
+from dmc_jax.model.presets import PRESETS
 
 STEPS = {"pretrain": 40, "zero_out": 5, "retrofit": 20, "finetune": 30}
 
@@ -45,20 +47,22 @@ def make_run(path, stages, by_head, target=4.0):
     for stage in stages:
         folder = path / stage / str(STEPS[stage])
         merges = stage in ("retrofit", "finetune")
-        about = {
-            "stage": stage,
-            "step": STEPS[stage],
-            "mode": "dmc" if merges else "dense",
-            "threshold": -0.375 if merges else 0.0,
-            "validation": figures(by_head if merges else [[1.0] * len(row) for row in by_head]),
-        }
-        if stage == "zero_out":  # interrupted before it was measured
-            del about["validation"]
+        measured = figures(by_head if merges else [[1.0] * len(row) for row in by_head])
+        about = Metadata(
+            stage=stage,
+            step=STEPS[stage],
+            model=PRESETS["tiny"],
+            settings=DMCSettings() if merges else None,
+            threshold=-0.375 if merges else 0.0,
+            compute_dtype="float32",
+            # zero_out was interrupted before it was measured
+            validation=None if stage == "zero_out" else measured,
+        )
         for name, content in (
             ("_CHECKPOINT_METADATA", {}),
             ("state/_METADATA", {}),
             ("data/metadata", {}),
-            ("metadata/metadata", about),
+            ("metadata/metadata", to_json(about)),
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(content))
@@ -109,40 +113,9 @@ def the_warning_of_a_collapse_reaches_the_report_test(tmp_path):
     assert f"**Warning.** {warning}" in (report / "report.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "ratios, collapsed",
-    [
-        ([1.1, 4, 40.1], True),
-        ([1.2, 4, 40.1], False),  # every layer merges
-        ([1.1, 4, 40.0], False),  # none merges everything
-        ([60, 60], False),
-        ([1.0, 1.0], False),
-    ],
-)
-def collapse_is_one_layer_idle_while_another_merges_all_test(ratios, collapsed):
-    assert (collapse(ratios, target=4.0) is not None) == collapsed
-
-
 def a_folder_that_is_no_run_is_refused_test(tmp_path):
     with pytest.raises(UserError, match="is not a run's directory"):
         write_report(tmp_path)
     run = make_run(tmp_path / "run", [], [[1.0]])
     with pytest.raises(UserError, match="no complete checkpoint"):
         write_report(run)
-
-
-def a_comparison_is_relative_to_its_first_row_test(model_config):
-    def measured(loss, bits, ratio):
-        return Evaluation(loss, 2.0, bits, 10, 1, ratio, (ratio,), ((ratio,),))
-
-    table = comparison_table(
-        [
-            ComparisonRow("dense", 750, measured(2.0, 1.25, 1.0), model_config),
-            ComparisonRow("DMC", 770, measured(2.1, 1.3, 4.0), model_config, "a note"),
-        ]
-    )
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    # 256 tokens x 3 rows x 8 channels x keys and values x 2 bytes
-    assert rows[2] == ["dense", "750", "2.0000", "1.2500", "", "1.00x", "24,576", ""]
-    assert rows[3] == ["DMC", "770", "2.1000", "1.3000", "+4.00 %", "4.00x", "6,144", "a note"]
-    assert len({len(line) for line in table.splitlines()}) == 1

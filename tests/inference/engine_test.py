@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints import models
+from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.inference import batch as batch_module
@@ -17,7 +18,6 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import load_snapshot
-from dmc_jax.interop import native
 from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
 
@@ -416,18 +416,18 @@ def an_engine_that_cannot_be_is_refused_test(tiny_model, changes, complaint):
 
 def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
     params, config = tiny_model
-    loaded = types.SimpleNamespace(
-        params=params,
-        config=config,
-        settings=SETTINGS,
-        threshold=HALF,
+    loaded = models.LoadedModel(
+        path="run",
+        format="dmc_jax",
+        metadata=Metadata("finetune", 1, config, SETTINGS, HALF, compute_dtype="float32"),
         tokenizer="its own",
-        ref=types.SimpleNamespace(path="run"),
-        metadata={"tokenizer_sha256": "its own", "run": {"compute_dtype": "float32"}},
+        tokenizer_sha256=frozenset(["its own"]),
+        read_params=None,
+        params=params,
     )
-    monkeypatch.setattr(engine_module, "load_model", lambda path: loaded)
-    monkeypatch.setattr(native, "load_tokenizer", lambda path: Pieces())
-    monkeypatch.setattr(native, "fingerprint", lambda path: path)
+    monkeypatch.setattr(engine_module, "find_model", lambda path: loaded)
+    monkeypatch.setattr(models, "load_tokenizer", lambda path: Pieces())
+    monkeypatch.setattr(models, "fingerprint", lambda path: path)
     ratios = {}
     for policy in ("dmc", "dense"):
         engine = Engine.from_checkpoint(

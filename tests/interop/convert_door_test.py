@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dmc_jax.data.tokenizer import train_sentencepiece
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.formats import open_source
-from dmc_jax.interop.native import write_native
 from tests.doors import runs_of
 from tests.interop.checkpoint_files import assert_same_bits, read_safetensors, write_checkpoint
 from tests.interop.reference_llama import Sizes, random_weights, with_decisions
@@ -81,7 +81,7 @@ def read_safetensors_of(folder):
 def verify_tells_the_same_model_from_another_test(checkpoints, tmp_path):
     ours = tmp_path / "ours"
     ours.mkdir()
-    write_native(open_source(checkpoints / "dmc"), ours, None, lambda _: None)
+    write_dmc_jax(open_source(checkpoints / "dmc"), ours, None, lambda _: None)
     same = convert(
         "--verify",
         f"--input={checkpoints / 'dmc'}",

@@ -14,9 +14,9 @@ import pytest
 
 from dmc_jax.errors import UserError
 from dmc_jax.interop import huggingface
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source
-from dmc_jax.interop.native import write_native
 from dmc_jax.interop.output import new_folder
 from tests.interop.checkpoint_files import (
     header_of,
@@ -398,7 +398,7 @@ def an_output_that_exists_or_does_not_fit_is_refused_before_any_work_test(tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "there"]
 
 
-@pytest.mark.parametrize("write", [write_native, write_huggingface])
+@pytest.mark.parametrize("write", [write_dmc_jax, write_huggingface])
 def a_source_that_breaks_half_way_leaves_nothing_test(write, tmp_path):
     write_checkpoint(tmp_path / "hf")
     source = open_source(tmp_path / "hf")
@@ -419,12 +419,12 @@ import resource, signal, sys
 from pathlib import Path
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source
-from dmc_jax.interop.native import write_native
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.output import new_folder
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 source = open_source(sys.argv[1])
-for name, write in (("ours", write_native), ("hf", write_huggingface)):
+for name, write in (("ours", write_dmc_jax), ("hf", write_huggingface)):
     try:
         with new_folder(Path(sys.argv[2], name), 10) as folder:
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

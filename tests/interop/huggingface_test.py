@@ -8,17 +8,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints.models import load_tokenizer_of, open_model
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.data.tokenizer import train_sentencepiece
 from dmc_jax.errors import UserError
 from dmc_jax.interop.compare import logits_of
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source, recognise
 from dmc_jax.interop.huggingface import open_huggingface
 from dmc_jax.interop.huggingface_config import config_json, model_config
-from dmc_jax.interop.native import load_model, load_own_tokenizer, write_native
 from dmc_jax.interop.parameters import flatten, leaf_shapes, read_params
 from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params
@@ -45,7 +46,7 @@ def quiet(_):
 
 def to_ours(source, folder, dtype=None):
     folder.mkdir()
-    write_native(source, folder, dtype, quiet)
+    write_dmc_jax(source, folder, dtype, quiet)
     return folder
 
 
@@ -137,7 +138,7 @@ def tensors_larger_than_a_part_are_put_together_test(tmp_path, monkeypatch):
     weights = write_checkpoint(tmp_path / "hf")
     ours = to_ours(open_source(tmp_path / "hf"), tmp_path / "ours")
     assert_same_bits(read_safetensors(to_huggingface(open_source(ours), tmp_path / "b")), weights)
-    stack = load_model(ours).params["run_0"]["q"]["kernel"]
+    stack = open_model(ours).params["run_0"]["q"]["kernel"]
     rows = weights["model.layers.1.self_attn.q_proj.weight"].astype(np.float32)
     np.testing.assert_array_equal(stack[1].reshape(Sizes.D, -1), rows.T)
 
@@ -151,7 +152,7 @@ def a_dtype_asked_for_is_stored_and_loads_as_float32_test(tmp_path):
         {name: t.read() for name, t in sorted(ours.tensors.items())}, dict(sorted(narrow.items()))
     )
     assert_same_bits(read_safetensors(to_huggingface(source, tmp_path / "n", BFLOAT16)), narrow)
-    model = load_model(tmp_path / "ours")
+    model = open_model(tmp_path / "ours")
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(
         model.params["embedding"], narrow["model.embed_tokens.weight"].astype(np.float32)
@@ -179,11 +180,11 @@ def a_converted_checkpoint_is_complete_for_whoever_loads_it_test(tmp_path):
     (tmp_path / "hf/tokenizer_config.json").write_text('{"chat_template": "x"}')
     to_ours(open_source(tmp_path / "hf"), tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "moved")
-    model = load_model(tmp_path / "moved")
-    assert model.metadata["mode"] == "dense" and model.settings is None
-    assert model.metadata["converted_from"]["format"] == "huggingface"
-    assert model.metadata["run"]["compute_dtype"] == "bfloat16"
-    assert load_own_tokenizer(model).encode("the cache")
+    model = open_model(tmp_path / "moved")
+    assert model.settings is None and model.metadata.run is None
+    assert model.metadata.converted_from.format == "huggingface"
+    assert model.metadata.compute_dtype == "bfloat16"
+    assert load_tokenizer_of(model).encode("the cache")
     tokens = np.arange(12)[None]
     attend = modes.dense(model.config, tokens)
     output = Llama(model.config).apply({"params": model.params}, tokens, attend=attend)
@@ -199,11 +200,11 @@ def a_converted_checkpoint_is_complete_for_whoever_loads_it_test(tmp_path):
 def a_converted_model_without_tokenizer_asks_for_one_test(tmp_path):
     write_checkpoint(tmp_path / "hf")
     to_ours(open_source(tmp_path / "hf"), tmp_path / "ours")
-    model = load_model(tmp_path / "ours")
+    model = open_model(tmp_path / "ours")
     with pytest.raises(UserError, match="name one with --tokenizer"):
-        load_own_tokenizer(model)
+        load_tokenizer_of(model)
     train_sentencepiece(["the cache merges a token " * 50], 280, tmp_path / "t.model")
-    assert load_own_tokenizer(model, tmp_path / "t.model").vocab_size == 280
+    assert load_tokenizer_of(model, tmp_path / "t.model").vocab_size == 280
 
 
 # ---- DMC models -------------------------------------------------------------------------------
@@ -231,8 +232,8 @@ def a_dmc_model_is_exported_with_a_warning_and_read_back_the_same_test(tmp_path)
             f"class {written['auto_map']['AutoModelForCausalLM'].split('.')[1]}("
             in (folder / f"{module}.py").read_text()
         )
-    assert load_model(tmp_path / "ours").threshold == 0.1 + 0.2
-    assert load_model(tmp_path / "ours").ref.stage == "finetune"
+    assert open_model(tmp_path / "ours").threshold == 0.1 + 0.2
+    assert open_model(tmp_path / "ours").metadata.stage == "finetune"
 
 
 def logits_of_an_imported_dmc_model_are_those_of_the_semantics_test(tmp_path):
@@ -383,7 +384,7 @@ def formats_are_recognised_by_what_is_in_the_folder_test(tmp_path):
     write_shards(tmp_path / "shards", [random_weights(Sizes())])
     (tmp_path / "empty").mkdir()
     found = {folder.name: recognise(folder) for folder in tmp_path.iterdir()}
-    assert found == {"hf": "huggingface", "shards": "huggingface", "ours": "orbax", "empty": None}
+    assert found == {"hf": "huggingface", "shards": "huggingface", "ours": "dmc_jax", "empty": None}
     with pytest.raises(UserError, match="no checkpoint of a known format"):
         open_source(tmp_path / "empty")
     with pytest.raises(UserError, match="name the folder"):

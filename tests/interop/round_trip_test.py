@@ -5,9 +5,9 @@ import pytest
 
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.interop.compare import compare, logits_of
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source, recognise
-from dmc_jax.interop.native import write_native
 from tests.interop import megatron_test, meta_test
 from tests.interop.checkpoint_files import assert_same_bits, read_safetensors
 from tests.interop.reference_llama import Sizes, random_weights, with_decisions
@@ -19,7 +19,7 @@ def chain(source, folder):
     for name in ("first", "second"):
         ours, back = folder / f"{name}_ours", folder / f"{name}_hf"
         ours.mkdir()
-        write_native(source, ours, None, lambda _: None)
+        write_dmc_jax(source, ours, None, lambda _: None)
         back.mkdir()
         write_huggingface(open_source(ours), back, None, lambda _: None)
         exports.append(back)

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints.metadata import load_metadata, write_metadata
+from dmc_jax.checkpoints.models import open_model
+from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -21,9 +24,7 @@ from dmc_jax.config import (
 )
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import RunFailure, UserError
-from dmc_jax.interop.native import load_model
-from dmc_jax.training import loop, stages
-from dmc_jax.training.checkpoint import latest, load_metadata, write_metadata
+from dmc_jax.training import loop, starts
 from dmc_jax.training.loop import train
 
 
@@ -81,9 +82,9 @@ def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, unbroken, mon
     assert metrics_of(resumed) == metrics_of(unbroken)
     assert [line["step"] for line in metrics_of(resumed)] == list(range(1, 19))
     for stage in tiny_run.stage_names:
-        ours, theirs = load_model(resumed / stage), load_model(unbroken / stage)
+        ours, theirs = open_model(resumed / stage), open_model(unbroken / stage)
         assert_same(ours.params, theirs.params)
-        assert ours.metadata["validation"] == theirs.metadata["validation"]
+        assert ours.metadata.validation == theirs.metadata.validation
     before = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
     train(tiny_run, quiet=True)  # nothing is left to do
     after = {p: p.stat().st_mtime_ns for p in resumed.rglob("*") if p.is_file()}
@@ -98,12 +99,12 @@ def each_stage_can_start_from_the_checkpoint_of_the_one_before_test(tiny_run, un
     directory = train(later, quiet=True)
     assert not (directory / "pretrain").exists()
     assert latest(directory).stage == "finetune"
-    model = load_model(directory)
+    model = open_model(directory)
     assert model.settings == tiny_run.dmc
-    assert load_model(unbroken / "pretrain").settings is None
-    kernel = load_model(unbroken / "zero_out").params["run_0"]["k"]["kernel"]
+    assert open_model(unbroken / "pretrain").settings is None
+    kernel = open_model(unbroken / "zero_out").params["run_0"]["k"]["kernel"]
     np.testing.assert_array_equal(kernel[..., -1], 0)
-    assert load_metadata(latest(directory))["validation"]["ratio"] >= 1.0
+    assert load_metadata(latest(directory)).validation["ratio"] >= 1.0
 
 
 def calibrated_threshold_meets_the_ratio_and_is_stored_test(tiny_run, unbroken):
@@ -117,8 +118,8 @@ def calibrated_threshold_meets_the_ratio_and_is_stored_test(tiny_run, unbroken):
         retrofit=dataclasses.replace(tiny_run.retrofit, steps=30, learning_rate=1e-2),
     )
     metadata = load_metadata(latest(train(run, quiet=True)))
-    assert metadata["threshold"] != 0
-    assert metadata["validation"]["ratio"] == pytest.approx(2.0, rel=0.25)
+    assert metadata.threshold != 0
+    assert metadata.validation["ratio"] == pytest.approx(2.0, rel=0.25)
 
 
 def a_loss_that_is_not_a_number_stops_the_run_test(tiny_run):
@@ -197,7 +198,7 @@ def a_checkpoint_of_another_shape_is_refused_test(tiny_run, unbroken):
         init_from=str(unbroken / "pretrain"),
         model=dataclasses.replace(tiny_run.model, mlp_width=48),
     )
-    with pytest.raises(UserError, match="another shape"):
+    with pytest.raises(UserError, match="has mlp_width 32, config.model.mlp_width is 48"):
         train(wider, quiet=True)
     assert latest(Path(tiny_run.output) / "wider") is None
 
@@ -205,7 +206,7 @@ def a_checkpoint_of_another_shape_is_refused_test(tiny_run, unbroken):
 def another_tokenizer_than_the_checkpoints_is_refused_test(tiny_run, unbroken, tmp_path):
     shutil.copytree(unbroken / "pretrain", tmp_path / "foreign" / "pretrain")
     ref = latest(tmp_path / "foreign")
-    write_metadata(ref, load_metadata(ref) | {"tokenizer_sha256": "0" * 64})
+    write_metadata(ref, dataclasses.replace(load_metadata(ref), tokenizer_sha256="0" * 64))
     later = dataclasses.replace(tiny_run, stages="zero_out", init_from=str(tmp_path / "foreign"))
     with pytest.raises(UserError, match="trained with another tokenizer"):
         train(later, quiet=True)
@@ -232,14 +233,14 @@ def a_batch_that_the_mesh_cannot_split_is_refused_test(tiny_run, one_device, mon
 
 def the_teacher_is_the_model_the_run_starts_from_test(tiny_run):
     mesh = loop.make_mesh(tiny_run.mesh)
-    assert stages.load_teacher(tiny_run, "retrofit", mesh) == (None, None)
+    assert starts.load_teacher(tiny_run, "retrofit", mesh) == (None, None)
     compression = dataclasses.replace(tiny_run.compression, distillation=1.0)
     run = dataclasses.replace(tiny_run, compression=compression, stages="pretrain,retrofit")
     directory = train(run, quiet=True)
-    assert stages.load_teacher(run, "pretrain", mesh) == (None, None)
-    config, params = stages.load_teacher(run, "retrofit", mesh)
+    assert starts.load_teacher(run, "pretrain", mesh) == (None, None)
+    config, params = starts.load_teacher(run, "retrofit", mesh)
     assert config == run.model
-    assert_same(params, load_model(directory / "pretrain").params)
+    assert_same(params, open_model(directory / "pretrain").params)
     assert any("distillation" in line for line in metrics_of(directory)[4:])
 
 

@@ -14,8 +14,8 @@ from dmc_jax.data.loader import training_batches
 from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import init_params
+from dmc_jax.model.sharding import batch_sharding, make_mesh, partition_spec, shardings
 from dmc_jax.training.optimizer import make_optimizer, zero_decision_rows
-from dmc_jax.training.sharding import batch_sharding, make_mesh, partition_spec, shardings
 from dmc_jax.training.stages import finish_stage
 from dmc_jax.training.state import init_state
 from dmc_jax.training.step import make_train_step

@@ -21,34 +21,17 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dmc_jax.errors import UserError
-from dmc_jax.training.run_directory import (
-    STAGES,
+from dmc_jax.checkpoints.metadata import Metadata, to_json
+from dmc_jax.checkpoints.run_directory import (
     CheckpointRef,
     clear_partial,
     complete_steps,
     free_space,
-    latest,
-    load_metadata,
     read_json,
     remove_step,
-    write_metadata,
 )
-
-__all__ = [
-    "STAGES",
-    "CheckpointRef",
-    "Saver",
-    "describe_mismatch",
-    "latest",
-    "load_data_state",
-    "load_metadata",
-    "load_params",
-    "load_state",
-    "open_for_saving",
-    "quiet_orbax",
-    "write_metadata",
-]
+from dmc_jax.config import STAGES
+from dmc_jax.errors import UserError
 
 PyTree = Any
 
@@ -66,7 +49,7 @@ class Saver:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def save(
-        self, step: int, state: PyTree, data_state: Mapping | bytes, metadata: Mapping[str, Any]
+        self, step: int, state: PyTree, data_state: Mapping | bytes, metadata: Metadata
     ) -> bool:
         """Copies the state to the host and writes it in the background.
 
@@ -77,13 +60,13 @@ class Saver:
             step: Training steps taken in this stage; greater than that of every checkpoint there.
             state: Any pytree of jax arrays, typed PRNG keys included.
             data_state: Where the data iterator stands: bytes, or a JSON-able dict.
-            metadata: A JSON-able dict.
+            metadata: What the checkpoint says of itself.
 
         Returns:
             True; or False where `step` is the resumed one, which is on disk already.
 
         Raises:
-            TypeError: `data_state` or `metadata` is not JSON-able.
+            TypeError: `data_state` or the figures in `metadata` are not JSON-able.
             UserError: The step, or a later one, is there already.
             OSError: This or the previous write failed. Earlier checkpoints are untouched.
         """
@@ -100,7 +83,7 @@ class Saver:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(_tagged(data_state)),
-            metadata=ocp.args.JsonSave(_through_json(metadata)),
+            metadata=ocp.args.JsonSave(_through_json(to_json(metadata))),
         )
         self._pending = step
         self._attempt(lambda: self._checkpointer.save(self._directory / str(step), args=items))

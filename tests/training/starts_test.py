@@ -18,12 +18,12 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.prepare import prepare
 from dmc_jax.data.tokenizer import train_sentencepiece
 from dmc_jax.errors import UserError
+from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.formats import open_source
-from dmc_jax.interop.native import write_native
-from dmc_jax.training import stages
+from dmc_jax.model.sharding import make_mesh
+from dmc_jax.training import starts
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.sharding import make_mesh
 from tests.interop.checkpoint_files import write_checkpoint
 from tests.interop.reference_llama import Sizes, random_weights
 
@@ -84,7 +84,7 @@ def mesh(run):
 def converted(run, folder, target):
     """The run, from a checkpoint of ours with the same weights."""
     target.mkdir()
-    write_native(open_source(folder), target, None, lambda _: None)
+    write_dmc_jax(open_source(folder), target, None, lambda _: None)
     return dataclasses.replace(run, name="other", init_from=str(target))
 
 
@@ -101,11 +101,11 @@ def a_start_and_a_teacher_from_a_hugging_face_folder_equal_those_of_its_conversi
     other = converted(run, folders / "hf", tmp_path / "ours")
     optimizer = make_optimizer(run.optimizer, 1.0)
     (direct, _), (ours, _) = (
-        stages.start_of_stage(each, "retrofit", optimizer, mesh) for each in (run, other)
+        starts.start_of_stage(each, "retrofit", optimizer, mesh) for each in (run, other)
     )
     assert_equal(direct, ours)
     assert len(direct.params["run_0"]["q"]["kernel"].sharding.device_set) == 4
-    teachers = [stages.load_teacher(each, "retrofit", mesh) for each in (run, other)]
+    teachers = [starts.load_teacher(each, "retrofit", mesh) for each in (run, other)]
     assert teachers[0][0] == teachers[1][0] == run.model
     assert_equal(teachers[0][1], teachers[1][1])
 
@@ -135,26 +135,27 @@ def a_config_of_another_model_is_refused_before_anything_is_written_test(
 ):
     other = dataclasses.replace(run, model=dataclasses.replace(run.model, **change))
     with pytest.raises(UserError, match=message):
-        stages.initial_checkpoint(other)
+        starts.initial_model(other)
     assert list(tmp_path.iterdir()) == []
 
 
 def how_the_config_spells_equal_layers_and_the_length_does_not_matter_test(run):
     model = dataclasses.replace(run.model, kv_heads=(2, 2), max_length=4096)
-    assert stages.initial_checkpoint(dataclasses.replace(run, model=model)) is None
+    found = starts.initial_model(dataclasses.replace(run, model=model))
+    assert found.format == "huggingface"
 
 
 def text_of_another_tokenizer_is_refused_test(run, tmp_path):
     write_checkpoint(tmp_path / "hf", SIZES, random_weights(SIZES))
     train_sentencepiece(["another text altogether " * 50], 280, tmp_path / "hf/tokenizer.model")
     other = dataclasses.replace(run, init_from=str(tmp_path / "hf"))
-    with pytest.raises(UserError, match="has another tokenizer than the one of"):
-        stages.initial_checkpoint(other)
+    with pytest.raises(UserError, match="trained with another tokenizer than the one of"):
+        starts.initial_model(other)
     (tmp_path / "hf/tokenizer.model").unlink()  # without one there is nothing to compare
-    assert stages.initial_checkpoint(other) is None
+    assert starts.initial_model(other).tokenizer is None
 
 
 def a_folder_of_no_known_format_is_refused_as_before_test(run, tmp_path):
     other = dataclasses.replace(run, init_from=str(tmp_path))
     with pytest.raises(UserError, match="no complete checkpoint in"):
-        stages.initial_checkpoint(other)
+        starts.initial_model(other)

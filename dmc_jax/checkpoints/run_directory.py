@@ -1,7 +1,7 @@
 """What lies where in a run directory, `RUN/<stage>/<step>/`, and the JSON beside the arrays.
 
     RUN/metrics.jsonl                      one line a logged step
-    RUN/<stage>/<step>/state/              the arrays, written by `checkpoint.py`
+    RUN/<stage>/<step>/state/              the arrays, written by `states.py`
     RUN/<stage>/<step>/data/metadata       JSON: where the data iterator stands
     RUN/<stage>/<step>/metadata/metadata   JSON: configuration and what else a reader wants first
 
@@ -12,7 +12,6 @@ renamed when complete, so a directory with the plain step number for a name is w
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,49 +58,6 @@ def latest(path: str | os.PathLike) -> CheckpointRef | None:
         if steps:
             return CheckpointRef(directory / str(steps[-1]), directory.name, steps[-1])
     return None
-
-
-def load_metadata(ref: CheckpointRef) -> dict[str, Any]:
-    """Reads the metadata saved with a checkpoint.
-
-    Args:
-        ref: The checkpoint.
-
-    Returns:
-        The dict given to `Saver.save` or, since then, to `write_metadata`.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    return read_json(ref.path / "metadata" / "metadata")
-
-
-def write_metadata(ref: CheckpointRef, metadata: Mapping[str, Any]) -> None:
-    """Replaces the metadata of a finished checkpoint, whole or not at all.
-
-    Args:
-        ref: The checkpoint.
-        metadata: A JSON-able dict; `load_metadata(ref) | {"threshold": 0.3}` changes one entry.
-
-    Raises:
-        TypeError: The dict is not JSON-able.
-        OSError: The file cannot be written; the former metadata stays.
-    """
-    text = json.dumps(metadata)
-    target = ref.path / "metadata" / "metadata"
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            f"could not write {target}: {error.strerror or error} ({free_space(ref.path)}). The "
-            "former metadata is intact."
-        ) from error
 
 
 def complete_steps(stage_dir: Path) -> list[int]:

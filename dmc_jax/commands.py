@@ -1,0 +1,96 @@
+"""What the commands share: running under absl, exit codes, flags, requests to stop."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+from absl import app, flags, logging
+
+from dmc_jax.errors import RunFailure, UserError
+
+
+def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
+    """Runs a command's `main` under absl; expected failures become one line and an exit code.
+
+    Exit codes: what `main` returns (None is 0); 2 for a `UserError`, an unknown or illegal flag or
+    a stray argument; 1 for a `RunFailure` or an `OSError` such as a full disk; 130 for Ctrl-C.
+    Anything else is a defect of this program and keeps its traceback.
+
+    Args:
+        main: takes nothing (flags are read from `absl.flags.FLAGS`), returns an exit code or None.
+        argv: the command line, program name first; `sys.argv` when None.
+
+    Raises:
+        SystemExit: with the exit code. After a known error of a real command line the process has
+            ended by then.
+    """
+    try:
+        app.run(lambda _: main(), argv=argv, flags_parser=_parse_flags)
+    except (UserError, flags.Error) as error:
+        code, message = 2, str(error)
+    except (RunFailure, OSError) as error:
+        code, message = 1, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    # One write: threads of a library that failed may be writing too.
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    if argv is None:
+        # Leaves at once, or those threads go on to print tracebacks while Python winds up.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """Print what a user should know to standard error, a line each.
+
+    Args:
+        notes: a sentence each, such as those of `checkpoints.models.StoredModel`.
+    """
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def stop_requests(notice: str) -> Iterator[list[int]]:
+    """A list that fills when SIGINT or SIGTERM asks to stop; the second SIGINT stops at once.
+
+    For work that may end between two steps only.
+
+    Args:
+        notice: logged when that is asked.
+    """
+    asked: list[int] = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        logging.info(notice)
+
+    try:
+        previous = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: a notebook's worker, for instance
+        previous = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
+    try:
+        left = flags.FLAGS(argv)
+    except (KeyError, AttributeError, TypeError, OSError) as error:
+        # ml_collections' way of saying that a field or a config file does not exist
+        raise UserError(str(error.args[-1]).strip("'\"")) from error
+    if len(left) > 1:
+        raise UserError(
+            f"unexpected argument {left[1]!r}: this command takes --flag=value only; see --help"
+        )
+    return left

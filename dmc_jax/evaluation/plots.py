@@ -1,0 +1,132 @@
+"""What a run came to, as pictures: curves over its steps, tokens per slot of every head."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dmc_jax.checkpoints.metadata import Metadata
+
+# Blue and orange of Okabe and Ito's palette, which colour-blind readers can tell apart.
+_MEASURED, _TARGET = "#0072B2", "#D55E00"
+_QUIET = "#8A8A8A"
+_INCHES_PER_CELL = 0.62, 0.36
+
+
+def curves(run: dict, metrics: list[dict], stages: list[Metadata]) -> Figure:
+    """Loss, ratio, compression loss and learning rate over the steps of the whole run."""
+    ends = _stage_ends(run, stages)
+    names = ["loss", "ratio", "compression_loss", "learning_rate"]
+    names = [n for n in names if n in ("loss", "learning_rate") or any(n in m for m in metrics)]
+    heights = [1.6 if name in ("loss", "ratio") else 1.0 for name in names]
+    figure = Figure(figsize=(9, 1.3 + 1.6 * sum(heights)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(names), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for name, axes in zip(names, panels, strict=True):
+        _plot(axes, metrics, name, _MEASURED, "training" if name == "loss" else "measured")
+        axes.grid(color="#E6E6E6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel(_LABELS[name])
+        for end in ends.values():
+            axes.axvline(end, color=_QUIET, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.margins(x=0)
+    _plot_validation(panels[0], stages, ends)
+    if "ratio" in names:
+        axes = panels[names.index("ratio")]
+        _plot(axes, metrics, "target_ratio", _TARGET, "target", linestyle="--")
+        axes.legend(frameon=False, loc="upper left")
+    begin = 0
+    for stage, end in ends.items():
+        _name_span(panels[0], stage.replace("_", "-"), begin, end)
+        begin = end
+    panels[0].set_xlim(0, max(begin, 1))
+    panels[-1].set_xlabel("step")
+    figure.suptitle(run["name"], fontweight="bold")
+    return figure
+
+
+_LABELS = {
+    "loss": "loss (nats a token)",
+    "ratio": "tokens per slot",
+    "compression_loss": "compression\nloss",
+    "learning_rate": "learning rate",
+}
+
+
+def _stage_ends(run: dict, stages: list[Metadata]) -> dict[str, int]:
+    """Last step of every stage in the directory, counted over the run as metrics.jsonl does."""
+    names = [metadata.stage for metadata in stages]
+    ends = np.cumsum([run[name]["steps"] for name in names])
+    return {name: int(end) for name, end in zip(names, ends, strict=True)}
+
+
+def _plot(axes: Axes, metrics: list[dict], name: str, colour: str, label: str, **style) -> None:
+    # JSON's null is a number that was not finite: a gap in the line.
+    points = [(m["step"], np.nan if m[name] is None else m[name]) for m in metrics if name in m]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4, **style)
+
+
+def _plot_validation(axes: Axes, stages: list[Metadata], ends: dict[str, int]) -> None:
+    points = [
+        (ends[m.stage], m.validation["loss"])
+        for m in stages
+        if m.validation is not None and m.stage in ends
+    ]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o", color=_TARGET, label="validation", clip_on=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="upper right")
+
+
+def _name_span(axes: Axes, name: str, begin: int, end: int) -> None:
+    """A stage's name above its part of the axis; slanted, since short stages are narrow."""
+    axes.annotate(
+        name,
+        (0.5 * (begin + end), 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        rotation=25,
+        rotation_mode="anchor",
+        ha="left",
+        color=_QUIET,
+        fontsize=9,
+    )
+
+
+def heatmap(measured: dict, target: float, title: str) -> Figure:
+    """Layers by KV heads, coloured by tokens per slot on a logarithmic scale around the target."""
+    rows = measured["ratio_by_head"]
+    heads = max(map(len, rows))
+    ratios = np.full((len(rows), heads), np.nan)
+    for layer, row in enumerate(rows):
+        ratios[layer, : len(row)] = row
+    width, height = _INCHES_PER_CELL
+    size = max(4.5, 1.8 + width * heads), max(2.6, 1.4 + height * len(rows))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.patch.set(facecolor="#F4F4F4", edgecolor="#D0D0D0", hatch="////")  # where no head is
+    logs = np.log2(ratios)
+    # White is the target: what merges more is blue, what merges less is red.
+    reach = max(1.0, float(np.nanmax(np.abs(logs - np.log2(target)))))
+    low, high = np.log2(target) - reach, np.log2(target) + reach
+    image = axes.imshow(logs, cmap="RdBu", vmin=low, vmax=high, aspect="auto")
+    for (layer, head), ratio in np.ndenumerate(ratios):
+        if np.isfinite(ratio):
+            dark = abs(logs[layer, head] - np.log2(target)) > 0.6 * reach
+            text = f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
+            colour = "white" if dark else "black"
+            axes.text(head, layer, text, ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xlabel="KV head", ylabel="layer", xticks=range(heads), yticks=range(len(rows)))
+    figure.suptitle(title, fontweight="bold")
+    axes.set_title(f"{measured['ratio']:.2f} tokens per slot", fontsize=10)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, label=f"tokens per slot (white: target {target:g})")
+    ticks = np.arange(np.ceil(max(low, 0.0)), np.floor(high) + 1)  # no ratio is below 1
+    bar.ax.set_ylim(max(low, 0.0), high)
+    bar.set_ticks(ticks, labels=[f"{2**t:g}" for t in ticks])
+    bar.outline.set_visible(False)
+    return figure

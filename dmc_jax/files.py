@@ -1,0 +1,72 @@
+"""A file or a folder that is whole under its name, or not there at all: the one writer of such."""
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def appears_when_complete(output: str | os.PathLike) -> Iterator[Path]:
+    """Give a hidden path beside `output`; the file or folder made there takes that name on success.
+
+    Otherwise it disappears, and what had the name before still has it.
+
+    Args:
+        output: the file or folder to make. A file of that name is replaced, a folder only if empty.
+
+    Raises:
+        OSError: it cannot be made, or something has been put there meanwhile.
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # The name tells whose it is, so that what a killed process left can be cleared away.
+    prefix = f".{output.name}.partial-{socket.gethostname()}-"
+    for left in output.parent.iterdir():
+        owner = left.name.removeprefix(prefix)
+        if left.name.startswith(prefix) and owner.isdecimal() and not _is_running(int(owner)):
+            _remove(left)
+    partial = output.with_name(f"{prefix}{os.getpid()}")
+    try:
+        yield partial
+        if partial.is_file():
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # a crash must not leave the name without the bytes
+        os.replace(partial, output)
+    except BaseException:
+        with contextlib.suppress(OSError):  # which would hide the reason
+            _remove(partial)
+        raise
+
+
+def write_text(output: str | os.PathLike, text: str) -> None:
+    """Write a text file that is whole or as it was before.
+
+    Args:
+        output: the file.
+        text: all of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with appears_when_complete(output) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

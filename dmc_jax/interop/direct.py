@@ -1,0 +1,38 @@
+"""Checkpoints of other formats as models of ours, read where they are, without a conversion."""
+
+from pathlib import Path
+from typing import Any
+
+from dmc_jax.checkpoints.models import StoredModel
+from dmc_jax.data.tokenizer import fingerprint
+from dmc_jax.interop.dmc_jax import metadata_of
+from dmc_jax.interop.formats import open_source, recognise
+from dmc_jax.interop.parameters import read_params
+
+
+def find_foreign(path: Path) -> StoredModel | None:
+    """Open a checkpoint of another format; None where a folder looks like none.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UserError: it is damaged, or of another architecture.
+    """
+    form = recognise(path)
+    if form is None:
+        return None
+    source = open_source(path, form)
+
+    def read(abstract: Any) -> dict:
+        return read_params(source, abstract)
+
+    return StoredModel(
+        path=source.path,
+        format=source.format,
+        metadata=metadata_of(source),
+        tokenizer=source.tokenizer[0] if source.tokenizer else None,
+        tokenizer_sha256=frozenset(map(fingerprint, source.tokenizer)),
+        read_params=read,
+        notes=(f"{source.path} is a {source.format} checkpoint, read directly", *source.notes),
+    )
