@@ -4,7 +4,7 @@
     python -m benchmarks.end_to_end --quick --model=tiny         # on any device: whether it works
     python -m benchmarks.end_to_end --compile 2/8                # only fills JAX's program cache
 
-What is timed is the engine's own step, `inference.batch.next_tokens`: forward pass, merging or
+What is timed is the engine's own step, `inference.programs.next_tokens`: forward pass, merging or
 appending, pages, attention, the most likely token. Left out: prompts, the host's
 bookkeeping between steps, waiting for a place.
 

@@ -12,7 +12,7 @@ from dmc_jax.errors import RunFailure, UserError
 
 
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
-    """Runs a command's `main` under absl; expected failures become one line and an exit code.
+    """Run a command's `main` under absl; expected failures become one line and an exit code.
 
     Exit codes: what `main` returns (None is 0); 2 for a `UserError`, an unknown or illegal flag or
     a stray argument; 1 for a `RunFailure` or an `OSError` such as a full disk; 130 for Ctrl-C.
@@ -83,11 +83,13 @@ def stop_requests(notice: str) -> Iterator[list[int]]:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
+    """Parse absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
     try:
         left = flags.FLAGS(argv)
-    except (KeyError, AttributeError, TypeError, OSError) as error:
-        # ml_collections' way of saying that a field or a config file does not exist
+    except SystemExit:  # once absl has printed the help that was asked for; its code says 1
+        raise SystemExit(0) from None
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        # ml_collections' ways of saying that a field does not exist, or cannot be set
         raise UserError(str(error.args[-1]).strip("'\"")) from error
     if len(left) > 1:
         raise UserError(

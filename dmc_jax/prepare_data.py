@@ -1,4 +1,4 @@
-"""Turns text into tokens: `python -m dmc_jax.prepare_data --output=DIR [--input=PATH]`.
+"""Turn text into tokens: `python -m dmc_jax.prepare_data --output=DIR [--input=PATH]`.
 
 Without --input the corpus is the source and documentation of the running Python's library (about
 12 MB, no download). Exit codes: 0 done or already done, 2 bad input or flags, 1 a failure such as
@@ -18,7 +18,7 @@ _INPUT = flags.DEFINE_string(
     "A .txt, .jsonl or .parquet file, or a folder of them; default: Python's library.",
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "SentencePiece model to use; default: train one."
+    "tokenizer", None, "Tokenizer file to use, of any known format; default: train one."
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, f"Ids of the tokenizer to train; default: {DEFAULT_VOCAB_SIZE}."
@@ -28,7 +28,7 @@ _LIMIT_MB = flags.DEFINE_float("limit_mb", None, "Text to use at most, in MB; de
 
 
 def main() -> None:
-    """Prepares what the flags ask for and prints a line for each split."""
+    """Prepare what the flags ask for and print a line for each split."""
     data = prepare(
         _OUTPUT.value,
         source=_INPUT.value,

@@ -6,32 +6,39 @@
 # minute or two on two CPU cores. Output goes to `data/quickstart` and `runs/` below the current
 # directory; a second run goes on from what is there.
 #
-#     python experiments/quickstart.py        # from the root of the repository
+#     python experiments/quickstart.py        # from any folder, or as a notebook
+
+# %%
+# A script uses the package that it lies beside. A notebook installs it where it is missing: from
+# the folder above or, in Colab say, from "git+" and the address of the repository.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+source = ".."  # @param {type: "string"}
+if "__file__" in globals():
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+elif importlib.util.find_spec("dmc_jax") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 
 # %%
 import dataclasses
-import sys
-
-sys.path.append(".")  # the packages are used from the checkout, uninstalled
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmc_jax.checkpoints.models import open_model
-from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, RunConfig, StageConfig
+import dmc_jax as dmc
+from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, StageConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.prepare import prepare
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
-from dmc_jax.evaluation.perplexity import evaluate
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.evaluation.tables import head_table
-from dmc_jax.inference.engine import Engine
-from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, count_parameters
-from dmc_jax.training.loop import train
+from dmc_jax.policies.policy import attend_whole
 
 logging.set_verbosity(logging.INFO)  # shows the progress of training
 
@@ -51,7 +58,7 @@ for split, facts in data.manifest["splits"].items():
 # returns its directory. A stage that is there already is not trained again.
 
 # %%
-dense_run = RunConfig(
+dense_run = dmc.RunConfig(
     name="quickstart",
     model=ModelConfig(
         vocab_size=data.vocab_size,
@@ -84,7 +91,7 @@ dense_run = RunConfig(
     log_every=40,
 )
 print(f"{count_parameters(dense_run.model):,} parameters")
-train(dense_run)
+dmc.train(dense_run)
 
 # %% [markdown]
 # ## The retrofit
@@ -93,7 +100,7 @@ train(dense_run)
 
 # %%
 run = dataclasses.replace(dense_run, stages="pretrain,zero_out,retrofit,finetune")
-directory = train(run)
+directory = dmc.train(run)
 
 # %% [markdown]
 # ## What to compare it with
@@ -102,7 +109,7 @@ directory = train(run)
 
 # %%
 steps = run.zero_out.steps + run.retrofit.steps + run.finetune.steps
-dense_directory = train(
+dense_directory = dmc.train(
     dataclasses.replace(
         dense_run,
         name="quickstart_dense",
@@ -116,16 +123,15 @@ dense_directory = train(
 # Measured on validation text with the 0/1 decisions of inference; the ratio is tokens per slot.
 
 # %%
-dense, model = open_model(dense_directory), open_model(directory)
+dense, model = dmc.load(dense_directory), dmc.load(directory)
 results = {}
 for name, loaded in {"dense": dense, "DMC": model}.items():
-    results[name] = evaluate(
+    results[name] = dmc.evaluate(
         loaded.params,
         loaded.config,
         data,
         "validation",
-        settings=loaded.settings,
-        threshold=loaded.threshold,
+        policy=loaded.policy,
         length=run.data.length,
         batch=16,
         limit=128,
@@ -149,30 +155,28 @@ if "get_ipython" in globals():  # in a notebook
 
 # %% [markdown]
 # ## Which tokens share a slot
-# The attention function is an argument of the model. With hard decisions it returns, per layer, KV
-# head and token, whether the token was merged into the slot before it. Each pair of brackets is one
-# slot of the cache. A slot's average covers its last `window` tokens.
+# The attention function is an argument of the model. It returns, per layer, KV head and token,
+# whether the token took a slot of its own or was merged into the one before. Each pair of brackets
+# is one slot of the cache. A slot's average covers its last `window` tokens.
 
 # %%
 sentence = "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n"
 tokenizer = load_tokenizer(model.tokenizer)
 ids = encode_prompt(tokenizer, sentence)
-attend = modes.compressed(
-    model.config, model.settings, jnp.arange(len(ids))[None], threshold=model.threshold
-)
+attend = attend_whole(model.policy, model.config, jnp.arange(len(ids))[None])
 output = Llama(model.config).apply({"params": model.params}, jnp.array([ids]), attend=attend)
-merged = np.concatenate([record.merged for record in output.records])[:, 0]  # [L, T, K]
+appends = np.concatenate([record.appends for record in output.records])[:, 0]  # [L, T, K]
 
 ratios = np.array(results["DMC"].ratio_by_head)  # [L, K]
 layer, head = np.unravel_index(np.abs(ratios - results["DMC"].ratio).argmin(), ratios.shape)
 slots = []
-for token, joins in zip(ids, merged[layer, :, head], strict=True):
+for token, opens in zip(ids, appends[layer, :, head], strict=True):
     text = "<s>" if token == tokenizer.bos_id else tokenizer.decode([token])
     text = text.replace("\n", "\\n")
-    if joins:
-        slots[-1] += f"|{text}"
-    else:
+    if opens:
         slots.append(text)
+    else:
+        slots[-1] += f"|{text}"
 print(f"layer {layer}, KV head {head}: {len(ids)} tokens in {len(slots)} slots")
 print("".join(f"[{slot}]" for slot in slots))
 
@@ -182,9 +186,10 @@ print("".join(f"[{slot}]" for slot in slots))
 # trained this briefly, writes something of the shape of Python.
 
 # %%
-engine = Engine.from_checkpoint(directory)
+engine = dmc.Engine.from_checkpoint(model)
 prompt = "def "
-written = engine.generate(prompt, SamplingParams(max_new_tokens=80, temperature=0.7, top_k=20))[0]
+sampling = dmc.SamplingParams(max_new_tokens=80, temperature=0.7, top_k=20)
+written = engine.generate(prompt, sampling)[0]
 print(prompt + written.text)
 print(
     f"\n{written.ratio:.2f} tokens per slot; {written.live_cache_bytes:,} bytes of cache in use, "

@@ -19,7 +19,7 @@ _ALIGNED = 16  # bytes, as XLA's allocator aligns every array
 
 
 def unavailable() -> str | None:
-    """Says why this cannot run here; None where it can."""
+    """Say why this cannot run here; None where it can."""
     device = target.current()
     if device.platform != "gpu" or device.capability is None:
         return f"it needs an NVIDIA GPU, and JAX runs on {device.kind!r} ({device.platform}) here"
@@ -41,7 +41,7 @@ def launch(
     in_place: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> tuple[Array, ...]:
-    """Calls a Triton kernel that takes its inputs, then its outputs, then constants.
+    """Call a Triton kernel that takes its inputs, then its outputs, then constants.
 
     The kernel is compiled while the call is traced.
 

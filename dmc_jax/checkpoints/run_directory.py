@@ -39,7 +39,7 @@ class CheckpointRef:
 
 
 def latest(path: str | os.PathLike) -> CheckpointRef | None:
-    """Finds the newest complete checkpoint at or below a path.
+    """Find the newest complete checkpoint at or below a path.
 
     Args:
         path: A run directory (its furthest stage's newest step), a stage directory (its newest
@@ -61,7 +61,7 @@ def latest(path: str | os.PathLike) -> CheckpointRef | None:
 
 
 def complete_steps(stage_dir: Path) -> list[int]:
-    """Lists the complete checkpoints of a stage.
+    """List the complete checkpoints of a stage.
 
     Args:
         stage_dir: `RUN/<stage>`; may be missing.
@@ -75,7 +75,7 @@ def complete_steps(stage_dir: Path) -> list[int]:
 
 
 def is_complete(step_dir: Path) -> bool:
-    """Tells a complete checkpoint from a partial one and from any other directory.
+    """Tell a complete checkpoint from a partial one and from any other directory.
 
     Args:
         step_dir: What may be `RUN/<stage>/<step>`.
@@ -89,7 +89,7 @@ def is_complete(step_dir: Path) -> bool:
 
 
 def remove_step(step_dir: Path) -> None:
-    """Removes a checkpoint; interrupted, it leaves nothing that looks like one.
+    """Remove a checkpoint; interrupted, it leaves nothing that looks like one.
 
     Args:
         step_dir: `RUN/<stage>/<step>`.
@@ -103,7 +103,7 @@ def remove_step(step_dir: Path) -> None:
 
 
 def clear_partial(stage_dir: Path) -> None:
-    """Removes what interrupted saves and removals left in a stage.
+    """Remove what interrupted saves and removals left in a stage.
 
     Args:
         stage_dir: `RUN/<stage>`, which no other process is writing.
@@ -116,7 +116,7 @@ def clear_partial(stage_dir: Path) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Reads one JSON item of a checkpoint.
+    """Read one JSON item of a checkpoint.
 
     Args:
         file: The file.
@@ -136,7 +136,7 @@ def read_json(file: Path) -> Any:
 
 
 def free_space(directory: Path) -> str:
-    """Says how full the disk below a directory is, for a message.
+    """Say how full the disk below a directory is, for a message.
 
     Args:
         directory: An existing directory.

@@ -51,7 +51,7 @@ class Saver:
     def save(
         self, step: int, state: PyTree, data_state: Mapping | bytes, metadata: Metadata
     ) -> bool:
-        """Copies the state to the host and writes it in the background.
+        """Copy the state to the host and write it in the background.
 
         Returns as soon as the copy is made, so the caller may donate the state's buffers at once.
         The previous save is waited for first; its failure, if any, is raised here.
@@ -90,7 +90,7 @@ class Saver:
         return True
 
     def wait(self) -> None:
-        """Waits for the save in the background, then removes all but the newest `keep` steps.
+        """Wait for the save in the background, then remove all but the newest `keep` steps.
 
         Raises:
             OSError: The save failed. Earlier checkpoints are untouched.
@@ -102,7 +102,7 @@ class Saver:
                 remove_step(self._directory / str(step))
 
     def close(self) -> None:
-        """Waits for the save in the background and frees Orbax's threads.
+        """Wait for the save in the background and free Orbax's threads.
 
         Raises:
             OSError: The save failed. Earlier checkpoints are untouched.
@@ -143,7 +143,7 @@ class Saver:
 def open_for_saving(
     run_dir: str | os.PathLike, stage: str, keep: int, *, resumed_step: int | None = None
 ) -> Saver:
-    """Opens a stage of a run for writing and clears what an interrupted save left behind.
+    """Open a stage of a run for writing and clear what an interrupted save left behind.
 
     Args:
         run_dir: The run's directory; made if missing.
@@ -177,7 +177,7 @@ def open_for_saving(
 
 
 def load_data_state(ref: CheckpointRef) -> dict | bytes:
-    """Reads where the data iterator stood.
+    """Read where the data iterator stood.
 
     Args:
         ref: The checkpoint.
@@ -193,7 +193,7 @@ def load_data_state(ref: CheckpointRef) -> dict | bytes:
 
 
 def load_state(ref: CheckpointRef, abstract_state: PyTree) -> PyTree:
-    """Restores the whole state, straight into the given shardings and dtypes.
+    """Restore the whole state, straight into the given shardings and dtypes.
 
     Args:
         ref: The checkpoint.
@@ -211,7 +211,7 @@ def load_state(ref: CheckpointRef, abstract_state: PyTree) -> PyTree:
 
 
 def load_params(ref: CheckpointRef, abstract_params: PyTree) -> PyTree:
-    """Restores the model's parameters without reading the optimizer's state.
+    """Restore the model's parameters without reading the optimizer's state.
 
     Args:
         ref: The checkpoint; its state has a key or an attribute `params`.
@@ -231,7 +231,7 @@ def load_params(ref: CheckpointRef, abstract_params: PyTree) -> PyTree:
 def describe_mismatch(
     ref: CheckpointRef, abstract_state: PyTree, *, within: str | None = None
 ) -> list[str]:
-    """Compares the shapes in a checkpoint with those asked for; reads no array.
+    """Compare the shapes in a checkpoint with those asked for; read no array.
 
     Args:
         ref: The checkpoint.
@@ -267,7 +267,7 @@ def describe_mismatch(
 
 
 def quiet_orbax() -> None:
-    """Drops Orbax's informational log lines (many for each save); its warnings still show."""
+    """Drop Orbax's informational log lines (many for each save); its warnings still show."""
     source = os.path.dirname(ocp.__file__) + os.sep
 
     def keeps(record: logging.LogRecord) -> bool:
@@ -303,7 +303,7 @@ def _restore(ref: CheckpointRef, abstract: PyTree) -> PyTree:
 
 @contextlib.contextmanager
 def _abandoned_reads_silenced():
-    """Drops what is said of reads that Orbax left unawaited when one of them failed.
+    """Drop what is said of reads that Orbax left unawaited when one of them failed.
 
     They tell of the same damage, pages long, when they are collected or finish after their event
     loop is closed, from threads of TensorStore; so after a failure the filter stays.

@@ -59,7 +59,7 @@ class Document:
 
 
 def open_corpus(path: str | os.PathLike | None = None) -> Corpus:
-    """Lists a corpus without reading its text.
+    """List a corpus without reading its text.
 
     Args:
         path: a .txt, .jsonl or .parquet file, or a folder searched for them recursively. None is
@@ -92,7 +92,7 @@ def open_corpus(path: str | os.PathLike | None = None) -> Corpus:
 
 
 def documents(corpus: Corpus, limit_bytes: float | None = None) -> Iterator[Document]:
-    """Streams the documents of a corpus in its fixed order; empty texts are passed over.
+    """Stream the documents of a corpus in its fixed order; empty texts are passed over.
 
     Args:
         corpus: from `open_corpus`.
@@ -116,7 +116,7 @@ def documents(corpus: Corpus, limit_bytes: float | None = None) -> Iterator[Docu
 
 
 def listing_digest(corpus: Corpus) -> str:
-    """Fingerprints the names, sizes and times of a corpus's files, to notice when it has changed.
+    """Fingerprint the names, sizes and times of a corpus's files, to notice when it has changed.
 
     Args:
         corpus: from `open_corpus`.
@@ -132,7 +132,7 @@ def listing_digest(corpus: Corpus) -> str:
 
 
 def unit_hash(purpose: str, name: str) -> float:
-    """Maps a name to a number in [0, 1) that looks random but is the same everywhere.
+    """Map a name to a number in [0, 1) that looks random but is the same everywhere.
 
     Args:
         purpose: names with different purposes get independent numbers.
@@ -184,7 +184,7 @@ def _stdlib_files(root: Path) -> list[str]:
 
 
 def _read(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """Yields (document name, text) of one file."""
+    """Yield (document name, text) of one file."""
     if path.suffix == ".jsonl":
         return _read_jsonl(path, name)
     if path.suffix == ".parquet":
@@ -244,7 +244,7 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 def _checked(text: object, where: str) -> str:
-    """Returns `text` if it is text that UTF-8 can carry and that looks like no binary file."""
+    """Return `text` if it is text that UTF-8 can carry and that looks like no binary file."""
     if not isinstance(text, str):
         raise UserError(f'{where}: expected a string under "text", got {type(text).__name__}')
     if "\0" in text:

@@ -65,7 +65,7 @@ class _Windows:
         return window
 
     def blank(self) -> Window:
-        """Returns a window of padding, which counts for nothing."""
+        """Return a window of padding, which counts for nothing."""
         length = self._length
         return {
             "tokens": np.full(length, self._pad_id, np.int32),
@@ -117,7 +117,7 @@ class _HostRows:
 def windows(
     data: PreparedData, split: str, length: int, *, pad_last: bool = False, corpus: int = 0
 ) -> Sequence[Window]:
-    """Cuts a split into windows of fixed length, which may hold parts of several documents.
+    """Cut a split into windows of fixed length, which may hold parts of several documents.
 
     Window i reads tokens [i * length, (i + 1) * length + 1) and is a dict of new arrays:
 
@@ -166,7 +166,7 @@ def training_batches(
     host_count: int = 1,
     split: str = "train",
 ) -> grain.IterDataset:
-    """Makes the endless stream of training batches.
+    """Make the endless stream of training batches.
 
     Each corpus is visited in epochs, every epoch in another order drawn from the seed, and corpora
     take turns in proportion to their weights. That one stream is cut into global batches; a host
@@ -208,7 +208,7 @@ def training_batches(
 def evaluation_batches(
     data: PreparedData, split: str, *, length: int, batch: int, limit: int | None = None
 ) -> grain.IterDataset:
-    """Makes one ordered pass over a split, in batches of constant shape.
+    """Make one ordered pass over a split, in batches of constant shape.
 
     Args:
         data: from `open_data`.
@@ -233,7 +233,7 @@ def evaluation_batches(
 
 
 def longest_document(data: PreparedData, split: str) -> int:
-    """Measures the longest document, BOS and EOS included; no longer window learns anything more.
+    """Measure the longest document, BOS and EOS included; no longer window learns anything more.
 
     Args:
         data: from `open_data`.

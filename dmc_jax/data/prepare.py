@@ -40,7 +40,7 @@ from dmc_jax.data.prepared import (
     tokens_dtype,
 )
 from dmc_jax.data.tokenizer import (
-    SentencePieceTokenizer,
+    Tokenizer,
     encode_document,
     fingerprint,
     load_tokenizer,
@@ -65,13 +65,13 @@ def prepare(
     limit_mb: float | None = None,
     report: Callable[[str], None] = print,
 ) -> PreparedData:
-    """Tokenises a corpus into a folder, which appears only when it is complete.
+    """Tokenise a corpus into a folder, which appears only when it is complete.
 
     Args:
         output: the folder to make. If it exists and was made from the same request, it is opened
             as it is.
         source: a file or folder of text (see `open_corpus`); None is the default corpus.
-        tokenizer: a SentencePiece model to use; None trains one on the training split.
+        tokenizer: file of one to use; None trains one on the training split.
         vocab_size: ids of the tokenizer to train; None is 1024. Not to be given with `tokenizer`.
         workers: processes that tokenise; 1 is this one. Others are started afresh, so a script
             that asks for them must guard its own start with `if __name__ == "__main__"`.
@@ -115,7 +115,7 @@ def _fill(
     workers: int,
     report: Callable[[str], None],
 ) -> None:
-    """Writes every file of a prepared folder, the manifest last."""
+    """Write every file of a prepared folder, the manifest last."""
     limit_bytes = None if request["limit_mb"] is None else request["limit_mb"] * 1e6
     totals = _scan(corpus, limit_bytes, wanted=0 if tokenizer else _SAMPLE_BYTES)
     if tokenizer:
@@ -159,7 +159,7 @@ def _check_arguments(
 
 
 def _is_prepared(output: Path, request: dict) -> bool:
-    """Says whether `output` is there already; raises if something else is."""
+    """Say whether `output` is there already; raise if something else is."""
     manifest = read_manifest(output)
     if manifest is None:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -182,7 +182,7 @@ class _Totals:
 
 
 def _scan(corpus: Corpus, limit_bytes: float | None, wanted: int) -> _Totals:
-    """Reads everything once: finds bad input before any work, and draws the tokenizer's sample."""
+    """Read everything once: find bad input before any work, and draw the tokenizer's sample."""
     available = sum((corpus.root / file).stat().st_size for file in corpus.files)
     share = wanted / max(1, min(available, limit_bytes or available))
     totals, room = _Totals(), wanted
@@ -217,7 +217,7 @@ class _Tokenised:
 def _tokenise(
     found: Iterable[Document], model: Path, vocab_size: int, workers: int
 ) -> Iterator[_Tokenised]:
-    """Tokenises documents in order, keeping only a few batches in memory."""
+    """Tokenise documents in order, keeping only a few batches in memory."""
     dtype = tokens_dtype(vocab_size)
     batches = _batches(found)
     if workers == 1:
@@ -259,7 +259,7 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-_worker: tuple[SentencePieceTokenizer, np.dtype]  # exists in worker processes only
+_worker: tuple[Tokenizer, np.dtype]  # exists in worker processes only
 
 
 def _start_worker(model: str, dtype: np.dtype) -> None:
@@ -272,9 +272,7 @@ def _encode_in_worker(batch: list[Document]) -> list[_Tokenised]:
     return _encode(*_worker, batch)
 
 
-def _encode(
-    tokenizer: SentencePieceTokenizer, dtype: np.dtype, batch: list[Document]
-) -> list[_Tokenised]:
+def _encode(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Document]) -> list[_Tokenised]:
     return [
         _Tokenised(
             document.split,
@@ -296,7 +294,7 @@ class _Split:
 
 
 def _write_splits(folder: Path, tokenised: Iterable[_Tokenised]) -> dict:
-    """Writes tokens and offsets; returns the manifest's entry for each split."""
+    """Write tokens and offsets; return the manifest's entry for each split."""
     with contextlib.ExitStack() as stack:
         splits = {
             name: _Split(stack.enter_context((folder / f"{name}.tokens").open("wb")))
@@ -326,7 +324,7 @@ def _write_splits(folder: Path, tokenised: Iterable[_Tokenised]) -> dict:
 def _with_progress(
     tokenised: Iterator[_Tokenised], total: int, report: Callable[[str], None]
 ) -> Iterator[_Tokenised]:
-    """Shows a bar in a terminal, and elsewhere a line for every quarter of the text."""
+    """Show a bar in a terminal, and elsewhere a line for every quarter of the text."""
     if sys.stderr.isatty():
         with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising") as bar:
             for document in tokenised:

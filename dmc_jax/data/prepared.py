@@ -1,7 +1,7 @@
 """The folder of tokens that `prepare` writes and training reads: what is in it, and opening it.
 
 manifest.json             what this is, where it came from, sizes and hashes
-tokenizer.model           the SentencePiece model
+tokenizer.model           the tokenizer, whatever its format
 <split>.tokens            token ids, flat, little-endian uint16 or uint32
 <split>.documents.npy     int64 [documents + 1]: where each document starts, then the end
 """
@@ -32,7 +32,7 @@ class PreparedData:
     Attributes:
         path: the folder.
         manifest: the contents of manifest.json.
-        tokenizer_path: the SentencePiece model the tokens were made with.
+        tokenizer_path: the tokenizer the tokens were made with.
         tokens: by split, token ids, uint16 or uint32 [tokens].
         documents: by split, offsets into `tokens`, int64 [documents + 1]; no document is empty.
     """
@@ -50,7 +50,7 @@ class PreparedData:
 
 
 def tokens_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest of little-endian uint16 and uint32 that holds every id.
+    """Return the smallest of little-endian uint16 and uint32 that holds every id.
 
     Args:
         vocab_size: number of ids.
@@ -62,7 +62,7 @@ def tokens_dtype(vocab_size: int) -> np.dtype:
 
 
 def open_data(path: str | os.PathLike, *, check_contents: bool = False) -> PreparedData:
-    """Opens a folder written by `prepare`, checking that it is whole.
+    """Open a folder written by `prepare`, checking that it is whole.
 
     Args:
         path: the folder.
@@ -96,7 +96,7 @@ def open_data(path: str | os.PathLike, *, check_contents: bool = False) -> Prepa
 
 
 def read_manifest(path: Path) -> dict | None:
-    """Reads and checks manifest.json.
+    """Read and check manifest.json.
 
     Args:
         path: the folder.

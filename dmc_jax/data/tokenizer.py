@@ -34,13 +34,13 @@ class Tokenizer(Protocol):
     pad_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without BOS or EOS."""
+        """Return the ids of `text`, without BOS or EOS."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; control tokens stand for nothing."""
+        """Return the text of `ids`; control tokens stand for nothing."""
 
     def token_bytes(self) -> Int32[np.ndarray, "V"]:
-        """Counts the UTF-8 bytes of text that each token stands for; see `token_bytes`."""
+        """Count the UTF-8 bytes of text that each token stands for; see `token_bytes`."""
 
 
 class SentencePieceTokenizer:
@@ -68,7 +68,7 @@ class SentencePieceTokenizer:
         self._space_bytes = space_bytes if exact else None
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without BOS or EOS."""
+        """Return the ids of `text`, without BOS or EOS."""
         if self._space_bytes is None or _SPACE not in text:
             return self.processor.encode(text)
         first, *rest = text.split(_SPACE)
@@ -78,7 +78,7 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; control tokens stand for nothing."""
+        """Return the text of `ids`; control tokens stand for nothing."""
         return self.processor.decode([int(token) for token in ids])
 
     def token_bytes(self) -> Int32[np.ndarray, "V"]:
@@ -100,7 +100,7 @@ class SentencePieceTokenizer:
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, path: str | os.PathLike, *, threads: int = 2
 ) -> None:
-    """Trains a lossless byte-fallback BPE model: `decode(encode(x)) == x` for any text.
+    """Train a lossless byte-fallback BPE model: `decode(encode(x)) == x` for any text.
 
     Ids 0 to 3 are unknown, BOS, EOS and padding, then 256 bytes, then merges and characters.
 
@@ -145,7 +145,7 @@ def train_sentencepiece(
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Loads a tokenizer, told by its contents.
+    """Load a tokenizer, told by its contents.
 
     Args:
         path: a SentencePiece model (one of `train_sentencepiece`, Llama 2's `tokenizer.model`, or
@@ -162,7 +162,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"tokenizer {path} does not exist: give a SentencePiece model file")
+        raise UserError(f"tokenizer {path} does not exist: name a tokenizer's file")
     data = path.read_bytes()
     kind = format_of(data)
     if kind is not None:
@@ -184,7 +184,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def format_of_file(path: str | os.PathLike) -> str:
-    """Tells the format of a tokenizer's file: sentencepiece (also what is none), json or tiktoken.
+    """Tell the format of a tokenizer's file: sentencepiece (also what is none), json or tiktoken.
 
     Raises:
         OSError: the file cannot be read.
@@ -193,7 +193,7 @@ def format_of_file(path: str | os.PathLike) -> str:
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes a whole document: `encode_prompt`, then EOS.
+    """Encode a whole document: `encode_prompt`, then EOS.
 
     Args:
         tokenizer: any `Tokenizer`.
@@ -206,7 +206,7 @@ def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes the beginning of a document: BOS, then its tokens. The only place that adds BOS.
+    """Encode the beginning of a document: BOS, then its tokens. The only place that adds BOS.
 
     Args:
         tokenizer: any `Tokenizer`.
@@ -219,7 +219,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def token_bytes(tokenizer: Tokenizer) -> Int32[np.ndarray, "V"]:
-    """Counts the UTF-8 bytes of text that each token stands for.
+    """Count the UTF-8 bytes of text that each token stands for.
 
     Summed over `encode(x)` this is `len(x.encode())`: exactly so for a model without a dummy
     prefix; a model with one (Llama 2) counts one byte more a text, for the space it adds.
@@ -234,7 +234,7 @@ def token_bytes(tokenizer: Tokenizer) -> Int32[np.ndarray, "V"]:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """Returns the hexadecimal SHA-256 of a file.
+    """Return the hexadecimal SHA-256 of a file.
 
     Args:
         path: a tokenizer model, or any file.
@@ -250,5 +250,5 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Cuts the C++ file and condition from a SentencePiece message."""
+    """Cut the C++ file and condition from a SentencePiece message."""
     return str(error).rsplit("] ", 1)[-1].strip() or "no text"

@@ -72,11 +72,11 @@ class JsonTokenizer:
         self._is_byte_level = '"ByteLevel"' in text
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without BOS or EOS."""
+        """Return the ids of `text`, without BOS or EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; control tokens stand for nothing."""
+        """Return the text of `ids`; control tokens stand for nothing."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def token_bytes(self) -> Int32[np.ndarray, "V"]:
@@ -121,11 +121,11 @@ class TiktokenTokenizer:
         self.pad_id = self.eos_id
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without BOS or EOS."""
+        """Return the ids of `text`, without BOS or EOS."""
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; control tokens stand for nothing."""
+        """Return the text of `ids`; control tokens stand for nothing."""
         data = b"".join(self._pieces[token] for token in ids if token < len(self._pieces))
         return data.decode(errors="replace")
 
@@ -137,7 +137,7 @@ class TiktokenTokenizer:
 
 
 def format_of(data: bytes) -> str | None:
-    """Tells which kind of tokenizer a file's contents are: json | tiktoken | None (another)."""
+    """Tell which kind of tokenizer a file's contents are: json | tiktoken | None (another)."""
     if _TIKTOKEN_LINE.fullmatch(data[:1000].split(b"\n")[0].strip()):
         return "tiktoken"
     if data.lstrip()[:1] == b"{":

@@ -102,7 +102,13 @@ def collapse(ratio_by_layer: Sequence[float], target: float) -> str | None:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """A Markdown table whose source is aligned too; columns not named in `left` are numbers."""
+    """Lay out a Markdown table whose source is aligned too.
+
+    Args:
+        header: names of the columns.
+        lines: their cells.
+        left: names of the columns that hold text; the others hold numbers.
+    """
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
 
     def row(cells):

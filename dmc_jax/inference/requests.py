@@ -7,14 +7,9 @@ from typing import NamedTuple
 
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
 from dmc_jax.errors import UserError
-from dmc_jax.inference.sampling import (
-    SamplingParams,
-    TextState,
-    begin_text,
-    end_text,
-    extend_text,
-)
+from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import CachedRows, Snapshot
+from dmc_jax.inference.text import TextState, begin_text, end_text, extend_text
 
 Prompt = str | Sequence[int]  # text, or token ids with BOS
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
@@ -68,7 +63,7 @@ class Request:
     text: TextState
     submitted: float  # seconds, as the times below
     id: int = -1
-    slot: int | None = None  # of the cache; None: it waits
+    seat: int | None = None  # in the cache; None: it waits
     tokens: list[int] = dataclasses.field(default_factory=list)
     parts: list[str] = dataclasses.field(default_factory=list)  # of the text
     first_time: float | None = None
@@ -87,7 +82,7 @@ def new_request(
     vocab_size: int,
     max_length: int,
 ) -> Request:
-    """A checked request, without an id.
+    """Check a prompt and make a request of it, without an id.
 
     Args:
         prompt: text, or ids that begin with BOS.
@@ -122,7 +117,7 @@ def new_request(
 
 
 def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> list[Request]:
-    """Checked requests.
+    """Check prompts and make requests of them.
 
     Args:
         prompts: of the requests.
@@ -142,7 +137,7 @@ def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> l
 def resumed_request(
     snapshot: Snapshot, params: SamplingParams, tokenizer: Tokenizer, **sizes: int
 ) -> Request:
-    """A request that has said something already.
+    """Make a request that has said something already.
 
     Args:
         snapshot: of the sequence.
@@ -163,7 +158,7 @@ def resumed_request(
     request.inherited, request.first_time = len(snapshot.tokens), None
     request.rows = snapshot.rows
     if snapshot.rows is not None:
-        request.pages_wanted = len(snapshot.rows.k_pages)
+        request.pages_wanted = snapshot.rows.pages.count
     return request
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from dmc_jax.errors import UserError
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.interop.source import Source
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.policy import attend_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +54,14 @@ def logits_of(source: Source, prompts: list[list[int]]) -> list[Float[np.ndarray
         row[: len(prompt)] = prompt
     logits = []
     for row, prompt in zip(tokens, prompts, strict=True):
-        padded = _forward(source.config, source.settings, params, source.threshold, row[None])
+        padded = _forward(source.config, params, source.policy, row[None])
         logits.append(np.asarray(padded[0, : len(prompt)]))
     return logits
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"))
-def _forward(config, settings, params, threshold, tokens):
-    positions = jnp.arange(tokens.shape[1])[None]
-    if settings is None:
-        attend = modes.dense(config, positions)
-    else:
-        attend = modes.compressed(config, settings, positions, threshold=threshold)
+@functools.partial(jax.jit, static_argnames="config")
+def _forward(config, params, policy, tokens):
+    attend = attend_whole(policy, config, jnp.arange(tokens.shape[1])[None])
     return Llama(config).apply({"params": params}, tokens, attend=attend).logits
 
 

@@ -1,8 +1,8 @@
 """A Llama in Flax Linen whose attention is an argument.
 
-`Llama.apply(variables, tokens, attend=...)`: the same parameters serve the dense model, the three
-ways of DMC training and evaluation, and decoding from a cache; `dmc_jax.model.modes` has the
-attention functions. Layers of equal shape are stacked [run, ...] and scanned.
+`Llama.apply(variables, tokens, attend=...)`: the same parameters serve every policy in training and
+evaluation (`policies.policy.attend_whole`), and decoding from a cache. Layers of equal shape are a
+stack, which is scanned.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Attend(Protocol):
 
     q [B, T, N, H], k and v [B, T, K, H] come before rotation. `layer` is the index of the layer,
     traced. `state` is threaded from layer to layer (a cache in decoding, None in training);
-    `record` is returned stacked over the layers of a run.
+    `record` is returned stacked over the layers of a stack.
     """
 
     def __call__(
@@ -37,21 +37,21 @@ class Attend(Protocol):
 
 
 class ModelOutput(NamedTuple):
-    """Result of a forward pass; `records` has one entry per run of equal layers."""
+    """Result of a forward pass; `records` has one entry per stack."""
 
     logits: Float[Array, "B T V"]
     state: Any
     records: tuple[Any, ...]
 
 
-def layer_runs(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
-    """Runs of consecutive layers with equal KV heads: (first layer, layers, KV heads) each."""
-    runs, first = [], 0
+def layer_stacks(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
+    """Group consecutive layers with equal KV heads: (first layer, layers, KV heads) each."""
+    stacks, first = [], 0
     for kv_heads, group in itertools.groupby(config.kv_heads_by_layer):
         length = len(list(group))
-        runs.append((first, length, kv_heads))
+        stacks.append((first, length, kv_heads))
         first += length
-    return tuple(runs)
+    return tuple(stacks)
 
 
 def _init(std: float = _INIT_STD) -> Callable:
@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Normalised `x`, in its dtype."""
+        """Normalise `x`, in its dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -115,7 +115,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """The product of `x` and the kernel."""
+        """Multiply `x` by the kernel."""
         kernel = self.param("kernel", _init(self.std), self.shape)
         return _project(self.equation, x, kernel)
 
@@ -184,7 +184,7 @@ class Llama(nn.Module):
         state: Any = None,
         only: Int[Array, " B"] | None = None,
     ) -> ModelOutput:
-        """Logits for every token, or for one of each sequence.
+        """Compute logits for every token, or for one of each sequence.
 
         Args:
             tokens: ids in [0, V).
@@ -193,8 +193,8 @@ class Llama(nn.Module):
             only: index of the token of each sequence whose logits are wanted; None: all.
 
         Returns:
-            Logits in float32 (T is 1 with `only`), the final state, and the records of each run
-            [layers of run, ...], or of each layer where they are not stacked.
+            Logits in float32 (T is 1 with `only`), the final state, and the records of each stack
+            [layers, ...], or of each layer where they are not stacked.
         """
         c = self.config
         embedding = self.param("embedding", _init(), (c.vocab_size, c.width))
@@ -204,11 +204,12 @@ class Llama(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
         records = []
         if self.stacked:
-            for index, (first, length, kv_heads) in enumerate(layer_runs(c)):
-                stack = nn.scan(
+            for index, (first, length, kv_heads) in enumerate(layer_stacks(c)):
+                # The names of the parameters are those of checkpoints, from before "stack".
+                scanned = nn.scan(
                     block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
                 )(c, kv_heads, attend, self.sharding, name=f"run_{index}")
-                (x, state), record = stack((x, state), first + jnp.arange(length))
+                (x, state), record = scanned((x, state), first + jnp.arange(length))
                 records.append(record)
         else:
             for layer, kv_heads in enumerate(c.kv_heads_by_layer):
@@ -227,7 +228,7 @@ class Llama(nn.Module):
 
 
 def init_params(config: ModelConfig, key: Array) -> dict:
-    """Fresh float32 parameters; `jax.eval_shape` of it gives the shapes alone."""
+    """Draw fresh float32 parameters; `jax.eval_shape` of it gives the shapes alone."""
 
     def attend(q, k, v, layer, state):  # shapes are all that initialisation needs
         return q, state, None
@@ -236,7 +237,7 @@ def init_params(config: ModelConfig, key: Array) -> dict:
 
 
 def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
-    """Parameters for decoding: one entry per layer, matrices in the dtype of the forward pass.
+    """Arrange parameters for decoding: an entry per layer, matrices as the forward pass wants.
 
     A scan reads each layer's matrices out of the stack, that is copies them, and a forward pass
     narrows them. Where a pass reads one token, that costs as much as the work itself.
@@ -254,9 +255,9 @@ def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
         return x if path[-1].key == "scale" else x.astype(dtype)
 
     unstacked = {name: leaf for name, leaf in params.items() if not name.startswith("run_")}
-    for run, (first, length, _) in enumerate(layer_runs(config)):
-        for i in range(length) if f"run_{run}" in params else ():
-            one = jax.tree.map(operator.itemgetter(i), params[f"run_{run}"])
+    for stack, (first, length, _) in enumerate(layer_stacks(config)):
+        for i in range(length) if f"run_{stack}" in params else ():
+            one = jax.tree.map(operator.itemgetter(i), params[f"run_{stack}"])
             unstacked[f"layer_{first + i}"] = one
     return jax.tree_util.tree_map_with_path(narrowed, unstacked)
 
@@ -269,7 +270,7 @@ def forward(
     dtype: str | jnp.dtype,
     **inputs: Any,
 ) -> ModelOutput:
-    """A pass of `Llama` with parameters of `init_params` or of `unstack_layers`.
+    """Run a pass of `Llama` with parameters of `init_params` or of `unstack_layers`.
 
     Args:
         params: of either kind.
@@ -283,6 +284,6 @@ def forward(
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, without making any."""
+    """Count the parameters, without making any."""
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -47,7 +47,7 @@ class MetricsLogger:
     sinks: tuple[Sink, ...]
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records one step's numbers everywhere.
+        """Record one step's numbers everywhere.
 
         Args:
             step: The step they belong to, counted over the run; greater than the last one logged.
@@ -68,7 +68,7 @@ def open_metrics(
     tensorboard: bool = False,
     wandb: bool = False,
 ) -> Iterator[MetricsLogger]:
-    """Opens a run's metrics; to be used in a `with` statement, in one process of the run only.
+    """Open a run's metrics; to be used in a `with` statement, in one process of the run only.
 
     Args:
         run_dir: The run's directory; made if missing.
@@ -157,7 +157,7 @@ def mfu(
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Looks up a device's peak rate in dense bfloat16 products.
+    """Look up a device's peak rate in dense bfloat16 products.
 
     Args:
         device_kind: As in `jax.devices()[0].device_kind`.
@@ -223,7 +223,7 @@ def _compact(numbers: dict[str, float]) -> str:
 
 
 def _cut_lines_from(file: Path, step: int) -> None:
-    """Keeps the lines of earlier steps; drops the rest and the half line that a kill may leave."""
+    """Keep the lines of earlier steps; drop the rest and the half line that a kill may leave."""
     if not file.exists():
         return
     kept = []

@@ -10,7 +10,10 @@ from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.config import RunConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.choice import Trained
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.training.optimizer import zero_decision_rows
 from dmc_jax.training.state import TrainState
 
@@ -35,8 +38,7 @@ def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> Metad
         step=step,
         model=run.model,
         # After zero_out no head merges yet, but the decision channel has left attention.
-        settings=None if stage == "pretrain" else run.dmc,
-        threshold=0.0,
+        policy=_policy(run, stage),
         compute_dtype=run.compute_dtype,
         data=str(data.path.absolute()),
         tokenizer=str(data.tokenizer_path.absolute()),
@@ -51,9 +53,9 @@ def assess(
     """Measurements at the end of a stage: calibrated threshold and validation figures.
 
     Returns:
-        Fields `threshold` and `validation` of `Metadata`.
+        Fields `policy` and `validation` of `Metadata`.
     """
-    settings = None if stage == "pretrain" else run.dmc
+    policy = _policy(run, stage)
     rows = min(run.data.batch // run.accumulation, run.eval_windows)
     common = {
         "length": run.data.length,
@@ -61,28 +63,32 @@ def assess(
         "dtype": run.compute_dtype,
         "attention": evaluation_attention(run.attention, run.attention_block),
     }
-    threshold = 0.0
     if calibrate and stage in MERGING and run.compression.calibration_windows:
         threshold = calibrate_threshold(
             params,
             run.model,
             data,
-            settings=settings,
+            policy=policy,
             ratio=run.compression.ratio,
             windows=run.compression.calibration_windows,
             **common,
         )
+        policy = dataclasses.replace(policy, threshold=threshold)
     measured = evaluate(
         params,
         run.model,
         data,
         "validation",
-        settings=settings,
-        threshold=threshold,
+        policy=policy,
         limit=run.eval_windows,
         **common,
     )
-    return {"threshold": threshold, "validation": dataclasses.asdict(measured)}
+    return {"policy": policy, "validation": dataclasses.asdict(measured)}
+
+
+def _policy(run: RunConfig, stage: str) -> Trained:
+    """Say what a stage's models run with."""
+    return Dense() if stage == "pretrain" else DMC(run.dmc)
 
 
 def finite(values: Any) -> bool:

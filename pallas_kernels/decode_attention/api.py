@@ -5,7 +5,7 @@ Every row has its own length and its own list of pages, so a cache whose heads a
 unevenly needs no padding to the longest row.
 
 An implementation takes the arguments after they were validated. One that splits its work by a plan
-has `plan_rows`.
+has `plan_rows`, one that can give the weights too has `decode_attention_and_weights`.
 """
 
 import jax
@@ -20,7 +20,7 @@ unavailable = IMPLEMENTATIONS.unavailable
 
 SMALLEST_PAGE = 8
 
-_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def decode_attention(
@@ -62,10 +62,7 @@ def decode_attention(
     """
     name = choose(implementation)
     module = IMPLEMENTATIONS.load(name)
-    _validate(q, k_pages, v_pages, page_table, lengths)
-    capacity = page_table.shape[1] * k_pages.shape[1]
-    lengths = jnp.clip(jnp.asarray(lengths), 0, capacity)
-    arguments = (q, k_pages, v_pages, page_table, lengths, scale)
+    arguments = _validated(q, k_pages, v_pages, page_table, lengths, scale)
     if plan is None:
         return module.decode_attention(*arguments)
     if not hasattr(module, "plan_rows"):
@@ -76,6 +73,41 @@ def decode_attention(
             f" got one with of_row of shape {tuple(plan.of_row.shape)}, which is [R + 1]"
         )
     return module.decode_attention(*arguments, plan)
+
+
+def decode_attention_and_weights(
+    q: Float[Array, "R G H"],
+    k_pages: Float[Array, "P page H"],
+    v_pages: Float[Array, "P page H"],
+    page_table: Int[Array, "R maxp"],
+    lengths: Int[Array, "R"],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "R G H"], Float[Array, "R G maxp*page"]]:
+    """Attend as `decode_attention` does, and say how much each query attended to each slot.
+
+    Args:
+        q, k_pages, v_pages, page_table, lengths, scale: as for `decode_attention`.
+        implementation: a name in `IMPLEMENTATIONS`; None: "xla".
+
+    Returns:
+        (the attention output, the weights in float32: they add up to 1 over a row's slots, and are
+        0 beyond them).
+
+    Raises:
+        ValueError: as `decode_attention`; or an implementation that cannot give the weights.
+        RuntimeError: an implementation that cannot run on this machine, and why.
+    """
+    name = "xla" if implementation is None else implementation
+    module = IMPLEMENTATIONS.load(name)
+    if not hasattr(module, "decode_attention_and_weights"):
+        raise ValueError(
+            f"implementation {name!r} of decode_attention cannot give the weights: take 'xla'"
+        )
+    return module.decode_attention_and_weights(
+        *_validated(q, k_pages, v_pages, page_table, lengths, scale)
+    )
 
 
 def plan_decode_attention(
@@ -127,6 +159,13 @@ def choose(implementation: str | None) -> str:
     return IMPLEMENTATIONS.choose(implementation, on_gpu=("triton", "pallas_gpu"))
 
 
+def _validated(q, k_pages, v_pages, page_table, lengths, scale) -> tuple:
+    """Check the arguments of an implementation, and make them so."""
+    _validate(q, k_pages, v_pages, page_table, lengths)
+    capacity = page_table.shape[1] * k_pages.shape[1]
+    return q, k_pages, v_pages, page_table, jnp.clip(jnp.asarray(lengths), 0, capacity), scale
+
+
 def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
     arrays = {
         "q": (q, "R G H"),
@@ -152,7 +191,7 @@ def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
     if page < SMALLEST_PAGE or page & (page - 1):
         raise ValueError(f"page must be a power of two >= {SMALLEST_PAGE}, got {page}")
     for name in ("q", "k_pages", "v_pages"):
-        if arrays[name][0].dtype not in _DTYPES:
+        if arrays[name][0].dtype not in DTYPES:
             raise ValueError(f"{name} must be float32 or bfloat16, got {arrays[name][0].dtype}")
     if k_pages.dtype != v_pages.dtype:
         raise ValueError(f"k_pages is {k_pages.dtype} but v_pages {v_pages.dtype}: must be equal")

@@ -14,6 +14,8 @@ import pytest
 from dmc_jax.checkpoints.metadata import load_metadata
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.evaluation.report import write_report
+from dmc_jax.interop.export import write_huggingface
+from dmc_jax.interop.formats import open_source
 from tests.doors import runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +104,15 @@ def decode_prints_the_text_and_what_it_took_test(finished_run):
     assert live % page_bytes == 0 and 4 * page_bytes <= live <= dense
 
 
+def decode_keeps_to_a_budget_of_slots_with_a_policy_that_was_not_trained_test(finished_run):
+    arguments = f"--checkpoint={finished_run}", "--prompt=the cache merges", "--temperature=0"
+    budget = "--policy=tova", "--budget=8", "--page_size=8", "--max_new_tokens=12"
+    result = door("decode", *arguments, *budget)
+    assert (result.returncode, result.stderr) == (0, "")
+    *_, live, dense = (x.replace(",", "") for x in SUMMARY.search(result.stdout).groups())
+    assert int(live) == 4 * 8 * 2 * 8 * 4 < int(dense)  # a page in each of 4 rows
+
+
 def decode_continues_a_file_of_prompts_each_as_it_would_alone_test(finished_run, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output.jsonl"
     prompts.write_text(
@@ -181,3 +192,22 @@ def a_real_run_can_be_reported_test(finished_run):
     text = (write_report(finished_run) / "report.md").read_text()
     loss = load_metadata(latest(finished_run / "retrofit")).validation["loss"]
     assert f"{loss:.4f}" in text
+
+
+def evaluate_measures_a_hugging_face_folder_as_the_checkpoint_it_came_from_test(
+    finished_run, data, tmp_path
+):
+    write_huggingface(open_source(finished_run), tmp_path, None, lambda _: None)
+    flags = ["--windows=8", "--length=32", "--json"]
+    ours, theirs, dataless = runs_of(
+        "evaluate",
+        [f"--checkpoint={finished_run}", *flags],
+        [f"--checkpoint={tmp_path}", f"--data={data.path}", *flags],
+        [f"--checkpoint={tmp_path}", *flags],
+    )
+    assert "was not trained here: name a prepared folder with --data" in one_line_of_error(dataless)
+    assert theirs.stderr == f"note: {tmp_path} is a huggingface checkpoint, read directly\n"
+    measured, expected = (json.loads(run.stdout) for run in (theirs, ours))
+    assert measured["evaluation"] == expected["evaluation"]
+    assert (measured["mode"], measured["threshold"]) == ("dmc", expected["threshold"])
+    assert measured["dense"] is None and expected["dense"] is not None

@@ -15,9 +15,11 @@ import pytest
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import rotary_frequencies
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged
+from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.pages import Pages
 from dmc_jax.model.llama import init_params, unstack_layers
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Tokens
 from pallas_kernels import target, tuning
 from pallas_kernels.cache_update import api
 from pallas_kernels.cache_update.api import IMPLEMENTATIONS, State, cache_update
@@ -87,7 +89,7 @@ def a_segment_of_three_tokens_is_their_weighted_mean_within_the_window_test(upda
 
 @every_update
 def a_key_is_rotated_at_the_position_without_its_last_channel_test(update):
-    workload = dataclasses.replace(CORRECTNESS[1], slots=1, rows=1, heads=1, width=4)
+    workload = dataclasses.replace(CORRECTNESS[1], seats=1, rows=1, heads=1, width=4)
     inputs = make_inputs(workload)
     key = jnp.array([3.0, 5.0, 4.0, 100.0])
     others = inputs.others | {
@@ -148,7 +150,7 @@ def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
     after = expected
     if update != "reference":
         after = cache_update(state, *token, **others, implementation=update)
-    kept = np.ones((workload.slots, workload.rows), bool)
+    kept = np.ones((workload.seats, workload.rows), bool)
     kept[active, first : first + workload.heads] = False
     assert kept.any() or workload.rows == workload.heads
     for name in ("keys", "values", "weights", "count"):
@@ -185,7 +187,7 @@ def entries_that_no_token_of_the_segment_is_in_are_zero_test(update):
 class Decoding:
     """Many steps of a cache whose pool is too small for all."""
 
-    slots: int
+    seats: int
     kv_heads: tuple[int, ...]
     window: int | None
     width: int
@@ -219,88 +221,91 @@ DECODING = (
 
 
 @functools.cache
-def decoded_by_xla(decoding):
-    return decoded(decoding, "xla")
+def decoded_by_xla(case):
+    return decoded(case, "xla")
 
 
-def decoded(decoding, implementation):
+def decoded(case, implementation):
     """The cache after all steps, and the sequences that failed in each of them."""
-    config, settings = decoding.config, DMCSettings(window=decoding.window)
+    config, settings = case.config, DMCSettings(window=case.window)
+    policy = DMC(settings)
     rng = np.random.default_rng(0)
-    cache = cache_module.init(
-        *(config, settings),
-        slots=decoding.slots,
-        pages=decoding.slots * config.kv_rows + 1,
+    cache = paged_cache.init(
+        *(config, policy),
+        seats=case.seats,
+        pages=case.seats * config.kv_rows + 1,
         page_size=8,
         max_length=64,
-        dtype=jnp.dtype(decoding.dtype),
+        dtype=jnp.dtype(case.dtype),
     )
-    nan = jnp.full_like(cache.k_pages, jnp.nan)
-    cache = dataclasses.replace(cache, k_pages=nan, v_pages=nan)
-    frequencies = rotary_frequencies(decoding.width, config.rope_theta)
+    nan = jnp.full_like(cache.pages.k, jnp.nan)
+    cache = dataclasses.replace(cache, pages=Pages(nan, nan))
+    frequencies = rotary_frequencies(case.width, config.rope_theta)
 
     @jax.jit
     def step(cache, k, v, decision, omega, active):
+        # The last channels say what the rows decide.
+        k = k.at[..., -1].set(jnp.where(decision > 0, 100, -100).astype(k.dtype))
+        weight = omega - settings.eps
+        q = jnp.zeros(k.shape).at[..., -1].set(jnp.log(weight / (1 - weight)) - settings.offset)
         row = 0
-        for heads in decoding.kv_heads:
+        for heads in case.kv_heads:
             rows = slice(row, row + heads)
-            cache = cache_module.append_or_merge(
-                cache,
-                row,
-                *(x[:, rows] for x in (k, v, decision, omega)),
-                active=active,
-                settings=settings,
-                frequencies=frequencies,
-                implementation=implementation,
+            token = Tokens(
+                jnp.repeat(q[:, rows], config.heads // heads, axis=1),
+                *(k[:, rows], v[:, rows], cache.position, frequencies),
+            )
+            cache = decoding.read_token(
+                *(cache, policy, row, token), active=active, implementation=implementation
             )
             row += heads
         return dataclasses.replace(cache, position=cache.position + active)
 
-    rows, failed = (decoding.slots, config.kv_rows), []
+    rows, failed = (case.seats, config.kv_rows), []
     # Heads differ in how much they merge: the last one soon needs more pages than there are.
     rate = np.linspace(0.9, 0.3, rows[1])
-    for _ in range(decoding.steps):
-        k, v = (jnp.asarray(x, decoding.dtype) for x in rng.normal(size=(2, *rows, decoding.width)))
+    for _ in range(case.steps):
+        k, v = (jnp.asarray(x, case.dtype) for x in rng.normal(size=(2, *rows, case.width)))
         decision = (rng.random(rows) < rate).astype(np.float32)
         omega = rng.uniform(0.1, 1, rows).astype(np.float32)
-        active = rng.random(decoding.slots) < 0.9
+        active = rng.random(case.seats) < 0.9
         cache = step(cache, k, v, decision, omega, active)
         failed.append(np.asarray(cache.failed))
     return jax.device_get(cache), np.array(failed)
 
 
 @pytest.mark.parametrize(
-    "update, decoding",
+    "update, case",
     [
-        *(("triton", decoding) for decoding in DECODING[:3]),
+        *(("triton", case) for case in DECODING[:3]),
         *(pytest.param("triton", x, marks=pytest.mark.slow) for x in DECODING[3:]),
         ("reference", DECODING[0]),
     ],
     ids=str,
 )
-def many_steps_give_the_cache_that_they_give_by_xla_test(update, decoding):
-    expected, failed = decoded_by_xla(decoding)
-    after, failed_too = decoded(decoding, update)
+def many_steps_give_the_cache_that_they_give_by_xla_test(update, case):
+    expected, failed = decoded_by_xla(case)
+    after, failed_too = decoded(case, update)
     np.testing.assert_array_equal(failed_too, failed)
     for name in ("page_table", "lengths", "position", "free_pages", "free_count"):
         np.testing.assert_array_equal(getattr(after, name), getattr(expected, name))
-    np.testing.assert_array_equal(after.open_segment.count, expected.open_segment.count)
+    np.testing.assert_array_equal(after.state.count, expected.state.count)
     for name in ("keys", "values", "weights"):
-        assert_close(*(getattr(x.open_segment, name) for x in (after, expected)), "float32")
-    for name in ("k_pages", "v_pages"):
-        pages, expected_pages = getattr(after, name), getattr(expected, name)
-        assert_close(pages, expected_pages, decoding.dtype)
-        if decoding.dtype == "bfloat16":  # rounded in the same places, then
+        assert_close(*(getattr(x.state, name) for x in (after, expected)), "float32")
+    for name in ("k", "v"):
+        pages, expected_pages = getattr(after.pages, name), getattr(expected.pages, name)
+        assert_close(pages, expected_pages, case.dtype)
+        if case.dtype == "bfloat16":  # rounded in the same places, then
             live = ~np.isnan(np.asarray(expected_pages, np.float32))
             assert (bits(pages) == bits(expected_pages))[live].mean() >= EQUAL_BITS
 
 
 def those_steps_run_out_of_pages_and_wrap_their_rings_test():
-    caches = [decoded_by_xla(decoding) for decoding in DECODING[:2]]
+    caches = [decoded_by_xla(case) for case in DECODING[:2]]
     assert any(failed[-1].any() and not failed[0].any() for _, failed in caches)
     assert any((cache.lengths < cache.position[:, None]).any() for cache, _ in caches)
     longest = DECODING[0]
-    assert (caches[0][0].open_segment.count > longest.window).any()
+    assert (caches[0][0].state.count > longest.window).any()
 
 
 def tiny_model():
@@ -316,13 +321,17 @@ def tiny_model():
 
 def logits_of_steps(update):
     config, params = tiny_model()
-    settings = DMCSettings(window=3, offset=0.0)
-    cache = cache_module.init(
-        *(config, settings), slots=3, pages=40, page_size=8, max_length=32, dtype=jnp.float32
+    policy = DMC(DMCSettings(window=3, offset=0.0))
+    cache = paged_cache.init(
+        *(config, policy), seats=3, pages=40, page_size=8, max_length=32, dtype=jnp.float32
     )
     step = jax.jit(
         functools.partial(
-            paged.decode_step, config=config, settings=settings, implementation="xla", update=update
+            decoding.decode_step,
+            config=config,
+            policy=policy,
+            implementation="xla",
+            update=update,
         )
     )
     active, logits = jnp.array([True, True, False]), []
@@ -346,8 +355,8 @@ def a_model_decodes_as_by_xla_test(update):
 
 
 @pytest.fixture
-def on_a_gpu(tmp_path, monkeypatch):
-    """A GPU on which every kernel can run; nothing was measured on it."""
+def on_a_gpu(monkeypatch):
+    """A GPU on which every kernel can run."""
     module = types.ModuleType("any")
     module.unavailable = lambda: None
     monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
@@ -355,12 +364,13 @@ def on_a_gpu(tmp_path, monkeypatch):
     return module
 
 
-def on_a_gpu_the_kernel_is_chosen_unless_xla_was_measured_to_be_faster_test(on_a_gpu, monkeypatch):
-    assert api.choose(None) == "triton"
+@pytest.mark.parametrize("form", ["xla", "triton"])
+def the_form_that_is_kept_as_the_fastest_is_chosen_where_it_can_run_test(
+    on_a_gpu, monkeypatch, form
+):
+    monkeypatch.setattr(tuning, "entry", lambda name, kind: form)
+    assert api.choose(None) == form
     on_a_gpu.unavailable = lambda: "it is gone"
-    assert api.choose(None) == "xla"
-    on_a_gpu.unavailable = lambda: None
-    monkeypatch.setattr(tuning, "entry", lambda name, kind: "xla")
     assert api.choose(None) == "xla"
 
 

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import paged
+from dmc_jax.inference import decoding
+from dmc_jax.policies.dmc import DMC
 from pallas_kernels.cache_update import api
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
@@ -23,7 +24,7 @@ from tests.pallas_kernels.lowered import (  # noqa: E402
     CONFIG,
     PAGE,
     PAGES,
-    SLOTS,
+    SEATS,
     on,
     shapes_of_a_step,
 )
@@ -89,9 +90,9 @@ def lowered_step():
     """Text of a decoding step with a donated cache."""
     params, cache, tokens, active = shapes_of_a_step()
     step = functools.partial(
-        paged.decode_step,
+        decoding.decode_step,
         config=CONFIG,
-        settings=DMCSettings(),
+        policy=DMC(DMCSettings()),
         dtype="bfloat16",
         implementation="xla",
         update="triton",
@@ -109,15 +110,15 @@ def a_decoding_step_calls_one_kernel_a_layer_that_changes_the_cache_in_place_tes
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or Triton 3.9 warns that 3.10 changes it
     text = lowered_step()
     calls = re.findall(r".*custom_call @triton_kernel_call_ffi\(.*", text)
-    assert len(calls) == CONFIG.layers
-    call = calls[0]
-    aliases = re.findall(
-        r"output_operand_alias<output_tuple_indices = \[(\d+)\],\s*operand_index = (\d+)", call
-    )
-    assert aliases == [(str(i), str(i)) for i in range(6)]
-    ring = f"{SLOTS}x{CONFIG.kv_rows}x12x64xf32"
-    results = call[call.rindex("->") :]
-    assert results.count(f"tensor<{PAGES}x{PAGE}x64xbf16>") == 2
-    assert results.count(f"tensor<{ring}>") == 2
+    assert len(calls) == len(re.findall(r"call @_update\w*\(", text)) == CONFIG.layers
+    ring = f"{SEATS}x{CONFIG.kv_rows}x12x64xf32"
+    for call in calls:
+        aliases = re.findall(
+            r"output_operand_alias<output_tuple_indices = \[(\d+)\],\s*operand_index = (\d+)", call
+        )
+        assert aliases == [(str(i), str(i)) for i in range(6)]
+        results = call[call.rindex("->") :]
+        assert results.count(f"tensor<{PAGES}x{PAGE}x64xbf16>") == 2
+        assert results.count(f"tensor<{ring}>") == 2
     # Nothing else makes a new ring: all slices of it would be smaller.
     assert not re.findall(rf"dynamic_update_slice.*-> tensor<{ring}>", text)

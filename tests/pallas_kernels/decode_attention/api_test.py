@@ -4,6 +4,7 @@ Without a GPU, its implementations run interpreted (see conftest), all through t
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_kernels.decode_attention.api import (
     IMPLEMENTATIONS,
     choose,
     decode_attention,
+    decode_attention_and_weights,
     plan_decode_attention,
 )
 from pallas_kernels.decode_attention.plan import make_plan
@@ -314,6 +316,33 @@ def a_plan_for_other_rows_is_refused_test(implementation):
     )
     with pytest.raises(ValueError, match=r"the plan must be for R = 3 rows as in q, .*\(3,\)"):
         decode_attention(*inputs, scale=0.2, implementation=implementation, plan=plan)
+
+
+GIVE_WEIGHTS = ("reference", "xla")
+
+
+@pytest.mark.parametrize("workload", [RAGGED, Workload("holes", (0, 30, 200), 4, 32, 8)], ids=str)
+@pytest.mark.parametrize("implementation", GIVE_WEIGHTS)
+def weights_are_a_softmax_over_the_live_slots_and_make_the_output_test(implementation, workload):
+    inputs = inputs_of(workload)
+    out, weights = decode_attention_and_weights(*inputs, scale=0.2, implementation=implementation)
+    assert_close(out, decode_attention(*inputs, scale=0.2, implementation="reference"))
+    weights = np.asarray(weights, np.float64)
+    assert weights.shape == (*out.shape[:2], inputs.page_table.shape[1] * workload.page)
+    for row, length in enumerate(workload.lengths):
+        pages = np.asarray(inputs.page_table[row, : -(-length // workload.page)])
+        keys = np.asarray(inputs.k_pages, np.float64)[pages].reshape(-1, workload.width)[:length]
+        scores = np.exp(0.2 * np.asarray(inputs.q[row], np.float64) @ keys.T)
+        expected = scores / scores.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(weights[row, :, :length], expected, atol=1e-5)
+        assert (weights[row, :, length:] == 0).all()
+
+
+def an_implementation_that_cannot_give_the_weights_says_so_test(monkeypatch):
+    module = importlib.import_module("pallas_kernels.decode_attention.xla")
+    monkeypatch.delattr(module, "decode_attention_and_weights")
+    with pytest.raises(ValueError, match="'xla' of decode_attention cannot give the weights"):
+        decode_attention_and_weights(*inputs_of(RAGGED), scale=0.2, implementation="xla")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

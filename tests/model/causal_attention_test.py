@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.errors import UserError
-from dmc_jax.model.attention import choose_attention, evaluation_attention
+from dmc_jax.model.causal_attention import choose_attention, evaluation_attention
 from pallas_kernels import target
 from pallas_kernels.causal_attention import api
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dmc_jax.config import ModelConfig
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged
-from dmc_jax.inference.cache import PagedCache, pages_of
+from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.paged_cache import PagedCache, pages_for_one_token, pages_of
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.inference.requests import Request, Usage
 from dmc_jax.inference.sampling import (
@@ -27,47 +24,48 @@ from dmc_jax.inference.sampling import (
     token_keys,
 )
 from dmc_jax.inference.snapshot import copy_in
+from dmc_jax.policies.policy import Policy
 
-_NOBODY = SamplingParams(temperature=0.0)  # fills the places of slots that are empty
+_NOBODY = SamplingParams(temperature=0.0)  # fills the places of seats that are empty
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Sequences in the cache, one per slot."""
+    """Sequences in the cache, one per seat."""
 
     cache: PagedCache
-    seen: Bool[Array, "slots V"]  # tokens that each sequence has; that of an empty slot is void
+    seen: Bool[Array, "seats V"]  # tokens that each sequence has; that of an empty seat is void
 
 
 class Tally(NamedTuple):
     """What the host needs to know of a cache; NumPy once it was read."""
 
     free: Int[Array, ""]  # pages
-    failed: Bool[Array, " slots"]
-    may_take: Int[Array, " slots"]  # pages that the next token of each sequence takes at most
-    position: Int[Array, " slots"]
-    slots: Int[Array, " slots"]  # in use, over all rows of each sequence
-    pages: Int[Array, " slots"]  # likewise
+    failed: Bool[Array, " seats"]
+    may_take: Int[Array, " seats"]  # pages that the next token of each sequence takes at most
+    position: Int[Array, " seats"]
+    slots: Int[Array, " seats"]  # in use, over all rows of each sequence
+    pages: Int[Array, " seats"]  # likewise
 
 
 def init(
     config: ModelConfig,
-    settings: DMCSettings | None,
+    policy: Policy,
     *,
-    slots: int,
+    seats: int,
     pages: int | None,
     kv_bytes: int | None,
     page_size: int,
     max_length: int,
     dtype: str,
 ) -> Batch:
-    """A batch without sequences.
+    """Allocate a batch without sequences.
 
     Args:
         config: of the model.
-        settings: of the cache.
-        slots: sequences at a time.
+        policy: of the cache.
+        seats: sequences at a time.
         pages: in the pool. More than all sequences could fill are not allocated.
         kv_bytes: the pool's size instead of pages.
         page_size: slots per page.
@@ -76,30 +74,24 @@ def init(
 
     Raises:
         UserError: not one of `pages` and `kv_bytes`, fewer pages than a token takes, or as in
-            `cache.init`.
+            `paged_cache.init`.
     """
     if (pages is None) == (kv_bytes is None):
         raise UserError("engine: give one of pages and kv_bytes")
     sizes = {"page_size": page_size, "max_length": max_length, "dtype": jnp.dtype(dtype)}
-    of_cache = functools.partial(cache_module.init, config, settings, slots=slots, **sizes)
+    of_cache = functools.partial(paged_cache.init, config, policy, seats=seats, **sizes)
     rows = config.kv_rows
     # Without a pool yet: it refuses sizes that the next lines could not divide by.
-    page_bytes = sum(_page_bytes(jax.eval_shape(lambda: of_cache(pages=1))))
+    page_bytes = jax.eval_shape(lambda: of_cache(pages=1)).pages.page_bytes
     pages = kv_bytes // page_bytes if pages is None else pages
     if pages < rows:
         raise UserError(
             f"engine: a pool of {pages} pages cannot hold a token of the {rows} rows of one "
             f"sequence: give {rows} pages, {rows * page_bytes:,} bytes, or more"
         )
-    pages = min(pages, slots * rows * pages_of(max_length, page_size))
-    return Batch(of_cache(pages=pages), jnp.zeros((slots, config.vocab_size), bool))
-
-
-def _page_bytes(cache: PagedCache) -> tuple[int, int]:
-    """Of a page's keys and values."""
-    return tuple(
-        math.prod(pool.shape[1:]) * pool.dtype.itemsize for pool in (cache.k_pages, cache.v_pages)
-    )
+    most = seats * rows * pages_of(policy.most_slots(max_length), page_size)
+    pages = min(pages, most)
+    return Batch(of_cache(pages=pages), jnp.zeros((seats, config.vocab_size), bool))
 
 
 def read_prompt(
@@ -108,8 +100,7 @@ def read_prompt(
     batch: Batch,
     request: Request,
     *,
-    settings: DMCSettings | None,
-    threshold: float,
+    policy: Policy,
     dtype: str,
 ) -> tuple[Batch, Int[Array, ""]]:
     """Read a sequence, what it has said included, and choose the token after it.
@@ -120,9 +111,8 @@ def read_prompt(
         params: of the model.
         config: its sizes.
         batch: given up.
-        request: its slot is empty.
-        settings: those that the batch was made with.
-        threshold: of hard decisions.
+        request: its seat is empty.
+        policy: that the batch was made for.
         dtype: of the forward pass.
 
     Returns:
@@ -134,31 +124,30 @@ def read_prompt(
         config,
         batch.cache,
         [tokens],
-        [request.slot],
-        settings=settings,
-        threshold=threshold,
+        [request.seat],
+        policy=policy,
         dtype=dtype,
     )
     numbers = stack_params([request.params]), np.array([len(request.tokens)], np.int32)
     seen = _mark(config, tokens)
-    seen, chosen = _first_token(batch.seen, np.int32(request.slot), seen, logits, *numbers)
+    seen, chosen = _first_token(batch.seen, np.int32(request.seat), seen, logits, *numbers)
     return Batch(cache, seen), chosen
 
 
 def put_back(config: ModelConfig, batch: Batch, request: Request) -> Batch:
-    """Put a sequence that was resumed from a snapshot into its slot, without reading it.
+    """Put a sequence that was resumed from a snapshot into its seat, without reading it.
 
     Args:
         config: of the model.
         batch: given up.
-        request: its slot is empty, and its rows are those of the snapshot.
+        request: its seat is empty, and its rows are those of the snapshot.
 
     Returns:
         The batch; the sequence may have `failed`.
     """
-    cache = copy_in(batch.cache, request.rows, request.slot)
+    cache = copy_in(batch.cache, request.rows, request.seat)
     seen = _mark(config, [*request.prompt, *request.tokens])
-    return Batch(cache, batch.seen.at[request.slot].set(seen))
+    return Batch(cache, batch.seen.at[request.seat].set(seen))
 
 
 def _mark(config: ModelConfig, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
@@ -168,32 +157,32 @@ def _mark(config: ModelConfig, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
 
 
 @functools.partial(jax.jit, donate_argnames="all_seen")
-def _first_token(all_seen, slot, seen, logits, sampling, index):
+def _first_token(all_seen, seat, seen, logits, sampling, index):
     chosen = sample(logits, sampling, token_keys(sampling.seed, index), seen[None])[0]
-    return all_seen.at[slot].set(seen.at[chosen].set(True)), chosen
+    return all_seen.at[seat].set(seen.at[chosen].set(True)), chosen
 
 
 def columns(
-    slots: Sequence[Request | None],
+    seats: Sequence[Request | None],
 ) -> tuple[
-    Int[np.ndarray, " slots"],
-    Bool[np.ndarray, " slots"],
+    Int[np.ndarray, " seats"],
+    Bool[np.ndarray, " seats"],
     SamplingArrays,
-    Int[np.ndarray, " slots"],
+    Int[np.ndarray, " seats"],
 ]:
-    """What `next_tokens` asks of the host.
+    """Collect what `next_tokens` asks of the host.
 
     Args:
-        slots: the sequence in each, if any.
+        seats: the sequence in each, if any.
 
     Returns:
         (tokens, active, sampling, index).
     """
     return (
-        np.array([request.tokens[-1] if request else 0 for request in slots], np.int32),
-        np.array([request is not None for request in slots]),
-        stack_params([request.params if request else _NOBODY for request in slots]),
-        np.array([len(request.tokens) if request else 0 for request in slots], np.int32),
+        np.array([request.tokens[-1] if request else 0 for request in seats], np.int32),
+        np.array([request is not None for request in seats]),
+        stack_params([request.params if request else _NOBODY for request in seats]),
+        np.array([len(request.tokens) if request else 0 for request in seats], np.int32),
     )
 
 
@@ -201,15 +190,14 @@ def next_tokens(
     params: Any,
     config: ModelConfig,
     batch: Batch,
-    tokens: Int[Array, " slots"],
-    active: Bool[Array, " slots"],
+    tokens: Int[Array, " seats"],
+    active: Bool[Array, " seats"],
     sampling: SamplingArrays,
-    index: Int[Array, " slots"],
+    index: Int[Array, " seats"],
     *,
-    settings: DMCSettings | None,
-    threshold: float,
+    policy: Policy,
     dtype: str,
-) -> tuple[Batch, Int[Array, " slots"], Tally]:
+) -> tuple[Batch, Int[Array, " seats"], Tally]:
     """Read one token of every active sequence and choose the one after it.
 
     Args:
@@ -217,11 +205,10 @@ def next_tokens(
         config: its sizes.
         batch: given up.
         tokens: the newest of each sequence, which the cache does not hold yet.
-        active: slots with a sequence.
+        active: seats with a sequence.
         sampling: how to choose.
         index: of the token that is chosen, among the new ones of its sequence.
-        settings: those that the batch was made with.
-        threshold: of hard decisions.
+        policy: that the batch was made for.
         dtype: of the forward pass.
 
     Returns:
@@ -230,8 +217,7 @@ def next_tokens(
     """
     cache, logits, counts = read_tokens(
         *(params, config, batch.cache, tokens, active),
-        settings=settings,
-        threshold=threshold,
+        policy=policy,
         dtype=dtype,
     )
     # A program of its own: another way of choosing must not compile the model again.
@@ -243,7 +229,7 @@ def next_tokens(
 # to keep to; trying, it would compute products of matrices two and three times.
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "settings", "dtype"),
+    static_argnames=("config", "dtype"),
     donate_argnames="cache",
     compiler_options={"xla_disable_hlo_passes": "rematerialization"},
 )
@@ -251,22 +237,20 @@ def read_tokens(
     params: Any,
     config: ModelConfig,
     cache: PagedCache,
-    tokens: Int[Array, " slots"],
-    active: Bool[Array, " slots"],
+    tokens: Int[Array, " seats"],
+    active: Bool[Array, " seats"],
     *,
-    settings: DMCSettings | None,
-    threshold: float,
+    policy: Policy,
     dtype: str,
-) -> tuple[PagedCache, Float[Array, "slots V"], Tally]:
+) -> tuple[PagedCache, Float[Array, "seats V"], Tally]:
     """Read one token of every active sequence; see `next_tokens`.
 
     Returns:
         (the cache, logits of the tokens after them, the tally).
     """
-    cache, logits = paged.decode_step(
+    cache, logits = decoding.decode_step(
         *(params, config, cache, tokens, active),
-        settings=settings,
-        threshold=threshold,
+        policy=policy,
         dtype=dtype,
     )
     return cache, logits, tally(cache)
@@ -274,11 +258,11 @@ def read_tokens(
 
 @functools.partial(jax.jit, donate_argnames="seen")
 def choose_tokens(
-    seen: Bool[Array, "slots V"],
-    logits: Float[Array, "slots V"],
+    seen: Bool[Array, "seats V"],
+    logits: Float[Array, "seats V"],
     sampling: SamplingArrays,
-    index: Int[Array, " slots"],
-) -> tuple[Bool[Array, "slots V"], Int[Array, " slots"]]:
+    index: Int[Array, " seats"],
+) -> tuple[Bool[Array, "seats V"], Int[Array, " seats"]]:
     """Choose a token after every sequence; see `next_tokens`.
 
     Returns:
@@ -289,46 +273,45 @@ def choose_tokens(
 
 
 @functools.partial(jax.jit, donate_argnames="batch")
-def release(batch: Batch, leaving: Bool[Array, " slots"]) -> tuple[Batch, Tally]:
-    """Empty some slots; none is fine.
+def release(batch: Batch, leaving: Bool[Array, " seats"]) -> tuple[Batch, Tally]:
+    """Empty some seats; none is fine.
 
     Args:
         batch: given up.
-        leaving: slots to empty.
+        leaving: seats to empty.
 
     Returns:
         (the batch, the tally).
     """
-    batch = dataclasses.replace(batch, cache=cache_module.free(batch.cache, leaving))
+    batch = dataclasses.replace(batch, cache=paged_cache.free(batch.cache, leaving))
     return batch, tally(batch.cache)
 
 
 def tally(cache: PagedCache) -> Tally:
     """Count, on the device."""
-    page = cache.k_pages.shape[1]
+    page = cache.pages.page_size
     return Tally(
         free=cache.free_count,
         failed=cache.failed,
-        # As `pages_for_one_token`, of every sequence.
-        may_take=(cache.lengths % page == 0).sum(axis=1, dtype=jnp.int32),
+        may_take=pages_for_one_token(cache),
         position=cache.position,
         slots=cache.lengths.sum(axis=1),
         pages=pages_of(cache.lengths, page).sum(axis=1),
     )
 
 
-def usage(cache: PagedCache, counts: Tally, slot: int) -> Usage:
-    """What the sequence in a slot holds.
+def usage(cache: PagedCache, counts: Tally, seat: int) -> Usage:
+    """Say what the sequence in a seat holds.
 
     Args:
         cache: gives the sizes.
         counts: of the cache, in NumPy.
-        slot: not empty.
+        seat: not empty.
     """
-    position, rows = int(counts.position[slot]), cache.lengths.shape[1]
-    page_bytes = sum(_page_bytes(cache))
+    position, rows = int(counts.position[seat]), cache.lengths.shape[1]
+    page_bytes = cache.pages.page_bytes
     return Usage(
-        ratio=position * rows / int(counts.slots[slot]),
-        live_bytes=int(counts.pages[slot]) * page_bytes,
-        dense_bytes=rows * pages_of(position, cache.k_pages.shape[1]) * page_bytes,
+        ratio=position * rows / int(counts.slots[seat]),
+        live_bytes=int(counts.pages[seat]) * page_bytes,
+        dense_bytes=rows * pages_of(position, cache.pages.page_size) * page_bytes,
     )

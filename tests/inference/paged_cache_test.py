@@ -15,10 +15,11 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged
-from dmc_jax.model import modes
+from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Tokens, attend_whole
 
 TOLERANCE = 1e-5  # float32 logits and states of size 1
 # Above every merge logit; at the middle of them; below most; below all.
@@ -27,7 +28,7 @@ NEVER, HALF, MOSTLY, ALWAYS = 1e3, 0.0, -1.5, -1e3
 
 # ---- the allocator against a model in plain Python --------------------------------------------
 
-SLOTS, PAGES, PAGE, MAX_LENGTH = 3, 12, 8, 32
+SEATS, PAGES, PAGE, MAX_LENGTH = 3, 12, 8, 32
 LAYERS = ((0, 2), (2, 1))  # first row and KV heads of each
 ROWS, WINDOW = 3, 2
 SMALL = ModelConfig(
@@ -47,34 +48,37 @@ FREQUENCIES = rotary_frequencies(SMALL.head_dim, SMALL.rope_theta)
 POLICIES = {"dmc": DMCSettings(window=WINDOW), "dense": None}
 
 
+def policy_of(settings, threshold=0.0):
+    return Dense() if settings is None else DMC(settings, threshold)
+
+
 @functools.partial(jax.jit, static_argnames="settings")
 def read_token(cache, k, v, decision, omega, active, settings):
+    """Keys and queries whose last channels say what the rows decide."""
+    policy = policy_of(settings)
+    k = k.at[..., -1].set(jnp.where(decision > 0, 100.0, -100.0)) if settings else k
+    weight = omega - DMCSettings().eps
+    q = jnp.zeros_like(k).at[..., -1].set(jnp.log(weight / (1 - weight)) - DMCSettings().offset)
     for first, heads in LAYERS:
         of_layer = slice(first, first + heads)
-        cache = cache_module.append_or_merge(
-            cache,
-            first,
-            k[:, of_layer],
-            v[:, of_layer],
-            decision[:, of_layer],
-            omega[:, of_layer],
-            active=active,
-            settings=settings,
-            frequencies=FREQUENCIES,
+        token = Tokens(
+            jnp.repeat(q[:, of_layer], SMALL.heads // heads, axis=1),
+            *(k[:, of_layer], v[:, of_layer], cache.position, FREQUENCIES),
         )
+        cache = decoding.read_token(cache, policy, first, token, active=active)
     return dataclasses.replace(cache, position=cache.position + active)
 
 
-free = jax.jit(cache_module.free)
-reserve = jax.jit(functools.partial(cache_module.reserve, first=0, most=3))
-pages_for_one_token = jax.jit(cache_module.pages_for_one_token)
+free = jax.jit(paged_cache.free)
+reserve = jax.jit(functools.partial(paged_cache.reserve, first=0, most=3))
+pages_for_one_token = jax.jit(paged_cache.pages_for_one_token)
 
 
 def small_cache(settings, pages=PAGES):
-    return cache_module.init(
+    return paged_cache.init(
         SMALL,
-        settings,
-        slots=SLOTS,
+        policy_of(settings),
+        seats=SEATS,
         pages=pages,
         page_size=PAGE,
         max_length=MAX_LENGTH,
@@ -86,18 +90,18 @@ class Allocator(RuleBasedStateMachine):
     """Sequences read tokens, take pages and leave; every row is a list of slots in Python."""
 
     policy = "dmc"
-    masks = st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS)
-    merges = st.integers(0, 2 ** (SLOTS * ROWS) - 1)
+    masks = st.lists(st.booleans(), min_size=SEATS, max_size=SEATS)
+    merges = st.integers(0, 2 ** (SEATS * ROWS) - 1)
 
     def __init__(self):
         super().__init__()
         self.settings = POLICIES[self.policy]
         self.cache = small_cache(self.settings)
         self.random = np.random.default_rng(0)
-        self.slots = {(s, r): [] for s in range(SLOTS) for r in range(ROWS)}  # mean values
+        self.slots = {(s, r): [] for s in range(SEATS) for r in range(ROWS)}  # mean values
         self.open = {row: [] for row in self.slots}  # (weight, value) of the open segment
-        self.failed = [False] * SLOTS
-        self.position = [0] * SLOTS
+        self.failed = [False] * SEATS
+        self.position = [0] * SEATS
 
     def pages_held(self):
         return sum(-(-len(held) // PAGE) for held in self.slots.values())
@@ -121,16 +125,17 @@ class Allocator(RuleBasedStateMachine):
 
     @rule(active=masks, merges=merges, tokens=st.integers(1, 7))
     def read(self, active, merges, tokens):
-        decision = np.array([merges >> i & 1 for i in range(SLOTS * ROWS)], np.float32)
-        decision = decision.reshape(SLOTS, ROWS)
+        decision = np.array([merges >> i & 1 for i in range(SEATS * ROWS)], np.float32)
+        decision = decision.reshape(SEATS, ROWS)
         for _ in range(tokens):
-            k, v = self.random.normal(size=(2, SLOTS, ROWS, SMALL.head_dim)).astype(np.float32)
-            omega = self.random.uniform(0.1, 1, (SLOTS, ROWS)).astype(np.float32)
-            enough = PAGES - self.pages_held() >= pages_for_one_token(self.cache, np.array(active))
+            k, v = self.random.normal(size=(2, SEATS, ROWS, SMALL.head_dim)).astype(np.float32)
+            omega = self.random.uniform(0.1, 1, (SEATS, ROWS)).astype(np.float32)
+            wanted = np.asarray(pages_for_one_token(self.cache))[np.array(active)].sum()
+            enough = PAGES - self.pages_held() >= wanted
             tall = max(len(held) for held in self.slots.values()) == MAX_LENGTH
             before = list(self.failed)
             self.cache = read_token(
-                self.cache, k, v, decision, omega, np.array(active), self.settings
+                self.cache, jnp.asarray(k), v, decision, omega, np.array(active), self.settings
             )
             for first, heads in LAYERS:
                 self.expect_token(first, heads, active, decision, v, omega)
@@ -138,7 +143,7 @@ class Allocator(RuleBasedStateMachine):
             self.position = [p + a for p, a in zip(self.position, active, strict=True)]
 
     def expect_token(self, first, heads, active, decision, v, omega):
-        reading = [s for s in range(SLOTS) if active[s] and not self.failed[s]]
+        reading = [s for s in range(SEATS) if active[s] and not self.failed[s]]
         rows = [(s, r) for s in reading for r in range(first, first + heads)]
         appends = {
             row: self.settings is None or not self.open[row] or not decision[row] for row in rows
@@ -152,15 +157,15 @@ class Allocator(RuleBasedStateMachine):
                 total = sum(weight for weight, _ in window)
                 self.slots[row][-1] = sum(weight * value for weight, value in window) / total
 
-    @rule(extra=st.lists(st.integers(0, 2 * PAGE), min_size=2 * SLOTS, max_size=2 * SLOTS))
+    @rule(extra=st.lists(st.integers(0, 2 * PAGE), min_size=2 * SEATS, max_size=2 * SEATS))
     def take_many(self, extra):
         """As prefill does, in the first layer; what the slots hold stays open."""
-        rows = [(s, r) for s in range(SLOTS) for r in range(2)]
+        rows = [(s, r) for s in range(SEATS) for r in range(2)]
         wanted = {
             row: 0 if self.failed[row[0]] else new for row, new in zip(rows, extra, strict=True)
         }
-        lengths = np.array([[len(self.slots[s, r]) for r in range(2)] for s in range(SLOTS)])
-        lengths += np.array(list(wanted.values())).reshape(SLOTS, 2)
+        lengths = np.array([[len(self.slots[s, r]) for r in range(2)] for s in range(SEATS)])
+        lengths += np.array(list(wanted.values())).reshape(SEATS, 2)
         self.cache, granted = reserve(self.cache, lengths.astype(np.int32))
         expected = self.grow(wanted)
         assert {row for row in rows if granted[row]} == expected
@@ -168,10 +173,10 @@ class Allocator(RuleBasedStateMachine):
     @rule(leaving=masks)
     def leave(self, leaving):
         self.cache = free(self.cache, np.array(leaving))
-        for slot in np.flatnonzero(leaving):
-            self.failed[slot], self.position[slot] = False, 0
+        for seat in np.flatnonzero(leaving):
+            self.failed[seat], self.position[seat] = False, 0
             for row in range(ROWS):
-                self.slots[slot, row], self.open[slot, row] = [], []
+                self.slots[seat, row], self.open[seat, row] = [], []
 
     @invariant()
     def rows_have_their_lengths(self):
@@ -191,11 +196,11 @@ class Allocator(RuleBasedStateMachine):
         free_pages = np.asarray(self.cache.free_pages)[:free_count]
         assert sorted([*owned, *free_pages]) == list(range(PAGES))
         page_bytes = 2 * PAGE * SMALL.head_dim * 4
-        assert cache_module.bytes_live(self.cache) == self.pages_held() * page_bytes
+        assert paged_cache.bytes_live(self.cache) == self.pages_held() * page_bytes
 
     @invariant()
     def slots_hold_the_average_of_their_segment(self):
-        table, v_pages = np.asarray(self.cache.page_table), np.asarray(self.cache.v_pages)
+        table, v_pages = np.asarray(self.cache.page_table), np.asarray(self.cache.pages.v)
         for row, held in self.slots.items():
             if not self.failed[row[0]]:
                 for index, value in enumerate(held):
@@ -221,27 +226,28 @@ DenseAllocatorTest = DenseAllocator.TestCase
 
 def a_write_without_a_page_goes_nowhere_and_is_reported_test():
     cache = small_cache(POLICIES["dense"], pages=2 * ROWS)
-    k = v = np.ones((SLOTS, ROWS, SMALL.head_dim), np.float32)
-    nothing = np.zeros((SLOTS, ROWS), np.float32)
-    for slot in (0, 1):
-        cache = read_token(cache, k, v, nothing, nothing, np.arange(SLOTS) == slot, None)
+    k = v = jnp.ones((SEATS, ROWS, SMALL.head_dim))
+    nothing = np.zeros((SEATS, ROWS), np.float32)
+    for seat in (0, 1):
+        cache = read_token(cache, k, v, nothing, nothing, np.arange(SEATS) == seat, None)
     assert cache.free_count == 0 and not cache.failed.any()
-    full = read_token(cache, 2 * k, v, nothing, nothing, np.arange(SLOTS) == 2, None)
+    full = read_token(cache, 2 * k, v, nothing, nothing, np.arange(SEATS) == 2, None)
     np.testing.assert_array_equal(full.failed, [False, False, True])
-    for name in ("k_pages", "v_pages", "page_table", "lengths", "free_count"):
+    for name in ("page_table", "lengths", "free_count"):
         np.testing.assert_array_equal(getattr(full, name), getattr(cache, name), err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, full.pages, cache.pages)
     # The others go on in the pages that they have, and the third where one of them leaves.
     full = read_token(full, k, v, nothing, nothing, np.array([True, True, True]), None)
     np.testing.assert_array_equal(full.lengths, [[2] * ROWS, [2] * ROWS, [0] * ROWS])
     full = free(full, np.array([True, False, True]))
-    full = read_token(full, k, v, nothing, nothing, np.arange(SLOTS) == 2, None)
+    full = read_token(full, k, v, nothing, nothing, np.arange(SEATS) == 2, None)
     np.testing.assert_array_equal(full.lengths, [[0] * ROWS, [2] * ROWS, [1] * ROWS])
     assert not full.failed.any()
 
 
 def a_row_longer_than_its_page_table_is_reported_test():
     cache = small_cache(None, pages=100)
-    wanted = np.full((SLOTS, 2), 3 * PAGE, np.int32)
+    wanted = np.full((SEATS, 2), 3 * PAGE, np.int32)
     cache, granted = reserve(cache, wanted)
     assert granted.all() and not cache.failed.any()
     wanted[1, 1] = MAX_LENGTH + 1
@@ -256,29 +262,29 @@ def a_row_longer_than_its_page_table_is_reported_test():
         ({"page_size": 12}, "page_size must be a power of two, 8 or more, got 12"),
         ({"page_size": 4}, "page_size must be a power of two, 8 or more, got 4"),
         ({"pages": 0}, "pages must be 1 or more, got 0"),
-        ({"slots": 0}, "slots must be 1 or more, got 0"),
+        ({"seats": 0}, "seats must be 1 or more, got 0"),
         ({"max_length": 0}, "max_length must be 1 or more, got 0"),
         ({"dtype": jnp.float16}, "float32 or bfloat16, got float16"),
     ],
 )
 def a_cache_that_cannot_be_is_refused_test(changes, complaint):
-    sizes = {"slots": 1, "pages": 1, "page_size": 8, "max_length": 8, "dtype": jnp.float32}
+    sizes = {"seats": 1, "pages": 1, "page_size": 8, "max_length": 8, "dtype": jnp.float32}
     with pytest.raises(UserError, match=complaint):
-        cache_module.init(SMALL, None, **sizes | changes)
+        paged_cache.init(SMALL, policy_of(None), **sizes | changes)
 
 
 def reserved_bytes_are_those_of_the_arrays_test():
     cache = small_cache(POLICIES["dmc"])
     pool = 2 * PAGES * PAGE * SMALL.head_dim * 4
-    rings = SLOTS * ROWS * (2 * WINDOW * SMALL.head_dim + WINDOW + 1) * 4
-    table = SLOTS * ROWS * (MAX_LENGTH // PAGE + 1) * 4  # and the lengths
-    assert cache_module.bytes_reserved(cache) == pool + rings + table + PAGES * 4 + 4 + SLOTS * 5
+    rings = SEATS * ROWS * (2 * WINDOW * SMALL.head_dim + WINDOW + 1) * 4
+    table = SEATS * ROWS * (MAX_LENGTH // PAGE + 1) * 4  # and the lengths
+    assert paged_cache.bytes_reserved(cache) == pool + rings + table + PAGES * 4 + 4 + SEATS * 5
 
 
 # ---- decoding over pages ----------------------------------------------------------------------
 
 T = 40  # tokens of every sequence
-# (slot, first step, tokens) of sequences that come and go: 2 takes the pages of 0, 3 those of 1.
+# (seat, first step, tokens) of sequences that come and go: 2 takes the pages of 0, 3 those of 1.
 STAYS = ((0, 0, 25), (1, 4, 40), (0, 27, 40), (1, 45, 18))
 STEPS = 67
 
@@ -288,12 +294,12 @@ def random_tokens():
 
 
 def schedule(tokens):
-    """Token, whether it is read, and whether the slot is emptied before, each [STEPS, 2]."""
+    """Token, whether it is read, and whether the seat is emptied before, each [STEPS, 2]."""
     column, active, leaving = (np.zeros((STEPS, 2), np.int32) for _ in range(3))
-    for sequence, (slot, start, count) in zip(tokens, STAYS, strict=True):
-        column[start : start + count, slot] = sequence[:count]
-        active[start : start + count, slot] = 1
-        leaving[start, slot] = 1
+    for sequence, (seat, start, count) in zip(tokens, STAYS, strict=True):
+        column[start : start + count, seat] = sequence[:count]
+        active[start : start + count, seat] = 1
+        leaving[start, seat] = 1
     return column, active.astype(bool), leaving.astype(bool)
 
 
@@ -301,9 +307,9 @@ def schedule(tokens):
 def decode_paged(params, config, settings, tokens_active_leaving, threshold, cache):
     def step(cache, now):
         tokens, active, leaving = now
-        cache = cache_module.free(cache, leaving)
-        return paged.decode_step(
-            params, config, cache, tokens, active, settings=settings, threshold=threshold
+        cache = paged_cache.free(cache, leaving)
+        return decoding.decode_step(
+            params, config, cache, tokens, active, policy=policy_of(settings, threshold)
         )
 
     return jax.lax.scan(step, cache, tokens_active_leaving)
@@ -312,19 +318,14 @@ def decode_paged(params, config, settings, tokens_active_leaving, threshold, cac
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def evaluate_all(params, config, settings, tokens, threshold):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    if settings is None:
-        attend = modes.dense(config, positions)
-    else:
-        attend = modes.compressed(config, settings, positions, threshold=threshold)
+    attend = attend_whole(policy_of(settings, threshold), config, positions)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 
-def opened_by_row(output, config):
+def opened_by_row(output):
     """0/1 [R, B, T]: the tokens that took a slot, in every row."""
-    if output.records[0] is None:
-        return np.ones((config.kv_rows, *output.logits.shape[:2]))
-    merged = [np.moveaxis(np.asarray(record.merged), 3, 1) for record in output.records]
-    return np.concatenate([1 - x.reshape(-1, *x.shape[2:]) for x in merged])
+    appends = [np.moveaxis(np.asarray(record.appends), 3, 1) for record in output.records]
+    return np.concatenate([x.reshape(-1, *x.shape[2:]) for x in appends])
 
 
 def longest_segment(opened):
@@ -334,16 +335,15 @@ def longest_segment(opened):
 
 
 def poisoned_cache(config, settings, pages, dtype=jnp.float32):
-    """A cache of two slots in which everything that no sequence wrote is NaN."""
-    cache = cache_module.init(
-        config, settings, slots=2, pages=pages, page_size=8, max_length=T, dtype=dtype
+    """A cache of two seats in which everything that no sequence wrote is NaN."""
+    cache = paged_cache.init(
+        config, policy_of(settings), seats=2, pages=pages, page_size=8, max_length=T, dtype=dtype
     )
     nan = functools.partial(jax.tree.map, lambda x: x * np.nan if x.dtype != jnp.int32 else x)
     return dataclasses.replace(
         cache,
-        k_pages=nan(cache.k_pages),
-        v_pages=nan(cache.v_pages),
-        open_segment=nan(cache.open_segment),
+        pages=nan(cache.pages),
+        state=nan(cache.state),
     )
 
 
@@ -358,19 +358,19 @@ def sequences_that_come_and_go_get_the_logits_of_the_whole_sequence_test(
     tokens, ratios = random_tokens(), []
     for threshold in (NEVER,) if settings is None else (NEVER, HALF, MOSTLY, ALWAYS):
         expected = evaluate_all(params, config, settings, tokens, threshold)
-        opened = opened_by_row(expected, config)
+        opened = opened_by_row(expected)
         # Room for two dense sequences, so that the later two need the pages of the first.
         cache = poisoned_cache(config, settings, 2 * config.kv_rows * -(-T // 8))
         cache, logits = decode_paged(params, config, settings, schedule(tokens), threshold, cache)
         assert not cache.failed.any()
         logits, expected = np.asarray(logits), np.asarray(expected.logits)
-        for row, (slot, start, count) in enumerate(STAYS):
-            mine = logits[start : start + count, slot]
+        for row, (seat, start, count) in enumerate(STAYS):
+            mine = logits[start : start + count, seat]
             np.testing.assert_allclose(mine, expected[row, :count], atol=TOLERANCE, rtol=0)
         for row in (2, 3):  # those that stayed
-            slot, _, count = STAYS[row]
-            np.testing.assert_array_equal(cache.lengths[slot], opened[:, row, :count].sum(axis=-1))
-            assert cache.position[slot] == count
+            seat, _, count = STAYS[row]
+            np.testing.assert_array_equal(cache.lengths[seat], opened[:, row, :count].sum(axis=-1))
+            assert cache.position[seat] == count
         ratios.append(opened.size / opened.sum())
         if threshold == MOSTLY:  # the ring of the open segment must have gone round
             assert max(map(longest_segment, opened.reshape(-1, T))) > 12
@@ -398,14 +398,14 @@ def bfloat16_pages_hold_the_float32_average_rounded_once_test(tiny_model):
     for dtype in (jnp.float32, jnp.bfloat16):
         cache = poisoned_cache(config, settings, 100, dtype)
         cache, _ = decode_paged(params, config, settings, schedule(tokens), MOSTLY, cache)
-        assert cache.k_pages.dtype == cache.v_pages.dtype == dtype
-        assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(cache.open_segment))
+        assert cache.pages.k.dtype == cache.pages.v.dtype == dtype
+        assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(cache.state))
         length = int(cache.lengths[0, 0])  # in the first layer, which reads the same inputs
         assert 1 < length < 30
         ids = cache.page_table[0, 0, : -(-length // 8)]
         pages[dtype] = [
             pool[ids].reshape(-1, config.head_dim)[:length]
-            for pool in (cache.k_pages, cache.v_pages)
+            for pool in (cache.pages.k, cache.pages.v)
         ]
     for wide, narrow in zip(pages[jnp.float32], pages[jnp.bfloat16], strict=True):
         np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
@@ -413,21 +413,19 @@ def bfloat16_pages_hold_the_float32_average_rounded_once_test(tiny_model):
 
 def sequences_that_are_not_active_stay_as_they_are_and_attend_to_nothing_test():
     cache = small_cache(POLICIES["dmc"])
-    tokens = jax.random.normal(jax.random.key(0), (2, 3, SLOTS, 1, 2, SMALL.head_dim))
+    tokens = jax.random.normal(jax.random.key(0), (2, 3, SEATS, 1, 2, SMALL.head_dim))
     active = np.array([True, False, True])
 
     @jax.jit
     def attend(cache, active, q, k, v):
-        attend = paged.attend_cached(SMALL, POLICIES["dmc"], threshold=0.0, active=active)
+        attend = decoding.attend_cached(SMALL, policy_of(POLICIES["dmc"]), active=active)
         return attend(q, k, v, 0, cache)[:2]
 
-    _, cache = attend(cache, np.full(SLOTS, True), *tokens[0])
+    _, cache = attend(cache, np.full(SEATS, True), *tokens[0])
     out, after = attend(cache, active, *tokens[1])
     assert (out[1] == 0).all() and (out[::2] != 0).any(axis=(1, 2, 3)).all()
     for name in ("lengths", "page_table", "failed"):
         np.testing.assert_array_equal(getattr(after, name)[1], getattr(cache, name)[1])
-    for new, old in zip(
-        *map(jax.tree.leaves, (after.open_segment, cache.open_segment)), strict=True
-    ):
+    for new, old in zip(*map(jax.tree.leaves, (after.state, cache.state)), strict=True):
         np.testing.assert_array_equal(new[1], old[1])
-    assert (after.open_segment.keys[0] != cache.open_segment.keys[0]).any()
+    assert (after.state.keys[0] != cache.state.keys[0]).any()
