@@ -9,13 +9,23 @@ from absl import flags
 
 from dmc_jax import commands
 from dmc_jax.data.corpus import SPLITS
-from dmc_jax.data.prepare import DEFAULT_VOCAB_SIZE, prepare
+from dmc_jax.data.listing import KINDS
+from dmc_jax.data.prepare import DEFAULT_VOCAB_SIZE, ON_BAD_ROW, prepare
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
 _INPUT = flags.DEFINE_string(
     "input",
     None,
-    "A .txt, .jsonl or .parquet file, or a folder of them; default: Python's library.",
+    f"A file, or a folder of files: {KINDS}; default: Python's library.",
+)
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", "text", "Field of .jsonl and .parquet files that holds the text."
+)
+_VALIDATION = flags.DEFINE_string(
+    "validation", None, "File or folder of the validation split; default: drawn from the input."
+)
+_ON_BAD_ROW = flags.DEFINE_enum(
+    "on_bad_row", "error", ON_BAD_ROW, "What to do about a row without usable text."
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Tokenizer file to use, of any known format; default: train one."
@@ -36,6 +46,9 @@ def main() -> None:
         vocab_size=_VOCAB_SIZE.value,
         workers=_WORKERS.value,
         limit_mb=_LIMIT_MB.value,
+        text_field=_TEXT_FIELD.value,
+        validation=_VALIDATION.value,
+        on_bad_row=_ON_BAD_ROW.value,
     )
     for split in SPLITS:
         facts = data.manifest["splits"][split]

@@ -98,7 +98,12 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, path: str | os.PathLike, *, threads: int = 2
+    texts: Iterable[str],
+    vocab_size: int,
+    path: str | os.PathLike,
+    *,
+    threads: int = 2,
+    may_be_smaller: bool = False,
 ) -> None:
     """Train a lossless byte-fallback BPE model: `decode(encode(x)) == x` for any text.
 
@@ -109,6 +114,7 @@ def train_sentencepiece(
         vocab_size: number of ids, the 260 fixed ones included.
         path: file to write.
         threads: for counting pairs.
+        may_be_smaller: make do with fewer ids where the text yields no more.
 
     Raises:
         UserError: no text, or a vocabulary too small or too large for it.
@@ -134,6 +140,7 @@ def train_sentencepiece(
             eos_id=2,
             pad_id=3,
             num_threads=threads,
+            hard_vocab_limit=not may_be_smaller,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
@@ -160,7 +167,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         UserError: no such file, of no such format, one without BOS and EOS, or a library that is
             not installed.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist: name a tokenizer's file")
     data = path.read_bytes()

@@ -7,7 +7,7 @@ happens to spell are read as that text, as SentencePiece does; BOS and EOS are k
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,9 @@ _LLAMA3_PATTERN = "|".join(
     )
 )
 _LLAMA3_SPECIAL = 256
+# Longer runs of spaces or of others exhaust the stack of tiktoken's pattern matcher; Llama 3's own
+# code cuts them there too.
+_LONGEST_RUN = 25_000
 _TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
 
@@ -122,7 +125,9 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without BOS or EOS."""
-        return self._encoding.encode_ordinary(text)
+        return [
+            token for part in short_runs(text) for token in self._encoding.encode_ordinary(part)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens stand for nothing."""
@@ -134,6 +139,17 @@ class TiktokenTokenizer:
         sizes = np.zeros(self.vocab_size, np.int32)
         sizes[: len(self._pieces)] = [len(piece) for piece in self._pieces]
         return sizes
+
+
+def short_runs(text: str) -> Iterator[str]:
+    """Cut a text within its long runs of spaces or of others, and nowhere else."""
+    longer = f"{{{_LONGEST_RUN + 1},}}"
+    start = 0
+    for run in re.finditer(rf"(?<!\s)\s{longer}|(?<!\S)\S{longer}", text):
+        for end in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def format_of(data: bytes) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmc_jax.data import tokenizer_formats
 from dmc_jax.data.tokenizer import (
     encode_document,
     encode_prompt,
@@ -61,6 +62,30 @@ def text_its_bytes_and_its_stream_survive_test(tokenizer, text, stream_decode):
     assert tokenizer.decode(ids) == text
     assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
     assert "".join(stream_decode(tokenizer, encode_document(tokenizer, text))) == text
+
+
+@pytest.mark.parametrize("character", [" ", "\n", "a", "1", "=", "é"])
+def runs_of_any_length_are_encoded_test(tokenizer, character):
+    text = f"x {character * 300_000} y"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(alphabet=" \n\u2003ab", max_size=40), longest=st.integers(1, 9))
+def only_long_runs_are_cut_and_where_llama_3_cuts_them_test(text, longest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_formats, "_LONGEST_RUN", longest)
+        parts = list(tokenizer_formats.short_runs(text))
+    expected, run = [""], 0
+    for before, character in zip(f"{text[:1]}{text}", text, strict=False):
+        run = run + 1 if before.isspace() == character.isspace() else 1
+        if run > longest:
+            expected.append("")
+            run = 1
+        expected[-1] += character
+    assert parts == expected
 
 
 def bos_is_added_once_and_a_text_that_spells_it_is_text_test(tokenizer):
