@@ -1,8 +1,15 @@
 """Turn text into tokens: `python -m dmc_jax.prepare_data --output=DIR [--input=PATH]`.
 
 Without --input the corpus is the source and documentation of the running Python's library (about
-12 MB, no download). Exit codes: 0 done or already done, 2 bad input or flags, 1 a failure such as
-a full disk.
+12 MB, no download). The input is text (.txt, a document each), rows of JSON (.jsonl, .ndjson) or
+.parquet, the former also compressed (.gz, .bz2, .xz, .zst), or a folder of such files. A row holds
+text, or a conversation, which the chat template beside the tokenizer renders.
+
+A hash of its text decides whether a document is for training (90 %), validation or test (5 % each):
+its file's name and what else there is change nothing. --validation gives a validation set of one's
+own; what the input has of it is left out.
+
+Exit codes: 0 done or already done, 2 bad input or flags, 1 a failure such as a full disk.
 """
 
 from absl import flags
@@ -19,7 +26,10 @@ _INPUT = flags.DEFINE_string(
     f"A file, or a folder of files: {KINDS}; default: Python's library.",
 )
 _TEXT_FIELD = flags.DEFINE_string(
-    "text_field", "text", "Field of .jsonl and .parquet files that holds the text."
+    "text_field",
+    None,
+    "Field of .jsonl and .parquet files that holds the text or the conversation; default: text or "
+    "else messages.",
 )
 _VALIDATION = flags.DEFINE_string(
     "validation", None, "File or folder of the validation split; default: drawn from the input."
@@ -35,6 +45,9 @@ _VOCAB_SIZE = flags.DEFINE_integer(
 )
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that tokenise.")
 _LIMIT_MB = flags.DEFINE_float("limit_mb", None, "Text to use at most, in MB; default: all of it.")
+_SPECIAL_TOKENS = flags.DEFINE_boolean(
+    "special_tokens", False, "Names of special tokens in a text mean these tokens."
+)
 
 
 def main() -> None:
@@ -49,6 +62,7 @@ def main() -> None:
         text_field=_TEXT_FIELD.value,
         validation=_VALIDATION.value,
         on_bad_row=_ON_BAD_ROW.value,
+        special_tokens=_SPECIAL_TOKENS.value,
     )
     for split in SPLITS:
         facts = data.manifest["splits"][split]

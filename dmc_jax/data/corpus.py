@@ -6,6 +6,7 @@ Which split a document is in depends on its text alone.
 """
 
 import hashlib
+import json
 import os
 import platform
 import sysconfig
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmc_jax.data.chat import Render
 from dmc_jax.data.listing import KINDS, find_files, walk, why_unread
 from dmc_jax.data.rows import kind_of, not_utf8, rows
 from dmc_jax.errors import UserError
@@ -36,14 +38,14 @@ class Corpus:
         source: what was asked for: an absolute path, or the name and version of the library.
         root: the folder that file names are relative to.
         files: POSIX paths relative to `root`, in the order they are read.
-        text_field: the field of .jsonl and .parquet files that holds the text.
+        fields: of .jsonl and .parquet files: the first one that is there holds the text.
         left_out: files and links of the folder that are not read, with the reason.
     """
 
     source: str
     root: Path
     files: tuple[str, ...]
-    text_field: str = "text"
+    fields: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...] = ()
 
 
@@ -58,22 +60,25 @@ class Document:
             never empty.
         key: the same for documents of the same text and, but by chance, for no other; 64 hex
             digits.
+        chat: a conversation, which its template has framed and given special tokens.
     """
 
     name: str
     split: str
     text: str
     key: str
+    chat: bool = False
 
 
-def open_corpus(path: str | os.PathLike | None = None, *, text_field: str = "text") -> Corpus:
+def open_corpus(path: str | os.PathLike | None = None, *, text_field: str | None = None) -> Corpus:
     """List a corpus without reading its text.
 
     Args:
         path: a .txt, .jsonl, .ndjson or .parquet file, which may be compressed, or a folder
             searched for them recursively, through links too. None is the default corpus: the source
             and documentation of the running Python's library.
-        text_field: the field of .jsonl and .parquet files that holds the text.
+        text_field: the field of .jsonl and .parquet files that holds the text, or a conversation;
+            None is "text" or else "messages".
 
     Returns:
         The corpus, its files in an order that depends on their names alone.
@@ -103,7 +108,8 @@ def open_corpus(path: str | os.PathLike | None = None, *, text_field: str = "tex
         passed = "".join(f"; left out: {line}" for line in describe_left_out(left_out))
         raise UserError(f"corpus {source}: expected files {KINDS} and found none{passed}")
     names.sort(key=lambda name: (unit_hash("order", name), name))
-    return Corpus(source, root, tuple(names), text_field, tuple(left_out))
+    fields = (text_field,) if text_field else ("text", "messages")
+    return Corpus(source, root, tuple(names), fields, tuple(left_out))
 
 
 def describe_left_out(left_out: Iterable[tuple[str, str]], names: int = 5) -> list[str]:
@@ -122,6 +128,7 @@ def documents(
     limit_bytes: float | None = None,
     *,
     bad_row: Callable[[str], None] | None = None,
+    render: Render | None = None,
 ) -> Iterator[Document]:
     """Stream the documents of a corpus in its fixed order; empty texts are passed over.
 
@@ -131,6 +138,7 @@ def documents(
             everything.
         bad_row: called with what is wrong with a row that has no usable text, and where; the row is
             then passed over. None: it is refused.
+        render: gives the text of a conversation.
 
     Yields:
         Documents.
@@ -141,18 +149,21 @@ def documents(
     """
     left = float("inf") if limit_bytes is None else limit_bytes
     for file in corpus.files:
-        for row in rows(corpus.root / file, (corpus.text_field,)):
-            text, fault = ("", row.fault) if row.fault else _text_of(row.value)
-            if fault:
-                place = f"{corpus.root / file}{f':{row.number}' * bool(row.number)}"
-                (bad_row or _refuse)(f"{place}: {fault}")
+        for row in rows(corpus.root / file, corpus.fields):
+            at = f"{row.number}" * bool(row.number)
+            try:
+                if row.fault:
+                    raise ValueError(row.fault)
+                text, key = _text_and_key(row.value, render)
+            except ValueError as error:
+                (bad_row or _refuse)(f"{corpus.root / file}{at and ':'}{at}: {error}")
+                continue
             left -= len(text.encode())
             if left < 0:
                 return
             if text:
-                key = _key(text)
-                name = f"{file}{f'#{row.number}' * bool(row.number)}"
-                yield Document(name, _split(key), text, key)
+                name = f"{file}{at and '#'}{at}"
+                yield Document(name, _split(key), text, key, isinstance(row.value, list))
 
 
 def listing_digest(corpus: Corpus) -> str:
@@ -206,25 +217,44 @@ def _key(text: str) -> str:
     return hashlib.sha256(f"document\0{plain}".encode()).hexdigest()
 
 
-def _text_of(value: object) -> tuple[str, str]:
-    """The text of a row's value, or what is wrong with it."""
+def _text_and_key(value: object, render: Render | None) -> tuple[str, str]:
+    """The text of a row's value, and the key of what it says.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(value, list):
+        if render is None:
+            raise ValueError(
+                "a conversation, whose text depends on the model's chat template: give a tokenizer "
+                "that has one beside it with --tokenizer"
+            )
+        text = _checked(render(value))
+        # What was said decides the split, not how a template puts it; parquet has every field in
+        # every message.
+        said = [{name: part for name, part in m.items() if part is not None} for m in value]
+        return text, _key(json.dumps(said, sort_keys=True, default=str))
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            return "", not_utf8(error)
+            raise ValueError(not_utf8(error)) from None
     if not isinstance(value, str):
-        return "", f"expected text, got {kind_of(value)}"
-    if "\0" in value:
-        return "", "holds a NUL byte, so it is binary, not text; leave it out"
+        raise ValueError(f"expected text, got {kind_of(value)}")
+    text = _checked(value.removeprefix("\ufeff"))
+    return text, _key(text)
+
+
+def _checked(text: str) -> str:
+    """Return `text` if UTF-8 can carry it and it looks like no binary file."""
+    if "\0" in text:
+        raise ValueError("holds a NUL byte, so it is binary, not text; leave it out")
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        return (
-            "",
-            f"half a surrogate pair at character {error.start}; mend the text or leave it out",
-        )
-    return value.removeprefix("\ufeff"), ""
+        where = f"half a surrogate pair at character {error.start}"
+        raise ValueError(f"{where}; mend the text or leave it out") from None
+    return text
 
 
 def _refuse(fault: str) -> None:

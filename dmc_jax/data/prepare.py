@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from dmc_jax.data.chat import load_chat_template
 from dmc_jax.data.corpus import (
     SHARES,
     SPLITS,
@@ -40,7 +41,6 @@ from dmc_jax.data.prepared import (
 )
 from dmc_jax.data.survey import Survey, Texts, change_of_text, split_documents, survey
 from dmc_jax.data.tokenizer import (
-    Tokenizer,
     encode_document,
     fingerprint,
     load_tokenizer,
@@ -52,7 +52,7 @@ from dmc_jax.files import appears_when_complete
 DEFAULT_VOCAB_SIZE = 1024
 ON_BAD_ROW = ("error", "skip")
 # What requests meant before they had these fields.
-_FORMER_REQUEST = {"text_field": "text", "on_bad_row": "error"}
+_FORMER_REQUEST = {"on_bad_row": "error", "special_tokens": False}
 _TRAINING_SAMPLE = 4_000_000  # characters that a tokenizer is trained on
 _TEST_SAMPLE = 500_000  # characters that a given one is tried on
 _BATCH_BYTES = 250_000  # text handed to a worker at a time
@@ -66,9 +66,10 @@ def prepare(
     vocab_size: int | None = None,
     workers: int = 1,
     limit_mb: float | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
     validation: str | os.PathLike | None = None,
     on_bad_row: str = "error",
+    special_tokens: bool = False,
     report: Callable[[str], None] = print,
 ) -> PreparedData:
     """Tokenise a corpus into a folder, which appears only when it is complete.
@@ -83,10 +84,14 @@ def prepare(
         workers: processes that tokenise; 1 is this one. Others are started afresh, so a script
             that asks for them must guard its own start with `if __name__ == "__main__"`.
         limit_mb: text of `source` to use at most, in 10^6 bytes; None is all of it.
-        text_field: the field of .jsonl and .parquet files that holds the text.
+        text_field: the field of .jsonl and .parquet files that holds the text, or a conversation
+            (a list of objects with "role" and "content", to be rendered by the chat template beside
+            `tokenizer`); None is "text" or else "messages".
         validation: text of the validation split; None draws it from `source`. What `source` has of
             it is left out of the other splits.
         on_bad_row: "error" refuses a row without usable text; "skip" passes over it and counts.
+        special_tokens: where a text spells a special token, such as "</s>", it means the token;
+            otherwise it means these characters. In conversations it always means the token.
         report: called with lines about the progress.
 
     Returns:
@@ -107,6 +112,7 @@ def prepare(
         None if validation is None else open_corpus(validation, text_field=text_field),
         None if limit_mb is None else limit_mb * 1e6,
         on_bad_row == "skip",
+        tokenizer and load_chat_template(tokenizer),
     )
     request = {
         "source": texts.corpus.source,
@@ -116,6 +122,7 @@ def prepare(
         "validation": texts.validation and texts.validation.source,
         "validation_files": texts.validation and listing_digest(texts.validation),
         "on_bad_row": on_bad_row,
+        "special_tokens": special_tokens,
         "tokenizer": fingerprint(tokenizer) if tokenizer else None,
         "vocab_size": None if tokenizer else vocab_size or DEFAULT_VOCAB_SIZE,
     }
@@ -161,7 +168,8 @@ def _fill(
     if not tokenizer and loaded.vocab_size < wanted:
         report(f"the text yields a tokenizer of {loaded.vocab_size} ids only")
     documents = split_documents(texts, Survey())
-    tokenised = _tokenise(documents, folder / TOKENIZER, loaded.vocab_size, workers)
+    encode = _Encode(folder / TOKENIZER, tokens_dtype(loaded.vocab_size), request["special_tokens"])
+    tokenised = _tokenise(documents, encode, workers)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -243,20 +251,43 @@ class _Tokenised:
     tokens: np.ndarray  # [n], BOS and EOS included
 
 
-def _tokenise(
-    found: Iterable[Document], model: Path, vocab_size: int, workers: int
-) -> Iterator[_Tokenised]:
+@dataclass
+class _Encode:
+    """Documents to tokens; each process loads its own tokenizer, once."""
+
+    model: Path
+    dtype: np.dtype
+    special_tokens: bool
+
+    def __post_init__(self):
+        self._tokenizer = load_tokenizer(self.model)
+
+    def __reduce__(self):
+        return _Encode, (self.model, self.dtype, self.special_tokens)
+
+    def __call__(self, batch: list[Document]) -> list[_Tokenised]:
+        return [
+            _Tokenised(document.split, len(document.text.encode()), np.array(ids, self.dtype))
+            for document in batch
+            for ids in [self._ids(document)]
+        ]
+
+    def _ids(self, document: Document) -> list[int]:
+        if document.chat:
+            return self._tokenizer.encode_special(document.text)
+        return encode_document(self._tokenizer, document.text, special=self.special_tokens)
+
+
+def _tokenise(found: Iterable[Document], encode: _Encode, workers: int) -> Iterator[_Tokenised]:
     """Tokenise documents in order, keeping only a few batches in memory."""
-    dtype = tokens_dtype(vocab_size)
     batches = _batches(found)
     if workers == 1:
-        tokenizer = load_tokenizer(model)
         for batch in batches:
-            yield from _encode(tokenizer, dtype, batch)
+            yield from encode(batch)
         return
     # Spawned, not forked: the parent may hold threads (JAX, a notebook) that a fork would break.
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (str(model), dtype)
+        workers, multiprocessing.get_context("spawn"), _start_worker, (encode,)
     )
     try:
         waiting = collections.deque(
@@ -288,28 +319,17 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-_worker: tuple[Tokenizer, np.dtype]  # exists in worker processes only
+_encode: _Encode  # exists in worker processes only
 
 
-def _start_worker(model: str, dtype: np.dtype) -> None:
-    global _worker
+def _start_worker(encode: _Encode) -> None:
+    global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    _worker = load_tokenizer(model), dtype
+    _encode = encode
 
 
 def _encode_in_worker(batch: list[Document]) -> list[_Tokenised]:
-    return _encode(*_worker, batch)
-
-
-def _encode(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Document]) -> list[_Tokenised]:
-    return [
-        _Tokenised(
-            document.split,
-            len(document.text.encode()),
-            np.array(encode_document(tokenizer, document.text), dtype),
-        )
-        for document in batch
-    ]
+    return _encode(batch)
 
 
 @dataclass

@@ -22,7 +22,14 @@ from dmc_jax.errors import UserError
 _PARQUET_ROWS = 16  # read at a time: enough to be fast, few enough for rows of megabytes
 _ZST_READ = 1 << 14  # compressed bytes at a time: they may stand for a thousand times as many
 _ZST_WINDOW = 1 << 31  # `zstd --long=31`, the most there is, is common for large corpora
-_JSON_KINDS = {type(None): "null", bool: "a truth value", float: "a number", dict: "an object"}
+_LONGEST_INT = 4300  # digits; Python refuses to read more
+_JSON_KINDS = {
+    type(None): "null",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    dict: "an object",
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,8 @@ def _json_rows(path: Path, compression: str, fields: tuple[str, ...]) -> Iterato
 
 def _json_row(number: int, line: bytes, fields: tuple[str, ...]) -> Row:
     try:
-        # utf-8-sig: files that were joined may each bring a byte-order mark. Numbers are never
-        # wanted, and Python refuses to read an int of more than 4,300 digits.
-        row = json.loads(line.decode("utf-8-sig"), parse_int=float)
+        # utf-8-sig: files that were joined may each bring a byte-order mark.
+        row = json.loads(line.decode("utf-8-sig"), parse_int=_number)
     except UnicodeDecodeError as error:
         return Row(number, fault=not_utf8(error))
     except json.JSONDecodeError as error:
@@ -140,6 +146,10 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 def kind_of(value: object) -> str:
     """Name the kind of a JSON or parquet value as a user knows it."""
     return _JSON_KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _LONGEST_INT else float(digits)
 
 
 @contextlib.contextmanager

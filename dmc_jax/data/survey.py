@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from dmc_jax.data.chat import Render
 from dmc_jax.data.corpus import SPLITS, Corpus, Document, documents, unit_hash
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
@@ -26,12 +27,14 @@ class Texts:
         validation: the validation set, if it is the user's own.
         limit_bytes: of `corpus` to use at most; None: all of it.
         skip_bad_rows: pass over rows without usable text instead of refusing them.
+        render: gives the text of a conversation.
     """
 
     corpus: Corpus
     validation: Corpus | None = None
     limit_bytes: float | None = None
     skip_bad_rows: bool = False
+    render: Render | None = None
 
 
 @dataclass
@@ -74,13 +77,16 @@ def split_documents(texts: Texts, found: Survey) -> Iterator[Document]:
     Raises:
         UserError: as `documents`.
     """
-    bad_row = found.count_bad_row if texts.skip_bad_rows else None
+    options = {
+        "bad_row": found.count_bad_row if texts.skip_bad_rows else None,
+        "render": texts.render,
+    }
     keys = set()
     if texts.validation:
-        for document in documents(texts.validation, bad_row=bad_row):
+        for document in documents(texts.validation, **options):
             keys.add(document.key)
             yield dataclasses.replace(document, split="validation")
-    for document in documents(texts.corpus, texts.limit_bytes, bad_row=bad_row):
+    for document in documents(texts.corpus, texts.limit_bytes, **options):
         if document.key in keys:
             found.in_validation += 1
         elif keys and document.split == "validation":

@@ -167,7 +167,9 @@ def the_field_is_chosen_test(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = open_corpus(tmp_path / "a.jsonl", text_field="body")
     assert [document.text for document in documents(corpus)] == ["yes", "yes too"]
-    with pytest.raises(UserError, match="a.jsonl:2: no field text; its fields are body"):
+    with pytest.raises(
+        UserError, match="a.jsonl:2: no field text or messages; its fields are body"
+    ):
         read(tmp_path / "a.jsonl")
 
 

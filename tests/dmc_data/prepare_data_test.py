@@ -105,10 +105,10 @@ def an_exception_leaves_nothing_and_a_rerun_works_test(corpus_folder, tmp_path, 
     real = prepare_module.encode_document
     calls = iter(range(1000))
 
-    def full_disk(tokenizer, text):
+    def full_disk(tokenizer, text, **options):
         if next(calls) == 20:
             raise OSError("No space left on device")
-        return real(tokenizer, text)
+        return real(tokenizer, text, **options)
 
     monkeypatch.setattr(prepare_module, "encode_document", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -129,7 +129,7 @@ def a_killed_run_leaves_nothing_finished_and_the_next_clears_up_test(corpus_fold
     program = """if True:
         import sys, time
         from dmc_jax.data import prepare as module
-        def stall(tokenizer, text):
+        def stall(tokenizer, text, special):
             print("tokenising", flush=True)
             time.sleep(60)
         module.encode_document = stall
@@ -322,7 +322,13 @@ def folders_from_before_splits_went_by_content_still_open_and_are_kept_test(data
     manifest = json.loads((old / "manifest.json").read_text())
     for name in ("split", "left_out", "bad_rows", "in_validation"):
         del manifest[name]
-    for name in ("text_field", "validation", "validation_files", "on_bad_row"):
+    for name in (
+        "text_field",
+        "validation",
+        "validation_files",
+        "on_bad_row",
+        "special_tokens",
+    ):
         del manifest["request"][name]
     (old / "manifest.json").write_text(json.dumps(manifest))
     assert open_data(old, check_contents=True).vocab_size == data.vocab_size

@@ -99,12 +99,24 @@ def bos_is_added_once_and_a_text_that_spells_it_is_text_test(tokenizer):
     assert sizes[[tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]].tolist() == [0, 0, 0]
 
 
+def names_of_special_tokens_mean_them_where_that_is_asked_test(tokenizer):
+    text = f"a{LLAMA3_ENDS[1]} b{LLAMA3_ENDS[0]}{LLAMA3_ENDS[0]}"
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    expected = [*tokenizer.encode("a"), end, *tokenizer.encode(" b"), begin, begin]
+    assert tokenizer.encode_special(text) == expected
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert encode_prompt(tokenizer, text, special=True) == [begin, *expected]
+    assert encode_prompt(tokenizer, LLAMA3_ENDS[0] + text, special=True) == [begin, *expected]
+
+
 def llama_3_special_tokens_follow_the_byte_pairs_test(files):
     tokenizer = load_tokenizer(files / "tokenizer.model")
     assert tokenizer.vocab_size == 261 + 256
     assert (tokenizer.bos_id, tokenizer.eos_id) == (261, 262)
     assert tokenizer.encode("12345") == [*b"12345"]
     assert tokenizer.encode("    ") == [260]
+    named = "<|start_header_id|><|end_header_id|><|eom_id|><|eot_id|>"
+    assert tokenizer.encode_special(named) == [261 + 6, 261 + 7, 261 + 8, 261 + 9]
 
 
 def a_tokenizer_json_made_from_sentencepiece_counts_bytes_alike_test(tmp_path):
