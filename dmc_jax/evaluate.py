@@ -8,6 +8,7 @@ retrofitted model stands the dense one that it came from. Exit codes: 0 done, 2 
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 from absl import flags, logging
 
@@ -65,6 +66,11 @@ def main() -> None:
         policy = dataclasses.replace(policy, threshold=_THRESHOLD.value)
     if not (_DATA.value or model.metadata.data):
         raise UserError(f"{model.path} was not trained here: name a prepared folder with --data")
+    if not _DATA.value and not Path(model.metadata.data).exists():
+        raise UserError(
+            f"{model.metadata.data}, the data of {model.path}, is not there any more: say where it "
+            "is with --data=DIR"
+        )
     data = open_data(_DATA.value or model.metadata.data)
     length = _LENGTH.value
     if length is None:

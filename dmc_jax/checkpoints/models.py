@@ -130,6 +130,11 @@ def load_tokenizer_of(model: StoredModel, path: str | os.PathLike | None = None)
     path = path or model.tokenizer
     if path is None:
         raise UserError(f"{model.path} came without a tokenizer: name one with --tokenizer=FILE")
+    if path == model.tokenizer and not path.is_file():
+        raise UserError(
+            f"{path}, the tokenizer of {model.path}, is not there any more: say where it is with "
+            "--tokenizer=FILE"
+        )
     tokenizer = load_tokenizer(path)
     if not model.accepts_tokenizer(fingerprint(path)):
         raise UserError(

@@ -1,7 +1,8 @@
 """Where text comes from: this Python's own library, or files of the user's.
 
 A corpus is a list of files visited in a fixed pseudo-random order (by a hash of each name), so that
-any prefix of it is a fair sample; `documents` streams it and never holds more than one file.
+any prefix of it is a fair sample; `documents` streams it and never holds more than one document.
+Which split a document is in depends on its text alone.
 """
 
 import hashlib
@@ -9,15 +10,18 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmc_jax.data.chat import Render
+from dmc_jax.data.listing import KINDS, find_files, walk, why_unread
+from dmc_jax.data.rows import kind_of, not_utf8, rows
 from dmc_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+SHARES = {"train": 0.90, "validation": 0.05, "test": 0.05}  # of documents
 
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 # Tests repeat themselves; installed packages and build files differ from machine to machine.
 _STDLIB_SKIPPED_FOLDERS = frozenset(
@@ -34,13 +38,15 @@ class Corpus:
         source: what was asked for: an absolute path, or the name and version of the library.
         root: the folder that file names are relative to.
         files: POSIX paths relative to `root`, in the order they are read.
-        split_by_document: True for a single file, whose documents are split one by one.
+        fields: of .jsonl and .parquet files: the first one that is there holds the text.
+        left_out: files and links of the folder that are not read, with the reason.
     """
 
     source: str
     root: Path
     files: tuple[str, ...]
-    split_by_document: bool
+    fields: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,21 +55,30 @@ class Document:
 
     Attributes:
         name: file name relative to the corpus, with `#row` (from 1) in a .jsonl or .parquet file.
-        split: "train", "validation" or "test".
-        text: the text exactly as found, newlines included; never empty.
+        split: "train", "validation" or "test": which one its text alone decides.
+        text: the text exactly as found, newlines included, but for a byte-order mark at its start;
+            never empty.
+        key: the same for documents of the same text and, but by chance, for no other; 64 hex
+            digits.
+        chat: a conversation, which its template has framed and given special tokens.
     """
 
     name: str
     split: str
     text: str
+    key: str
+    chat: bool = False
 
 
-def open_corpus(path: str | os.PathLike | None = None) -> Corpus:
+def open_corpus(path: str | os.PathLike | None = None, *, text_field: str | None = None) -> Corpus:
     """List a corpus without reading its text.
 
     Args:
-        path: a .txt, .jsonl or .parquet file, or a folder searched for them recursively. None is
-            the default corpus: the source and documentation of the running Python's library.
+        path: a .txt, .jsonl, .ndjson or .parquet file, which may be compressed, or a folder
+            searched for them recursively, through links too. None is the default corpus: the source
+            and documentation of the running Python's library.
+        text_field: the field of .jsonl and .parquet files that holds the text, or a conversation;
+            None is "text" or else "messages".
 
     Returns:
         The corpus, its files in an order that depends on their names alone.
@@ -73,46 +88,82 @@ def open_corpus(path: str | os.PathLike | None = None) -> Corpus:
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
-        names = _stdlib_files(root)
+        names, left_out = _stdlib_files(root), []
         source = f"python-stdlib {platform.python_version()}"
     else:
-        given = Path(path).resolve()
+        # Not resolved: the hub's caches link names to files that are called by their hashes.
+        given = Path(os.path.abspath(os.path.expanduser(path)))
         source = str(given)
         if not given.exists():
             raise UserError(f"corpus {path} does not exist: give an existing file or folder")
-        root = given if given.is_dir() else given.parent
-        names = _user_files(given) if given.is_dir() else [given.name]
-    kinds = _STDLIB_SUFFIXES if path is None else _SUFFIXES
-    if not names or not all(name.endswith(kinds) for name in names):
-        raise UserError(f"corpus {source}: expected {', '.join(kinds)} files and found none")
+        if given.is_dir():
+            root, (names, left_out) = given, find_files(given)
+        else:
+            root, names, left_out = given.parent, [given.name], []
+            if reason := why_unread(given):
+                raise UserError(
+                    f"corpus {source}: {reason}; expected one of {KINDS}, or a folder of them"
+                )
+    if not names:
+        passed = "".join(f"; left out: {line}" for line in describe_left_out(left_out))
+        raise UserError(f"corpus {source}: expected files {KINDS} and found none{passed}")
     names.sort(key=lambda name: (unit_hash("order", name), name))
-    return Corpus(
-        source, root, tuple(names), split_by_document=root.joinpath(names[0]) == Path(source)
-    )
+    fields = (text_field,) if text_field else ("text", "messages")
+    return Corpus(source, root, tuple(names), fields, tuple(left_out))
 
 
-def documents(corpus: Corpus, limit_bytes: float | None = None) -> Iterator[Document]:
+def describe_left_out(left_out: Iterable[tuple[str, str]], names: int = 5) -> list[str]:
+    """Say which files are left out of a corpus and why: a line a reason, with its first names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        by_reason.setdefault(reason, []).append(name)
+    return [
+        f"{len(found)} ({reason}): {', '.join(found[:names])}{', ...' * (len(found) > names)}"
+        for reason, found in sorted(by_reason.items())
+    ]
+
+
+def documents(
+    corpus: Corpus,
+    limit_bytes: float | None = None,
+    *,
+    bad_row: Callable[[str], None] | None = None,
+    render: Render | None = None,
+) -> Iterator[Document]:
     """Stream the documents of a corpus in its fixed order; empty texts are passed over.
 
     Args:
         corpus: from `open_corpus`.
         limit_bytes: stop before the document that would take the UTF-8 total past this; None reads
             everything.
+        bad_row: called with what is wrong with a row that has no usable text, and where; the row is
+            then passed over. None: it is refused.
+        render: gives the text of a conversation.
 
     Yields:
-        Documents with their splits: by file, or by document when the corpus is a single file.
+        Documents.
 
     Raises:
-        UserError: a file is binary, not UTF-8, malformed or lacks its text, naming file and row.
+        UserError: a file is damaged, or a row is binary, not UTF-8, malformed or lacks its text,
+            naming file and row.
     """
     left = float("inf") if limit_bytes is None else limit_bytes
     for file in corpus.files:
-        for name, text in _read(corpus.root / file, file):
+        for row in rows(corpus.root / file, corpus.fields):
+            at = f"{row.number}" * bool(row.number)
+            try:
+                if row.fault:
+                    raise ValueError(row.fault)
+                text, key = _text_and_key(row.value, render)
+            except ValueError as error:
+                (bad_row or _refuse)(f"{corpus.root / file}{at and ':'}{at}: {error}")
+                continue
             left -= len(text.encode())
             if left < 0:
                 return
             if text:
-                yield Document(name, _split(name if corpus.split_by_document else file), text)
+                name = f"{file}{at and '#'}{at}"
+                yield Document(name, _split(key), text, key, isinstance(row.value, list))
 
 
 def listing_digest(corpus: Corpus) -> str:
@@ -127,7 +178,8 @@ def listing_digest(corpus: Corpus) -> str:
     digest = hashlib.sha256()
     for file in corpus.files:
         stat = (corpus.root / file).stat()
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        name = file.encode(errors="surrogateescape")
+        digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -142,34 +194,76 @@ def unit_hash(purpose: str, name: str) -> float:
         The leading 53 bits of a SHA-256, as a fraction.
     """
     digest = hashlib.sha256(f"{purpose}\0{name}".encode(errors="surrogateescape")).digest()
+    return _unit(digest)
+
+
+def _unit(digest: bytes) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def _split(name: str) -> str:
-    share = unit_hash("split", name)
-    return "train" if share < 0.9 else "validation" if share < 0.95 else "test"
+def _split(key: str) -> str:
+    share = _unit(bytes.fromhex(key))
+    in_train, in_validation = SHARES["train"], SHARES["train"] + SHARES["validation"]
+    return "train" if share < in_train else "validation" if share < in_validation else "test"
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would otherwise pass over an unreadable folder in silence
+def _key(text: str) -> str:
+    """SHA-256 of a text.
 
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        yield Path(folder), folders, files
+    Line ends and the whitespace around it do not count: they are what changes when text is stored
+    in another way, and the document must keep its split.
+    """
+    plain = text.replace("\r\n", "\n").strip()
+    return hashlib.sha256(f"document\0{plain}".encode()).hexdigest()
 
 
-def _user_files(root: Path) -> list[str]:
-    return [
-        (folder / file).relative_to(root).as_posix()
-        for folder, _, files in _walk(root)
-        for file in files
-        if file.endswith(_SUFFIXES)
-    ]
+def _text_and_key(value: object, render: Render | None) -> tuple[str, str]:
+    """The text of a row's value, and the key of what it says.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(value, list):
+        if render is None:
+            raise ValueError(
+                "a conversation, whose text depends on the model's chat template: give a tokenizer "
+                "that has one beside it with --tokenizer"
+            )
+        text = _checked(render(value))
+        # What was said decides the split, not how a template puts it; parquet has every field in
+        # every message.
+        said = [{name: part for name, part in m.items() if part is not None} for m in value]
+        return text, _key(json.dumps(said, sort_keys=True, default=str))
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(not_utf8(error)) from None
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {kind_of(value)}")
+    text = _checked(value.removeprefix("\ufeff"))
+    return text, _key(text)
+
+
+def _checked(text: str) -> str:
+    """Return `text` if UTF-8 can carry it and it looks like no binary file."""
+    if "\0" in text:
+        raise ValueError("holds a NUL byte, so it is binary, not text; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"half a surrogate pair at character {error.start}"
+        raise ValueError(f"{where}; mend the text or leave it out") from None
+    return text
+
+
+def _refuse(fault: str) -> None:
+    raise UserError(fault)
 
 
 def _stdlib_files(root: Path) -> list[str]:
     found = []
-    for folder, folders, files in _walk(root):
+    for folder, folders, files in walk(root):
         folders[:] = [
             name
             for name in folders
@@ -181,79 +275,3 @@ def _stdlib_files(root: Path) -> list[str]:
             if file.endswith(_STDLIB_SUFFIXES) and not file.startswith(_STDLIB_SKIPPED_PREFIXES)
         ]
     return found
-
-
-def _read(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """Yield (document name, text) of one file."""
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path, name)
-    if path.suffix == ".parquet":
-        return _read_parquet(path, name)
-    return iter([(name, _decode(path.read_bytes(), str(path)))])
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            decoded = _decode(line, where)
-            if not decoded.strip():
-                continue
-            try:
-                row = json.loads(decoded)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not JSON ({error.msg}); expected an object with a text field a line"
-                ) from None
-            text = row.get("text") if isinstance(row, dict) else None
-            yield f"{name}#{number}", _checked(text, where)
-
-
-def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading .parquet needs pyarrow; run `pip install pyarrow`, "
-            "or convert the file to .jsonl"
-        ) from None
-    try:
-        with parquet.ParquetFile(path) as table:
-            if "text" not in table.schema_arrow.names:
-                raise UserError(
-                    f"{path}: no column named text; its columns are "
-                    + ", ".join(table.schema_arrow.names)
-                )
-            number = 0
-            for batch in table.iter_batches(columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield f"{name}#{number}", _checked(text, f"{path}, row {number}")
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable parquet file ({error})") from None
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return _checked(raw.decode("utf-8"), where)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 text (byte {error.start}); convert it to UTF-8 or leave it out"
-        ) from None
-
-
-def _checked(text: object, where: str) -> str:
-    """Return `text` if it is text that UTF-8 can carry and that looks like no binary file."""
-    if not isinstance(text, str):
-        raise UserError(f'{where}: expected a string under "text", got {type(text).__name__}')
-    if "\0" in text:
-        raise UserError(f"{where}: holds a NUL byte, so it is binary, not text; leave it out")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half a surrogate pair at character {error.start}; mend the text or "
-            f"leave it out"
-        ) from None
-    return text

@@ -141,17 +141,18 @@ def windows(
         A sequence with `len` and random access.
 
     Raises:
-        UserError: an unknown split, or a window longer than the split.
+        UserError: an unknown split, or one that does not fill a window (with `pad_last`: one that
+            has no token to predict).
     """
     _check_split(data, split)
     if length < 1:
         raise UserError(f"window length: expected 1 token or more, got {length}")
     tokens = len(data.tokens[split])
-    if length + 1 > tokens:
+    if (2 if pad_last else length + 1) > tokens:
+        wanted = "a token to predict" if pad_last else f"a window of {length} tokens and its target"
         raise UserError(
-            f"a window of {length} tokens (and one more as the last target) does not fit into "
-            f"split {split!r} of {data.path}, which has {tokens} tokens: shorten the window or "
-            "prepare more text"
+            f"split {split!r} of {data.path} has {tokens} tokens, too few for {wanted}: "
+            f"{'' if pad_last else 'shorten the window or '}prepare more text"
         )
     return _Windows(data, split, length, pad_last, corpus)
 
@@ -221,7 +222,7 @@ def evaluation_batches(
         A dataset; `iter` of it gives dicts as `windows` describes, with a leading axis of `batch`.
 
     Raises:
-        UserError: an unknown split, a window that does not fit, or sizes below 1.
+        UserError: an unknown or empty split, or sizes below 1.
     """
     source = windows(data, split, length, pad_last=True)
     for name, value in (("batch", batch), ("limit", limit)):
@@ -230,23 +231,6 @@ def evaluation_batches(
     used = len(source) if limit is None else min(limit, len(source))
     padded = _Padded(source, used, -(-used // batch) * batch)
     return grain.MapDataset.source(padded).batch(batch).to_iter_dataset(_READ_AHEAD)
-
-
-def longest_document(data: PreparedData, split: str) -> int:
-    """Measure the longest document, BOS and EOS included; no longer window learns anything more.
-
-    Args:
-        data: from `open_data`.
-        split: "train", "validation" or "test".
-
-    Returns:
-        Its length in tokens.
-
-    Raises:
-        UserError: an unknown split.
-    """
-    _check_split(data, split)
-    return int(np.diff(data.documents[split]).max())
 
 
 def _check_split(data: PreparedData, split: str) -> None:

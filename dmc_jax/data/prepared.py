@@ -34,7 +34,8 @@ class PreparedData:
         manifest: the contents of manifest.json.
         tokenizer_path: the tokenizer the tokens were made with.
         tokens: by split, token ids, uint16 or uint32 [tokens].
-        documents: by split, offsets into `tokens`, int64 [documents + 1]; no document is empty.
+        documents: by split, offsets into `tokens`, int64 [documents + 1]; no document is empty, but
+            the test split may have none.
     """
 
     path: Path
@@ -75,7 +76,7 @@ def open_data(path: str | os.PathLike, *, check_contents: bool = False) -> Prepa
         UserError: not such a folder, a newer format, a truncated or changed file, or a tokenizer
             that is not the one the tokens were made with.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     manifest = read_manifest(path)
     if manifest is None:
         raise UserError(f"{path} is not a prepared data folder; make one with `{_COMMAND}`")
@@ -108,7 +109,7 @@ def read_manifest(path: Path) -> dict | None:
         UserError: the file is unreadable or of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(Path(os.path.expanduser(path), MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
@@ -127,6 +128,8 @@ def _open_tokens(path: Path, dtype: str, expected: Mapping) -> np.ndarray:
     wanted = expected["tokens"] * np.dtype(dtype).itemsize
     if size != wanted:
         raise _damaged(path, f"expected {wanted} bytes, found {size}")
+    if not size:  # which cannot be mapped
+        return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r")
 
 

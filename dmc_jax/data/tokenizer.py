@@ -15,7 +15,12 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
-from dmc_jax.data.tokenizer_formats import JsonTokenizer, TiktokenTokenizer, format_of
+from dmc_jax.data.tokenizer_formats import (
+    JsonTokenizer,
+    TiktokenTokenizer,
+    encode_around,
+    format_of,
+)
 from dmc_jax.errors import UserError
 
 # What a tokenizer's file is called in other projects' checkpoints, the preferred name first.
@@ -35,6 +40,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without BOS or EOS."""
+
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which the name of a special token means that token."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens stand for nothing."""
@@ -77,6 +85,12 @@ class SentencePieceTokenizer:
             ids += self._space_bytes + self.processor.encode(part)
         return ids
 
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which the name of a control token means that token."""
+        control = filter(self.processor.is_control, range(self.vocab_size))
+        special = {self.processor.id_to_piece(token): token for token in control}
+        return encode_around(special, text, self.encode)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens stand for nothing."""
         return self.processor.decode([int(token) for token in ids])
@@ -98,7 +112,12 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, path: str | os.PathLike, *, threads: int = 2
+    texts: Iterable[str],
+    vocab_size: int,
+    path: str | os.PathLike,
+    *,
+    threads: int = 2,
+    may_be_smaller: bool = False,
 ) -> None:
     """Train a lossless byte-fallback BPE model: `decode(encode(x)) == x` for any text.
 
@@ -109,6 +128,7 @@ def train_sentencepiece(
         vocab_size: number of ids, the 260 fixed ones included.
         path: file to write.
         threads: for counting pairs.
+        may_be_smaller: make do with fewer ids where the text yields no more.
 
     Raises:
         UserError: no text, or a vocabulary too small or too large for it.
@@ -134,6 +154,7 @@ def train_sentencepiece(
             eos_id=2,
             pad_id=3,
             num_threads=threads,
+            hard_vocab_limit=not may_be_smaller,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
@@ -160,7 +181,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         UserError: no such file, of no such format, one without BOS and EOS, or a library that is
             not installed.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist: name a tokenizer's file")
     data = path.read_bytes()
@@ -192,30 +213,33 @@ def format_of_file(path: str | os.PathLike) -> str:
     return format_of(Path(path).read_bytes()) or "sentencepiece"
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_document(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
     """Encode a whole document: `encode_prompt`, then EOS.
 
     Args:
         tokenizer: any `Tokenizer`.
         text: the document.
+        special: names of special tokens in the text mean these tokens.
 
     Returns:
         Ids, at least two.
     """
-    return [*encode_prompt(tokenizer, text), tokenizer.eos_id]
+    return [*encode_prompt(tokenizer, text, special=special), tokenizer.eos_id]
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
     """Encode the beginning of a document: BOS, then its tokens. The only place that adds BOS.
 
     Args:
         tokenizer: any `Tokenizer`.
         text: the beginning of a document, possibly empty.
+        special: names of special tokens in the text mean these tokens; BOS may be one of them.
 
     Returns:
         Ids, at least one.
     """
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    ids = tokenizer.encode_special(text) if special else tokenizer.encode(text)
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def token_bytes(tokenizer: Tokenizer) -> Int32[np.ndarray, "V"]:

@@ -7,7 +7,7 @@ happens to spell are read as that text, as SentencePiece does; BOS and EOS are k
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,18 @@ _LLAMA3_PATTERN = "|".join(
     )
 )
 _LLAMA3_SPECIAL = 256
+# Those that a text may name, by their place among them.
+_LLAMA3_NAMES = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+}
+# Longer runs of spaces or of others exhaust the stack of tiktoken's pattern matcher; Llama 3's own
+# code cuts them there too.
+_LONGEST_RUN = 25_000
 _TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
 
@@ -75,6 +87,14 @@ class JsonTokenizer:
         """Return the ids of `text`, without BOS or EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which the name of an added token means that token."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens stand for nothing."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -108,13 +128,13 @@ class TiktokenTokenizer:
             raise _library_missing(path, "tiktoken") from None
         self._pieces = _read_ranks(path)
         ordinary = len(self._pieces)
-        names = ["<|begin_of_text|>", "<|end_of_text|>"]
-        names += [f"<|special_{i}|>" for i in range(_LLAMA3_SPECIAL - len(names))]
+        names = {i: f"<|special_{i}|>" for i in range(_LLAMA3_SPECIAL)} | _LLAMA3_NAMES
+        self._special = {name: ordinary + i for i, name in names.items()}
         self._encoding = tiktoken.Encoding(
             name=path.name,
             pat_str=_LLAMA3_PATTERN,
             mergeable_ranks={piece: rank for rank, piece in enumerate(self._pieces)},
-            special_tokens={name: ordinary + i for i, name in enumerate(names)},
+            special_tokens=self._special,
         )
         self.vocab_size = ordinary + _LLAMA3_SPECIAL
         self.bos_id, self.eos_id = ordinary, ordinary + 1
@@ -122,7 +142,13 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without BOS or EOS."""
-        return self._encoding.encode_ordinary(text)
+        return [
+            token for part in short_runs(text) for token in self._encoding.encode_ordinary(part)
+        ]
+
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which the name of a special token means that token."""
+        return encode_around(self._special, text, self.encode)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens stand for nothing."""
@@ -134,6 +160,36 @@ class TiktokenTokenizer:
         sizes = np.zeros(self.vocab_size, np.int32)
         sizes[: len(self._pieces)] = [len(piece) for piece in self._pieces]
         return sizes
+
+
+def encode_around(
+    special: Mapping[str, int], text: str, encode: Callable[[str], list[int]]
+) -> list[int]:
+    """Encode a text in which names of tokens mean these tokens; the longest name counts.
+
+    Args:
+        special: ids of tokens by their names.
+        text: any.
+        encode: of the text around them.
+    """
+    names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    parts = re.split(f"({names})", text)  # texts at even places, names at odd ones
+    return [
+        token
+        for place, part in enumerate(parts)
+        for token in ([special[part]] if place % 2 else encode(part) if part else [])
+    ]
+
+
+def short_runs(text: str) -> Iterator[str]:
+    """Cut a text within its long runs of spaces or of others, and nowhere else."""
+    longer = f"{{{_LONGEST_RUN + 1},}}"
+    start = 0
+    for run in re.finditer(rf"(?<!\s)\s{longer}|(?<!\S)\S{longer}", text):
+        for end in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def format_of(data: bytes) -> str | None:

@@ -68,9 +68,9 @@ def evaluate(
         attention: what computes the attention itself; see `model.causal_attention`.
 
     Raises:
-        UserError: the data has another vocabulary than the model.
+        UserError: the data has ids that the model does not have.
     """
-    if data.vocab_size != config.vocab_size:
+    if data.vocab_size > config.vocab_size:
         raise UserError(
             f"{data.path} was tokenized with {data.vocab_size} ids, the model has "
             f"{config.vocab_size}: use data prepared with the model's tokenizer"

@@ -16,7 +16,7 @@ from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
 from dmc_jax.commands import stop_requests
 from dmc_jax.config import STAGES, RunConfig, to_dict
-from dmc_jax.data.loader import longest_document, training_batches
+from dmc_jax.data.loader import training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.files import write_text
@@ -141,8 +141,7 @@ def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
     """The prepared folders of a config with their mixing weights, checked against the model.
 
     Raises:
-        UserError: another vocabulary, a window longer than any document, or weights that do not
-            match the folders.
+        UserError: ids that the model does not have, or weights that do not match the folders.
     """
     datas = [open_data(path.strip()) for path in run.data.path.split(",")]
     weights = [float(len(data.tokens["train"])) for data in datas]
@@ -154,17 +153,11 @@ def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
     if len(weights) != len(datas):
         raise UserError(f"data.weights names {len(weights)} corpora, data.path {len(datas)}")
     for data in datas:
-        if data.vocab_size != run.model.vocab_size:
+        if data.vocab_size > run.model.vocab_size:
             raise UserError(
                 f"{data.path} was tokenized with {data.vocab_size} ids, model.vocab_size is "
                 f"{run.model.vocab_size}: use the model's tokenizer (prepare_data --tokenizer=...) "
                 "or set --config.model.vocab_size"
-            )
-        longest = longest_document(data, "train")
-        if run.data.length > longest:
-            raise UserError(
-                f"data.length is {run.data.length} tokens, but the longest document in "
-                f"{data.path} has {longest}: no window would hold one document; shorten it"
             )
     return list(zip(datas, weights, strict=True))
 

@@ -119,6 +119,13 @@ def another_tokenizer_than_the_models_is_refused_test(folders, tmp_path):
             load_tokenizer_of(model, tmp_path / "other.model")
 
 
+def a_tokenizer_that_has_moved_is_named_with_the_flag_to_give_test(folders, tmp_path):
+    model = dataclasses.replace(find_model(folders / "ours"), tokenizer=tmp_path / "gone.model")
+    with pytest.raises(UserError, match="gone.model, the tokenizer of .* --tokenizer=FILE"):
+        load_tokenizer_of(model)
+    assert load_tokenizer_of(model, folders / "t.model").vocab_size == MODEL.vocab_size - 20
+
+
 def a_folder_without_a_checkpoint_is_one_clear_error_test(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=f"no complete checkpoint in {path}; expected a run"):

@@ -1,8 +1,10 @@
 """A prepared folder is complete or absent, is what its manifest says, and damage is noticed."""
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from dmc_jax.data import prepare as prepare_module
 from dmc_jax.data.corpus import SPLITS, documents, open_corpus
@@ -81,7 +84,7 @@ def the_tokenizer_is_trained_on_the_training_split_alone_test(corpus_folder, tmp
     monkeypatch.setattr(
         prepare_module,
         "train_sentencepiece",
-        lambda texts, *rest: real(seen.extend(texts) or seen, *rest),
+        lambda texts, *rest, **options: real(seen.extend(texts) or seen, *rest, **options),
     )
     prepare(tmp_path / "out", source=corpus_folder, vocab_size=320, workers=1, report=quiet)
     found = documents(open_corpus(corpus_folder))
@@ -102,10 +105,10 @@ def an_exception_leaves_nothing_and_a_rerun_works_test(corpus_folder, tmp_path, 
     real = prepare_module.encode_document
     calls = iter(range(1000))
 
-    def full_disk(tokenizer, text):
+    def full_disk(tokenizer, text, **options):
         if next(calls) == 20:
             raise OSError("No space left on device")
-        return real(tokenizer, text)
+        return real(tokenizer, text, **options)
 
     monkeypatch.setattr(prepare_module, "encode_document", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -126,7 +129,7 @@ def a_killed_run_leaves_nothing_finished_and_the_next_clears_up_test(corpus_fold
     program = """if True:
         import sys, time
         from dmc_jax.data import prepare as module
-        def stall(tokenizer, text):
+        def stall(tokenizer, text, special):
             print("tokenising", flush=True)
             time.sleep(60)
         module.encode_document = stall
@@ -174,16 +177,164 @@ def bad_arguments_and_small_corpora_are_refused_test(corpus_folder, make_corpus,
         ({"vocab_size": 50_000}, "50000 ids cannot be trained"),
         (
             {"source": make_corpus(tmp_path / "two", files=2)},
-            "too small to split: train .* by file",
+            "too small to split: train .* by a hash of their text",
         ),
-        ({"source": corpus_folder / "000.txt"}, "too small to split: .* by document"),
+        ({"source": corpus_folder / "000.txt"}, "too small to split: .* --validation"),
         ({"limit_mb": 1e-6}, "is empty: no text"),
+        ({"on_bad_row": "warn"}, "on_bad_row: expected one of error, skip"),
+        ({"validation": tmp_path / "nowhere"}, "nowhere does not exist"),
     ]
     for change, message in cases:
         options = {"source": corpus_folder, "workers": 1, "report": quiet} | change
         with pytest.raises(UserError, match=message):
             prepare(tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def a_validation_set_of_ones_own_is_that_and_nothing_of_it_is_trained_on_test(tmp_path):
+    texts = [f"text number {n} of some\n" for n in range(60)]
+    source = write_jsonl(tmp_path / "all.jsonl", texts)
+    own = [*texts[:10], "another text\n"]
+    lines = []
+    data = prepare(
+        tmp_path / "out",
+        source=source,
+        validation=write_jsonl(tmp_path / "own.jsonl", own),
+        report=lines.append,
+    )
+    tokenizer = load_tokenizer(data.tokenizer_path)
+
+    def texts_of(split):
+        ends = data.documents[split]
+        return [
+            tokenizer.decode(data.tokens[split][begin:end])
+            for begin, end in itertools.pairwise(ends)
+        ]
+
+    assert texts_of("validation") == own
+    found = list(documents(open_corpus(source)))[10:]
+    assert texts_of("test") == [d.text for d in found if d.split == "test"]
+    assert texts_of("train") == [d.text for d in found if d.split != "test"]
+    assert "left out 10 documents that the validation set has too" in lines
+    assert data.manifest["in_validation"] == 10
+    assert data.manifest["split"]["validation"] == str(tmp_path / "own.jsonl")
+
+
+def one_text_is_enough_to_train_on_with_a_validation_set_of_ones_own_test(tmp_path):
+    (tmp_path / "all.txt").write_text("to be or not to be\n" * 50)
+    (tmp_path / "own.txt").write_text("that is the question\n" * 10)
+    lines = []
+    data = prepare(
+        tmp_path / "out",
+        source=tmp_path / "all.txt",
+        validation=tmp_path / "own.txt",
+        report=lines.append,
+    )
+    assert [data.manifest["splits"][split]["documents"] for split in SPLITS] == [1, 1, 0]
+    assert "the test split is empty: no document fell to it" in lines
+    assert len(open_data(data.path, check_contents=True).tokens["test"]) == 0
+
+
+def bad_rows_are_skipped_and_counted_where_that_is_asked_test(corpus_folder, tmp_path):
+    good = [path.read_text() for path in sorted(corpus_folder.iterdir())]
+    source = write_jsonl(tmp_path / "all.jsonl", good)
+    clean = prepare(tmp_path / "clean", source=source, report=quiet)
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(["{oops\n", *rows[:30], '{"text": 5}\n', *rows[30:]]))
+    with pytest.raises(UserError, match="all.jsonl:1: not JSON"):
+        prepare(tmp_path / "out", source=source, report=quiet)
+    lines = []
+    data = prepare(tmp_path / "out", source=source, on_bad_row="skip", report=lines.append)
+    first = f"{source}:1: not JSON"
+    assert any(line.startswith(f"skipped 2 bad rows, the first: {first}") for line in lines)
+    assert data.manifest["bad_rows"] == 2
+    assert folder_hashes(data.path) == folder_hashes(clean.path)
+    source.write_text("{oops\n")
+    with pytest.raises(UserError, match="no text in 1 files; 1 bad rows, such as .*all.jsonl:1"):
+        prepare(tmp_path / "none", source=source, on_bad_row="skip", report=quiet)
+
+
+def files_left_out_are_listed_with_the_reason_test(make_corpus, tmp_path):
+    source = make_corpus(tmp_path / "texts")
+    for name in ("a.pdf", "b.pdf", "readme"):
+        (source / name).write_text("no")
+    (source / "\udcff.md").write_text("a name that is not UTF-8")
+    lines = []
+    data = prepare(tmp_path / "out", source=source, report=lines.append)
+    assert "left out: 2 (.pdf is not read): a.pdf, b.pdf" in lines
+    assert "left out: 1 (a name without a suffix is not read): readme" in lines
+    assert "left out: 1 (.md is not read): \\udcff.md" in lines
+    assert len(data.manifest["left_out"]) == 3
+
+
+def the_default_vocabulary_is_as_large_as_a_small_text_yields_test(make_corpus, tmp_path):
+    source = make_corpus(tmp_path / "texts", files=40)
+    assert sum(path.stat().st_size for path in source.iterdir()) < 40_000
+    lines = []
+    data = prepare(tmp_path / "out", source=source, report=lines.append)
+    assert 260 < data.vocab_size < 1024
+    assert f"the text yields a tokenizer of {data.vocab_size} ids only" in lines
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    assert tokenizer.decode(tokenizer.encode("\tnew wörds")) == "\tnew wörds"
+
+
+def a_tokenizer_that_changes_text_is_told_of_test(corpus_folder, tmp_path):
+    def trained(name, **options):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(corpus_folder / "000.txt"),
+            model_prefix=str(tmp_path / name),
+            model_type="bpe",
+            vocab_size=290,
+            byte_fallback=True,
+            minloglevel=2,
+            **options,
+        )
+        return tmp_path / f"{name}.model"
+
+    def notes(tokenizer):
+        lines = []
+        output = tmp_path / f"prepared {tokenizer.stem}"
+        prepare(output, source=corpus_folder, tokenizer=tokenizer, report=lines.append)
+        return [line for line in lines if line.startswith("note:")]
+
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    assert notes(trained("exact", **exact)) == []
+    (note,) = notes(trained("normalising"))
+    assert re.search("does not give the text back: .* such as '.*  .*' to", note)
+
+
+def a_home_directory_is_written_as_a_tilde_test(make_corpus, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_corpus(tmp_path / "texts")
+    shutil.copyfile(data.tokenizer_path, tmp_path / "tokenizer.model")
+    made = prepare("~/out", source="~/texts", tokenizer="~/tokenizer.model", report=quiet)
+    assert made.path == tmp_path / "out"
+    assert open_data("~/out").manifest == made.manifest
+
+
+def folders_from_before_splits_went_by_content_still_open_and_are_kept_test(data, tmp_path):
+    old = shutil.copytree(data.path, tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    for name in ("split", "left_out", "bad_rows", "in_validation"):
+        del manifest[name]
+    for name in (
+        "text_field",
+        "validation",
+        "validation_files",
+        "on_bad_row",
+        "special_tokens",
+    ):
+        del manifest["request"][name]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert open_data(old, check_contents=True).vocab_size == data.vocab_size
+    lines = []
+    prepare(old, source=manifest["source"], vocab_size=320, report=lines.append)
+    assert lines == [f"already prepared: {old}; its splits were drawn by name, not by content"]
 
 
 def damage_is_noticed_on_opening_test(data, tmp_path):

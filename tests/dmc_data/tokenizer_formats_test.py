@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmc_jax.data import tokenizer_formats
 from dmc_jax.data.tokenizer import (
     encode_document,
     encode_prompt,
@@ -63,6 +64,30 @@ def text_its_bytes_and_its_stream_survive_test(tokenizer, text, stream_decode):
     assert "".join(stream_decode(tokenizer, encode_document(tokenizer, text))) == text
 
 
+@pytest.mark.parametrize("character", [" ", "\n", "a", "1", "=", "é"])
+def runs_of_any_length_are_encoded_test(tokenizer, character):
+    text = f"x {character * 300_000} y"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(alphabet=" \n\u2003ab", max_size=40), longest=st.integers(1, 9))
+def only_long_runs_are_cut_and_where_llama_3_cuts_them_test(text, longest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_formats, "_LONGEST_RUN", longest)
+        parts = list(tokenizer_formats.short_runs(text))
+    expected, run = [""], 0
+    for before, character in zip(f"{text[:1]}{text}", text, strict=False):
+        run = run + 1 if before.isspace() == character.isspace() else 1
+        if run > longest:
+            expected.append("")
+            run = 1
+        expected[-1] += character
+    assert parts == expected
+
+
 def bos_is_added_once_and_a_text_that_spells_it_is_text_test(tokenizer):
     ids = tokenizer.encode(f"{LLAMA3_ENDS[0]}a")
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
@@ -74,12 +99,24 @@ def bos_is_added_once_and_a_text_that_spells_it_is_text_test(tokenizer):
     assert sizes[[tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]].tolist() == [0, 0, 0]
 
 
+def names_of_special_tokens_mean_them_where_that_is_asked_test(tokenizer):
+    text = f"a{LLAMA3_ENDS[1]} b{LLAMA3_ENDS[0]}{LLAMA3_ENDS[0]}"
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    expected = [*tokenizer.encode("a"), end, *tokenizer.encode(" b"), begin, begin]
+    assert tokenizer.encode_special(text) == expected
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert encode_prompt(tokenizer, text, special=True) == [begin, *expected]
+    assert encode_prompt(tokenizer, LLAMA3_ENDS[0] + text, special=True) == [begin, *expected]
+
+
 def llama_3_special_tokens_follow_the_byte_pairs_test(files):
     tokenizer = load_tokenizer(files / "tokenizer.model")
     assert tokenizer.vocab_size == 261 + 256
     assert (tokenizer.bos_id, tokenizer.eos_id) == (261, 262)
     assert tokenizer.encode("12345") == [*b"12345"]
     assert tokenizer.encode("    ") == [260]
+    named = "<|start_header_id|><|end_header_id|><|eom_id|><|eot_id|>"
+    assert tokenizer.encode_special(named) == [261 + 6, 261 + 7, 261 + 8, 261 + 9]
 
 
 def a_tokenizer_json_made_from_sentencepiece_counts_bytes_alike_test(tmp_path):

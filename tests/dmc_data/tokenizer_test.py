@@ -85,6 +85,14 @@ def ends_are_added_by_the_two_framing_functions_only_test(own, like_llama):
     assert like_llama.pad_id == like_llama.eos_id
 
 
+def names_of_control_tokens_mean_them_where_that_is_asked_test(own, like_llama):
+    for tokenizer in (own, like_llama):
+        ids = tokenizer.encode_special("<s>the fox</s><s>fox")
+        begin, end = tokenizer.bos_id, tokenizer.eos_id
+        assert ids == [begin, *tokenizer.encode("the fox"), end, begin, *tokenizer.encode("fox")]
+        assert tokenizer.encode_special("the <fox>") == tokenizer.encode("the <fox>")
+
+
 @settings(deadline=None, max_examples=200)
 @given(text=TEXTS)
 def streamed_parts_of_any_text_join_to_it_without_broken_characters_test(own, text, stream_decode):

@@ -1,5 +1,6 @@
 """`python -m dmc_jax.evaluate` and `dmc_jax.decode` on a run that was really trained."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dmc_jax.checkpoints.metadata import load_metadata
+from dmc_jax.checkpoints.metadata import load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.interop.export import write_huggingface
@@ -82,14 +83,17 @@ def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(
 
 
 def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_path):
+    moved = latest(shutil.copytree(finished_run / "retrofit", tmp_path / "moved/retrofit"))
+    about = dataclasses.replace(load_metadata(moved), data=str(tmp_path / "gone"))
+    write_metadata(moved, about)
     results = runs_of(
         "evaluate",
         [f"--checkpoint={finished_run}", f"--data={other_data.path}"],
         [f"--checkpoint={tmp_path / 'nowhere'}"],
+        [f"--checkpoint={moved.path}"],
     )
-    for result, complaint in zip(
-        results, ("another tokenizer", "no complete checkpoint"), strict=True
-    ):
+    complaints = ("another tokenizer", "no complete checkpoint", "say where it is with --data=DIR")
+    for result, complaint in zip(results, complaints, strict=True):
         assert complaint in one_line_of_error(result) and result.stdout == ""
 
 

@@ -128,7 +128,13 @@ def a_ratio_out_of_reach_is_said_and_leaves_even_odds_test(
     assert "no threshold reaches a ratio of 50" in caplog.text
 
 
-def data_with_another_vocabulary_is_refused_test(data, model_config, spread_params):
+def rows_without_ids_are_allowed_and_ids_without_rows_are_refused_test(
+    data, model_config, spread_params
+):
     larger = dataclasses.replace(model_config, vocab_size=400)
-    with pytest.raises(UserError, match="320 ids, the model has 400"):
-        evaluate(spread_params, larger, data, "validation", policy=Dense(), **SIZES)
+    params = init_params(larger, jax.random.key(0))
+    measured = evaluate(params, larger, data, "validation", policy=Dense(), **SIZES)
+    assert measured.loss == pytest.approx(np.log(400), rel=0.1)
+    smaller = dataclasses.replace(model_config, vocab_size=300)
+    with pytest.raises(UserError, match="320 ids, the model has 300"):
+        evaluate(spread_params, smaller, data, "validation", policy=Dense(), **SIZES)

@@ -19,6 +19,7 @@ from dmc_jax.config import (
     DataConfig,
     ModelConfig,
     RunConfig,
+    StageConfig,
     from_dict,
     to_dict,
 )
@@ -153,16 +154,31 @@ def sigterm_saves_and_handlers_are_restored_test(tiny_run, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def documents_longer_than_the_window_are_required_test(tiny_run):
-    run = dataclasses.replace(tiny_run, data=dataclasses.replace(tiny_run.data, length=5000))
-    with pytest.raises(UserError, match="longest document in .* has"):
-        train(run, quiet=True)
+def documents_shorter_than_the_window_are_packed_test(tiny_run):
+    (data,) = [data for data, _ in loop.open_datas(tiny_run)]
+    longest = int(np.diff(data.documents["train"]).max())
+    run = dataclasses.replace(
+        tiny_run, data=dataclasses.replace(tiny_run.data, length=2 * longest, batch=2)
+    )
+    run = dataclasses.replace(
+        run, stages="pretrain", pretrain=StageConfig(steps=1, learning_rate=1e-3)
+    )
+    train(run, quiet=True)
+    assert latest(Path(run.output) / "run").step == 1
 
 
-def another_vocabulary_is_refused_test(tiny_run):
-    run = dataclasses.replace(tiny_run, model=dataclasses.replace(tiny_run.model, vocab_size=281))
-    with pytest.raises(UserError, match=r"280 ids, model.vocab_size is 281"):
-        train(run, quiet=True)
+def ids_that_the_model_lacks_are_refused_and_rows_without_ids_are_not_test(tiny_run):
+    def of_size(vocab_size):
+        model = dataclasses.replace(tiny_run.model, vocab_size=vocab_size)
+        return dataclasses.replace(tiny_run, model=model)
+
+    with pytest.raises(UserError, match=r"280 ids, model.vocab_size is 279"):
+        train(of_size(279), quiet=True)
+    run = dataclasses.replace(
+        of_size(300), stages="pretrain", pretrain=StageConfig(steps=1, learning_rate=1e-3)
+    )
+    train(run, quiet=True)
+    assert latest(Path(run.output) / "run").step == 1
 
 
 def a_directory_is_not_taken_over_by_another_run_test(tiny_run, unbroken):
