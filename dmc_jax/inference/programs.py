@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.layers import logits_of, run_layers
 from dmc_jax.inference.paged_cache import PagedCache, pages_for_one_token, pages_of
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.inference.requests import Request, Usage
@@ -215,7 +216,9 @@ def next_tokens(
         (the batch, the chosen tokens, the tally). The tokens of inactive and failed sequences mean
         nothing.
     """
-    cache, logits, counts = read_tokens(
+    # Launching a program per layer costs a CPU nothing beside the layer, and compiles in a moment.
+    read = read_tokens_by_layer if jax.default_backend() == "cpu" else read_tokens
+    cache, logits, counts = read(
         *(params, config, batch.cache, tokens, active),
         policy=policy,
         dtype=dtype,
@@ -254,6 +257,33 @@ def read_tokens(
         dtype=dtype,
     )
     return cache, logits, tally(cache)
+
+
+def read_tokens_by_layer(
+    params: Any,
+    config: ModelConfig,
+    cache: PagedCache,
+    tokens: Int[Array | np.ndarray, " seats"],
+    active: Bool[Array | np.ndarray, " seats"],
+    *,
+    policy: Policy,
+    dtype: str,
+) -> tuple[PagedCache, Float[Array, "seats V"], Tally]:
+    """Do what `read_tokens` does with a program for each kind of layer."""
+    x, cache = run_layers(
+        *(params, config, tokens[:, None], cache),
+        make_attend=decoding.attend_cached,
+        inputs={"policy": policy, "active": active},
+        dtype=dtype,
+    )
+    cache, x, counts = _end_step(cache, x, active)
+    return cache, logits_of(params, config, x), counts
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _end_step(cache, x, active):
+    cache = dataclasses.replace(cache, position=cache.position + active)
+    return cache, x[:, 0], tally(cache)
 
 
 @functools.partial(jax.jit, donate_argnames="seen")

@@ -54,7 +54,13 @@ class Scheduler:
         Raises:
             UserError: as in `programs.init`.
         """
-        self._params = unstack_layers(params, config, jnp.dtype(dtype))
+        params = unstack_layers(params, config, jnp.dtype(dtype))
+        params = jax.tree.map(jnp.asarray, params)
+        # Loaded parameters are bound to their device, fresh arrays to none, and a program is
+        # compiled anew for every mixture of the two: here all are bound, from the first call on.
+        devices = set().union(*(leaf.devices() for leaf in jax.tree.leaves(params)))
+        self._device = devices.pop() if len(devices) == 1 else None  # several: as they are placed
+        self._params = jax.device_put(params, self._device)
         self._config, self._tokenizer, self._page_size = config, tokenizer, page_size
         self._options = {"policy": policy, "dtype": dtype}
         self._empty_batch = functools.partial(
@@ -132,7 +138,7 @@ class Scheduler:
         self._seats = [None] * len(self._seats)
         self._leaving = np.zeros(len(self._seats), bool)  # seats that are to be emptied
         self._counts: Tally | None = None  # None: the cache has changed since
-        self._batch = self._empty_batch()
+        self._batch = jax.device_put(self._empty_batch(), self._device)
 
     def _leave(self, request: Request) -> None:
         if request.seat is not None:

@@ -13,12 +13,12 @@ from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.inference import engine as engine_module
-from dmc_jax.inference import programs
+from dmc_jax.inference import layers, programs
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import load_snapshot
-from dmc_jax.model.llama import Llama
+from dmc_jax.model.llama import Llama, unstack_layers
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole
@@ -191,7 +191,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
     rng = np.random.default_rng(5)
     prompts, params = some_prompts(200, seed=1, longest=10), some_params(200, seed=2, longest=20)
     engine = build_engine(tiny_model, pages=TINY)
-    compiled = programs.read_tokens._cache_size()
+    compiled = layers._run_layer._cache_size()
     ids, results, texts = [], {}, {}
     while len(results) < len(prompts):
         for _ in range(rng.integers(0, 3)):
@@ -213,7 +213,19 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
         else:
             assert what_was_said(results[one]) == what_was_said(expected)
     assert engine.free_pages == TINY
-    assert programs.read_tokens._cache_size() - compiled <= 1
+    assert layers._run_layer._cache_size() - compiled <= 2  # a prompt's bucket, a step
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def a_program_is_compiled_once_a_shape_of_loaded_parameters_test(tiny_model, stacked, caplog):
+    params, config = tiny_model
+    params = jax.device_put(params, jax.devices()[1])  # as a checkpoint's: bound to a device
+    params = params if stacked else unstack_layers(params, config, jnp.float32)
+    engine = build_engine((params, config), policy=DMC(SETTINGS, HALF + 1e-3))
+    engine.generate([[1] * 20, [1] * 40], greedy(3))
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        engine.generate([[3] * 17, [1] * 39, [1]], greedy(5))
+    assert [record.message for record in caplog.records if "ompil" in record.message] == []
 
 
 def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
