@@ -61,8 +61,8 @@ def prefill(
     """Read prompts of any lengths, each into a seat of the cache.
 
     Compiles one layer for each of 32, 128, 512, ... (not above `chunk`) that a chunk's tokens are
-    padded to, and every power of two that B is. A prompt continues what its seat holds: free it for a new
-    one.
+    padded to, and every power of two that B is. A prompt continues what its seat holds: free it for
+    a new one.
 
     Args:
         params: of the model.

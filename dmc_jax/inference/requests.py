@@ -9,7 +9,7 @@ from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
 from dmc_jax.errors import UserError
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import CachedRows, Snapshot
-from dmc_jax.inference.text import TextState, begin_text, end_text, extend_text
+from dmc_jax.inference.text import TextState, begin_text, cut_at_stop, end_text, extend_text
 
 Prompt = str | Sequence[int]  # text, or token ids with BOS
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
@@ -204,7 +204,8 @@ def finish(
         tokens: new ids, which the sequence has already.
         ready: their text, likewise.
     """
-    rest = end_text(tokenizer, request.text)
+    rest, held, stopped = cut_at_stop(end_text(tokenizer, request.text), request.params.stop)
+    rest, reason = rest + held, "stop" if stopped else reason
     request.parts.append(rest)
     return _ended(request, reason, tokens, ready + rest)
 
