@@ -59,6 +59,7 @@ def init(
     kv_bytes: int | None,
     page_size: int,
     max_length: int,
+    room: int,
     dtype: str,
 ) -> Batch:
     """Allocate a batch without sequences.
@@ -71,6 +72,7 @@ def init(
         kv_bytes: the pool's size instead of pages.
         page_size: slots per page.
         max_length: tokens of a sequence.
+        room: tokens that page tables have room for so far; see `widen`.
         dtype: of keys and values.
 
     Raises:
@@ -79,7 +81,7 @@ def init(
     """
     if (pages is None) == (kv_bytes is None):
         raise UserError("engine: give one of pages and kv_bytes")
-    sizes = {"page_size": page_size, "max_length": max_length, "dtype": jnp.dtype(dtype)}
+    sizes = {"page_size": page_size, "max_length": room, "dtype": jnp.dtype(dtype)}
     of_cache = functools.partial(paged_cache.init, config, policy, seats=seats, **sizes)
     rows = config.kv_rows
     # Without a pool yet: it refuses sizes that the next lines could not divide by.
@@ -93,6 +95,23 @@ def init(
     most = seats * rows * pages_of(policy.most_slots(max_length), page_size)
     pages = min(pages, most)
     return Batch(of_cache(pages=pages), jnp.zeros((seats, config.vocab_size), bool))
+
+
+def widen(batch: Batch, policy: Policy, room: int) -> Batch:
+    """Give the page tables room for longer sequences.
+
+    Every step reads whole tables, so their width is that of the sequences that came, and not of
+    those that the model could read.
+
+    Args:
+        batch: given up.
+        policy: of the cache.
+        room: tokens of a sequence.
+    """
+    table = batch.cache.page_table
+    wanted = pages_of(policy.most_slots(room), batch.cache.pages.page_size)
+    table = jnp.pad(table, [(0, 0), (0, 0), (0, max(0, wanted - table.shape[2]))])
+    return dataclasses.replace(batch, cache=dataclasses.replace(batch.cache, page_table=table))
 
 
 def read_prompt(

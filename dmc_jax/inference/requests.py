@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
 from dmc_jax.errors import UserError
+from dmc_jax.inference.compiling import working_seconds
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import CachedRows, Snapshot
 from dmc_jax.inference.text import TextState, begin_text, cut_at_stop, end_text, extend_text
@@ -39,7 +40,7 @@ class Result:
     live_cache_bytes: int
     dense_cache_bytes: int
     seconds_to_first_token: float | None  # from `submit` or `resume`: with the time in the queue
-    tokens_per_second: float  # from that token to the last; 0 where there are fewer than two
+    tokens_per_second: float  # from it to the last but for compiling; 0 with fewer than two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Request:
     seat: int | None = None  # in the cache; None: it waits
     tokens: list[int] = dataclasses.field(default_factory=list)
     parts: list[str] = dataclasses.field(default_factory=list)  # of the text
-    first_time: float | None = None
-    last_time: float | None = None
+    first_time: float | None = None  # of the first token
+    first_work: float = 0.0  # when that was, by the clock that stands still for compiling
+    last_work: float = 0.0  # and when the newest was
     usage: Usage = _NOTHING
     pages_wanted: int = 0  # to go on with fewer has failed
     inherited: int = 0  # tokens that it had when it was resumed from a snapshot
@@ -173,9 +175,9 @@ def take_token(request: Request, token: int, tokenizer: Tokenizer) -> Event:
     Returns:
         What to tell the user; with a finish reason if this was the end.
     """
-    request.last_time = time.perf_counter()
+    request.last_work = working_seconds()
     if request.first_time is None:
-        request.first_time = request.last_time
+        request.first_time, request.first_work = time.perf_counter(), request.last_work
     if token in request.stop_ids:
         return finish(request, "stop", tokenizer)
     request.tokens.append(token)
@@ -211,7 +213,7 @@ def finish(
 
 
 def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) -> Event:
-    first, last = request.first_time, request.last_time
+    first, took = request.first_time, request.last_work - request.first_work
     more = len(request.tokens) - request.inherited - 1
     result = Result(
         text="".join(request.parts),
@@ -223,6 +225,6 @@ def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) ->
         live_cache_bytes=request.usage.live_bytes,
         dense_cache_bytes=request.usage.dense_bytes,
         seconds_to_first_token=None if first is None else first - request.submitted,
-        tokens_per_second=more / (last - first) if more > 0 else 0.0,
+        tokens_per_second=more / took if more > 0 and took > 0 else 0.0,
     )
     return Event(request.id, tokens, text, reason, result)

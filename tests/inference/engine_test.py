@@ -299,6 +299,25 @@ def a_result_says_what_it_took_test(tiny_model, roomy):
     assert result.seconds_to_first_token > 0 and result.tokens_per_second > 0
 
 
+def page_tables_are_as_wide_as_what_came_and_not_as_the_model_could_read_test(tiny_model, alone):
+    params, config = tiny_model
+    far = dataclasses.replace(config, max_length=1_024_000)
+    engine = build_engine((params, far), kv_bytes=2**20, pages=None)
+
+    def width():
+        return engine._scheduler._batch.cache.page_table.shape[2] * PAGE
+
+    engine.generate([[1] * 40], greedy(3))
+    assert width() <= 2048
+    first = engine.submit([1, 4, 5], greedy(12))
+    engine.step()
+    engine.submit([1] * 20, greedy(5000))  # comes while the other one runs
+    assert 5020 <= width() <= 8192
+    for event in engine.stream(first):
+        result = event.result
+    assert what_was_said(result) == what_was_said(alone([[1, 4, 5]], [greedy(12)])[0])
+
+
 def bytes_are_as_good_as_pages_test(tiny_model):
     engine = build_engine(tiny_model, pages=None, kv_bytes=40 * PAGE_BYTES + 1)
     assert engine.free_pages == 40
