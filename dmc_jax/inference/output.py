@@ -46,18 +46,21 @@ def check_output(name: str, existing: str, inputs: list[str]) -> Output:
         UserError: no folder for it, a folder itself, an input, or a file that is there and stays.
     """
     path = Path(os.path.realpath(name))
+    if Path(name).exists() and not Path(name).is_file():
+        path = Path(name)  # where /dev/stdout leads to a pipe, that has no path of its own
     if any(path == Path(os.path.realpath(one)) for one in inputs):
         raise UserError(f"--output={name} is the file of prompts: name another one")
     if path.is_dir():
         raise UserError(f"cannot write --output={name}: it is a folder")
     if not path.parent.is_dir():
         raise UserError(f"cannot write --output={name}: there is no folder {path.parent}")
-    writable = path if path.exists() and not path.is_file() else path.parent
+    output = Output(path, existing)
+    writable = path if output.is_stream else path.parent
     if not os.access(writable, os.W_OK):
         raise UserError(f"cannot write --output={name}: no permission to write in {writable}")
-    if existing == "refuse" and path.exists():
+    if existing == "refuse" and path.is_file():
         raise UserError(f"--output={name} is there already: name another, or see --existing")
-    return Output(path, existing)
+    return output
 
 
 @contextlib.contextmanager
