@@ -6,6 +6,7 @@ continued. Ctrl-C ends with what there is after the present step, a second one a
 0 done, 2 bad input or flags (one prompt of many is enough), 1 a failure, 130 Ctrl-C.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from dmc_jax import commands
 from dmc_jax.checkpoints.models import find_model
 from dmc_jax.errors import UserError
 from dmc_jax.inference import compiling
+from dmc_jax.inference.chat import encode_chat, encode_prompt_with_special
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.output import EXISTING, Output, as_json, check_output, results_file
 from dmc_jax.inference.prompts import PromptLine, check_text, parse_bytes, read_prompts, read_text
@@ -39,7 +41,7 @@ _PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
     'JSON Lines, - for standard input: strings, or objects with a "prompt" (a text, or a list of '
-    "token ids) and sampling fields.",
+    'token ids) or "messages" (for the model\'s chat template), and sampling fields.',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
@@ -62,6 +64,9 @@ _THRESHOLD = flags.DEFINE_float(
 )
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of a prompt and its continuation at most; default: the model's."
+)
+_SPECIAL_TOKENS = flags.DEFINE_bool(
+    "special_tokens", False, "Take special tokens that a text spells, such as </s>, as such."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object per prompt, and nothing else.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for these objects, one a line.")
@@ -96,19 +101,25 @@ def main() -> int:
         budget=_BUDGET.value,
         threshold=_THRESHOLD.value,
     )
+    ask = functools.partial(_ask, engine, Path(_TOKENIZER.value or model.tokenizer))
     with results_file(output) as write:
-        code = _decode(engine, lines, write)
+        code = _decode(engine, lines, ask, write)
         if code == _INTERRUPTED and output and output.path.exists() and not output.is_stream:
             commands.show_notes([f"{output.path} stays; what there is is in {output.partial}"])
             raise KeyboardInterrupt
     return code
 
 
-def _decode(engine: Engine, lines: list[PromptLine], write: Callable[[int, str], None]) -> int:
+def _decode(
+    engine: Engine,
+    lines: list[PromptLine],
+    ask: Callable[[PromptLine], int],
+    write: Callable[[int, str], None],
+) -> int:
     """Continue the prompts, show and write what comes of them; the exit code."""
     # Text comes as it is made where there is one prompt; that of several would be mingled.
     live = len(lines) == 1 and _STREAM.value and not _JSON.value
-    sequences, results = _submit(engine, lines, write), []
+    sequences, results = _submit(lines, ask, write), []
 
     def show(event: Event) -> None:
         index = sequences[event.sequence]
@@ -133,7 +144,7 @@ def _decode(engine: Engine, lines: list[PromptLine], write: Callable[[int, str],
 
 
 def _submit(
-    engine: Engine, lines: list[PromptLine], write: Callable[[int, str], None]
+    lines: list[PromptLine], ask: Callable[[PromptLine], int], write: Callable[[int, str], None]
 ) -> dict[int, int]:
     """Queue all prompts that can be, say what is wrong with the others: indices by sequence."""
     sequences = {}
@@ -141,7 +152,7 @@ def _submit(
         error = line.error
         if error is None:
             try:
-                sequences[engine.submit(line.prompt, line.params)] = index
+                sequences[ask(line)] = index
                 continue
             except UserError as refused:
                 if line.line is None:  # the only one
@@ -202,8 +213,20 @@ def _output() -> Output | None:
     return check_output(_OUTPUT.value, _EXISTING.value, inputs)
 
 
+def _ask(engine: Engine, tokenizer: Path, line: PromptLine) -> int:
+    """Submit a prompt; the id of its sequence."""
+    prompt = line.prompt
+    if line.messages is not None:
+        prompt = encode_chat(engine.tokenizer, tokenizer, line.messages)
+    elif _SPECIAL_TOKENS.value and isinstance(prompt, str):
+        prompt = encode_prompt_with_special(engine.tokenizer, prompt)
+    return engine.submit(prompt, line.params)
+
+
 def _shown(engine: Engine, line: PromptLine) -> str:
-    """The text of a prompt."""
+    """The text of a prompt; of a chat, its last message."""
+    if line.messages is not None:
+        return f"{line.messages[-1].get('content')}\n"
     return line.prompt if isinstance(line.prompt, str) else engine.tokenizer.decode(line.prompt)
 
 

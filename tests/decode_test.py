@@ -140,6 +140,27 @@ def a_threshold_decides_what_merges_and_a_length_what_is_refused_test(flags):
     assert (short.returncode, of_dense.returncode) == (2, 2)
 
 
+def chats_and_special_tokens_are_prompts_test(flags, checkpoint, tmp_path):
+    prompts, config = tmp_path / "prompts", checkpoint.parent / "tokenizer_config.json"
+    chat = [{"role": "user", "content": "ab"}]
+    lines = [{"messages": chat}, {"messages": "ab"}, {"prompt": "<s>ab</s>"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    common = [*flags, f"--prompts={prompts}", "--json"]
+    [plain] = runs_of("decode", common)
+    config.write_text(json.dumps(names | {"chat_template": template}))
+    [done] = runs_of("decode", [*common, "--special_tokens"])
+    config.unlink()
+    assert (plain.returncode, done.returncode) == (2, 2)
+    assert f"error: {prompts}, line 1: messages need the model's chat template" in plain.stderr
+    by_index = {x["index"]: x for x in lines_of(done.stdout)}
+    assert by_index[0]["messages"] == chat and "prompt" not in by_index[0]
+    assert 'expected a list such as [{"role"' in by_index[1]["error"]
+    assert by_index[0]["tokens"] == by_index[2]["tokens"]
+    assert by_index[0]["prompt_tokens"] == by_index[2]["prompt_tokens"] < 5
+
+
 def program(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "dmc_jax.decode", *arguments],

@@ -60,6 +60,8 @@ class SentencePieceTokenizer:
         self.vocab_size = processor.get_piece_size()
         self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        control = filter(processor.is_control, range(self.vocab_size))
+        self.special_tokens = {processor.id_to_piece(token): token for token in control}
         self.dummy_prefix = "".join(processor.encode("a", out_type=str)).startswith(_SPACE)
         space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         # A literal U+2581 would come back as a space. Its three bytes come back as themselves; but

@@ -85,6 +85,14 @@ class JsonTokenizer:
         """Return the text of `ids`; control tokens stand for nothing."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def encode_with_special(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which special tokens are meant as such, without BOS."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def in_byte_run(self, token: int) -> bool:
         """Whether what a token stands for depends on all the bytes around it, to either side.
 
@@ -124,11 +132,12 @@ class TiktokenTokenizer:
         ordinary = len(self._pieces)
         names = ["<|begin_of_text|>", "<|end_of_text|>"]
         names += [f"<|special_{i}|>" for i in range(_LLAMA3_SPECIAL - len(names))]
+        self.special_tokens = {name: ordinary + i for i, name in enumerate(names)}
         self._encoding = tiktoken.Encoding(
             name=path.name,
             pat_str=_LLAMA3_PATTERN,
             mergeable_ranks={piece: rank for rank, piece in enumerate(self._pieces)},
-            special_tokens={name: ordinary + i for i, name in enumerate(names)},
+            special_tokens=self.special_tokens,
         )
         self.vocab_size = ordinary + _LLAMA3_SPECIAL
         self.bos_id, self.eos_id = ordinary, ordinary + 1

@@ -129,7 +129,7 @@ def as_json(
     """
     values: dict[str, Any] = {"index": index}
     values |= {} if line.line is None else {"line": line.line}
-    values["prompt"] = line.prompt
+    values |= {"messages": line.messages} if line.messages else {"prompt": line.prompt}
     if result is None:
         values |= {"error": error, "finish_reason": "error"}
     else:

@@ -15,6 +15,7 @@ from dmc_jax.inference.sampling import SamplingParams
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 _FIELDS = sorted(field.name for field in dataclasses.fields(SamplingParams))
+_KNOWN = ", ".join(["prompt", "messages", *_FIELDS])
 # Results are prompts too: what they say beside the prompt does not count.
 _OF_RESULTS = {field.name for field in dataclasses.fields(Result)} | {"index", "line", "error"}
 
@@ -26,14 +27,15 @@ class PromptLine(NamedTuple):
     params: SamplingParams
     line: int | None = None  # of the file, from 1
     error: str | None = None  # with it, prompt and params are what could be read
+    messages: list[dict[str, Any]] | None = None  # a chat instead of the prompt, which is empty
 
 
 def read_prompts(path: str | os.PathLike, params: SamplingParams) -> list[PromptLine]:
     """Read a JSON Lines file of prompts.
 
-    A line is a string, or an object with a `prompt` (a text, or a list of token ids) and any fields
-    of `SamplingParams`; those of a result are passed over. A line ends with a line feed and nothing
-    else. What is wrong with one is said in its place.
+    A line is a string, or an object with a `prompt` (a text, or a list of token ids) or `messages`
+    (of a chat), and any fields of `SamplingParams`; those of a result are passed over. A line ends
+    with a line feed and nothing else. What is wrong with one is said in its place.
 
     Args:
         path: of the file; "-": standard input.
@@ -79,18 +81,22 @@ def read_text(path: str | os.PathLike, what: str) -> str:
 
 
 def _prompt_line(line: str, number: int, params: SamplingParams) -> PromptLine:
-    prompt = ""
+    prompt, messages = "", None
     try:
         value = _parse(line)
         fields = dict(value) if isinstance(value, dict) else {"prompt": value}
-        prompt = _prompt(fields.pop("prompt", None))
+        if "messages" in fields and "prompt" not in fields:
+            messages = _messages(fields.pop("messages"))
+        else:
+            prompt = _prompt(fields.pop("prompt", None))
         fields = {name: x for name, x in fields.items() if name not in _OF_RESULTS}
         if strange := sorted(set(fields) - set(_FIELDS)):
-            raise UserError(f"no field {strange[0]!r}; there is {', '.join(_FIELDS)}")
-        check_text(prompt)
-        return PromptLine(prompt, dataclasses.replace(params, **fields), number)
+            raise UserError(f"no field {strange[0]!r}; there is {_KNOWN}")
+        check_text(json.dumps(messages, ensure_ascii=False) if messages else prompt)
+        params = dataclasses.replace(params, **fields)
+        return PromptLine(prompt, params, number, messages=messages)
     except UserError as error:
-        return PromptLine(prompt, params, number, f"line {number}: {error}")
+        return PromptLine(prompt, params, number, f"line {number}: {error}", messages)
 
 
 def _parse(line: str) -> Any:
@@ -106,6 +112,16 @@ def _prompt(value: Any) -> str | list[int]:
     if isinstance(value, str) or ids:
         return value
     raise UserError('expected a string, or an object with a text "prompt" or a list of token ids')
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    chat = isinstance(value, list) and value
+    if not chat or not all(isinstance(x, dict) and isinstance(x.get("role"), str) for x in value):
+        raise UserError(
+            'messages: expected a list such as [{"role": "user", "content": "Hello"}], got '
+            f"{json.dumps(value)[:80]}"
+        )
+    return value
 
 
 def check_text(prompt: str | list[int]) -> None:

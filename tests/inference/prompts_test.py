@@ -1,5 +1,6 @@
 """Prompts in a file and sizes in words, with one clear complaint where they are neither."""
 
+import dataclasses
 import io
 import json
 import re
@@ -24,14 +25,14 @@ def a_line_is_a_text_or_an_object_that_changes_the_defaults_test(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('"one"\n\n{"prompt": "zw\u00f6i", "seed": 4, "stop": ["a", "b"]}\n', "utf-8")
     assert read_prompts(path, DEFAULTS) == [
-        ("one", DEFAULTS, 1, None),
-        ("zwöi", SamplingParams(max_new_tokens=7, top_k=3, seed=4, stop=("a", "b")), 3, None),
+        PromptLine("one", DEFAULTS, 1),
+        PromptLine("zwöi", dataclasses.replace(DEFAULTS, seed=4, stop=("a", "b")), 3),
     ]
 
 
 def a_hyphen_is_standard_input_test(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps("from a pipe")))
-    assert read_prompts("-", DEFAULTS) == [("from a pipe", DEFAULTS, 1, None)]
+    assert read_prompts("-", DEFAULTS) == [PromptLine("from a pipe", DEFAULTS, 1)]
 
 
 ODD = "\u2028 \u2029 \u0085 \x0b \x0c \x1c \x1d \x1e"
