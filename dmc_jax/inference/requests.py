@@ -133,7 +133,15 @@ def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> l
         params = [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
         raise UserError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
-    return [new_request(*pair, *args, **sizes) for pair in zip(prompts, params, strict=True)]
+    requests = []
+    for number, pair in enumerate(zip(prompts, params, strict=True)):
+        try:
+            requests.append(new_request(*pair, *args, **sizes))
+        except UserError as error:
+            if len(prompts) == 1:
+                raise
+            raise UserError(f"prompts[{number}]: {error}") from error
+    return requests
 
 
 def resumed_request(
