@@ -60,7 +60,7 @@ def poisoned_cache(config, settings, pages=200, seats=3, max_length=T, dtype=jnp
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def read_one_by_one(params, config, settings, cache, tokens, lengths, threshold):
-    """Slot 0 reads row 0, slot 1 row 1; the third reads nothing. Logits [B, T, V]."""
+    """Seat 0 reads row 0, seat 1 row 1; the third reads nothing. Logits [B, T, V]."""
 
     def step(cache, now):
         t, column = now
@@ -117,7 +117,7 @@ def read_in_chunks(params, config, settings, cache, tokens, splits, threshold):
 
 
 def rows_of(cache, pool):
-    """What every row holds, in order, whatever the pages are: (slot, row) -> [length, H]."""
+    """What every row holds, in order, whatever the pages are: (seat, row) -> [length, H]."""
     table, lengths, pool = (np.asarray(x) for x in (cache.page_table, cache.lengths, pool))
     page, H = pool.shape[1:]
     return {
