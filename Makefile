@@ -31,16 +31,18 @@ notebooks: $(STAMP)
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"
 
-# With JAX's CUDA plugin jax-triton can be imported, and so its kernels lowered, where there is no GPU.
+# With JAX's CUDA plugin jax-triton can be imported, and so its kernels lowered, where there is no GPU;
+# and whole programs are compiled for one that is only described.
 # It lies apart: wherever JAX finds it, it complains on every start that there is none.
 # Here programs are compiled as in real runs; `make test` leaves out LLVM's optimizations.
 test-all: $(STAMP)
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
 	$(VENV_PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda-plugin \
-	  "jax-cuda12-plugin==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')"
+	  $(foreach package,plugin pjrt,"jax-cuda12-$(package)==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')") \
+	  nvidia-cuda-nvcc-cu12
 	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
 	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/lowering_test.py \
-	  tests/pallas_kernels/cache_update/compile_test.py
+	  tests/pallas_kernels/cache_update/compile_test.py tests/pallas_kernels/gpu_program_test.py
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV_PYTHON) -m pytest $(PARALLEL)
 
 # On a machine with an NVIDIA GPU: tests of the kernels on it, then the benchmarks; docs/gpu.md.

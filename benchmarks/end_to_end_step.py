@@ -203,25 +203,33 @@ def filled(cache: PagedCache, lengths, tokens, order) -> PagedCache:
 # ---- one measurement --------------------------------------------------------------------------
 
 
-def compile_step(setup: Setup, run: Run) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-    """The two programs of the engine's step for one batch size, compiled from shapes alone.
+def step_shapes(setup: Setup, run: Run) -> tuple[tuple, dict[str, Any], tuple]:
+    """Shapes of what the engine's step is called with for one batch size.
 
-    So a process that only fills JAX's compilation cache finds what one that measures asks for.
+    Returns:
+        (arguments of `programs.read_tokens` and what it takes by name, arguments of
+        `programs.choose_tokens`).
     """
 
     def arguments():
         cache = new_cache(setup, run, run.batch, jax.random.key(0))
         logits = jnp.zeros((run.batch, setup.config.vocab_size), jnp.float32)
-        of_model = setup.params, policy_of(run), cache, logits
-        return of_model, _of_sequences(setup, run)
+        return setup.params, policy_of(run), cache, logits, logits > 0, _of_sequences(setup, run)
 
-    (params, policy, cache, logits), (tokens, active, sampling, index) = jax.eval_shape(arguments)
-    read = programs.read_tokens.lower(
-        *(params, setup.config, cache, tokens, active), policy=policy, dtype=DTYPE
-    )
-    seen = jax.ShapeDtypeStruct(logits.shape, bool)
-    choose = programs.choose_tokens.lower(seen, logits, sampling, index)
-    return read.compile(), choose.compile()
+    params, policy, cache, logits, seen, of_sequences = jax.eval_shape(arguments)
+    tokens, active, sampling, index = of_sequences
+    read = (params, setup.config, cache, tokens, active), {"policy": policy, "dtype": DTYPE}
+    return *read, (seen, logits, sampling, index)
+
+
+def compile_step(setup: Setup, run: Run) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """The two programs of the engine's step for one batch size, compiled from shapes alone.
+
+    So a process that only fills JAX's compilation cache finds what one that measures asks for.
+    """
+    arguments, options, of_choice = step_shapes(setup, run)
+    read = programs.read_tokens.lower(*arguments, **options)
+    return read.compile(), programs.choose_tokens.lower(*of_choice).compile()
 
 
 def _of_sequences(setup: Setup, run: Run):

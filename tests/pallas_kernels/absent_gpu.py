@@ -1,0 +1,98 @@
+"""Compiles the engine's step of a 7B model for an H100 that is not there; prints what came out.
+
+JAX's CUDA plugin compiles for a GPU that is described to it, without autotuning. XLA writes down
+what it will launch: its thunks. Run by `gpu_program_test`, in a process of its own, since XLA reads
+its flags once.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+# An H100 80GB HBM3, as XLA describes devices to itself. The versions decide what it captures.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+}
+platform_name: "CUDA"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def main(layers: int, ratio: int, batch: int, folder: Path) -> None:
+    """Print, as JSON, how many of what a step of so many sequences launches."""
+    os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no CUDA
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # or Triton 3.9 warns that 3.10 changes it
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from benchmarks.end_to_end_step import Run, Setup, random_params, step_shapes
+    from dmc_jax.inference.programs import read_tokens
+    from dmc_jax.model.presets import PRESETS
+    from tests.pallas_kernels.lowered import on
+
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", target_config=_H100, topology="1x1x1"
+    )
+    there = SingleDeviceSharding(topology.devices[0])
+    config = dataclasses.replace(PRESETS["7b"], layers=layers)
+    setup = Setup(config, jax.eval_shape(random_params, config), page=16, steps=16, rate=1.0)
+
+    def put(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
+
+    with on("NVIDIA H100 80GB HBM3"):
+        arguments, options, _ = step_shapes(setup, Run(1024, 2048, ratio, batch, None))
+        params, config, *others = arguments
+        options["policy"] = put(options["policy"])
+        compiled = read_tokens.lower(put(params), config, *map(put, others), **options).compile()
+    (thunks,) = folder.glob("*read_tokens*thunk_sequence_after_thunk_passes.txt")
+    lines = thunks.read_text().splitlines()
+    kinds = [found[1] for line in lines if (found := re.search(r"\d+: (k\w+)", line))]
+    text = compiled.as_text()
+    print(
+        json.dumps(
+            {
+                "graphs": kinds.count("kCommandBuffer"),
+                "outside_of_graphs": sum(line[:1].isdigit() for line in lines) - 1,
+                "launches": len(kinds) - kinds.count("kCommandBuffer"),
+                "own_kernels": text.count('custom_call_target="triton_kernel_call_ffi"'),
+                "products": sum("gemm" in line or "Gemm" in line for line in lines),
+                "pool_copies": len(
+                    re.findall(rf"= bf16\[\d{{4,}},16,{config.head_dim}\]\S* copy\(", text)
+                ),
+                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]))

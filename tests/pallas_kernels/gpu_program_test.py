@@ -1,0 +1,43 @@
+"""What a GPU is told to do in a decoding step of a 7B model, by XLA's real compiler for it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def step_on_an_absent_gpu(folder, *, layers, ratio, batch):
+    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+        pytest.skip("JAX's CUDA plugin is not there; `make test-all` installs it")
+    command = [sys.executable, "-m", "tests.pallas_kernels.absent_gpu"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run(
+        [*command, *map(str, (layers, ratio, batch)), str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers, ratio, batch", [(2, 1, 8), (2, 8, 64), (32, 8, 272)])
+def a_step_is_one_graph_and_computes_every_product_once_test(tmp_path, layers, ratio, batch):
+    found = step_on_an_absent_gpu(tmp_path, layers=layers, ratio=ratio, batch=batch)
+    assert (found["graphs"], found["outside_of_graphs"]) == (1, 0)
+    # XLA may compute queries, keys and values by one product.
+    assert 5 * layers + 1 <= found["products"] <= 7 * layers + 1
+    # Attention takes two kernels, the update of a compressed cache one.
+    assert found["own_kernels"] == (3 if ratio > 1 else 2) * layers
+    assert found["launches"] <= 34 * layers + 60
+    assert found["pool_copies"] == 0
+    assert found["temporary_bytes"] < 0.5e9
