@@ -20,8 +20,8 @@ from dmc_jax.inference import compiling
 from dmc_jax.inference.chat import encode_chat, encode_prompt_with_special
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.output import EXISTING, Output, as_json, check_output, results_file
-from dmc_jax.inference.prompts import PromptLine, check_text, parse_bytes, read_prompts, read_text
-from dmc_jax.inference.requests import Event, Result
+from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts, read_text
+from dmc_jax.inference.requests import Event, Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.policies.choice import POLICIES
 
@@ -135,7 +135,7 @@ def _decode(
             print(f"[{index}] {_shown(engine, line)}{event.result.text}\n", flush=True)
 
     started = compiling.working_seconds()
-    asked = _run(engine, _shown(engine, lines[0]) if live else "", show)
+    asked = _run(engine, _shown(engine, lines[0]) if live and sequences else "", show)
     if not _JSON.value and results:
         print(_summary(results, compiling.working_seconds() - started))
     if asked:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmc_jax.errors import UserError
-from dmc_jax.inference.requests import Result
+from dmc_jax.inference.requests import Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -122,22 +122,6 @@ def _messages(value: Any) -> list[dict[str, Any]]:
             f"{json.dumps(value)[:80]}"
         )
     return value
-
-
-def check_text(prompt: str | list[int]) -> None:
-    r"""Refuse half a surrogate pair, which JSON can write (`"\ud83d"`) and no text can hold.
-
-    Raises:
-        UserError: there is one.
-    """
-    try:
-        b"" if isinstance(prompt, list) else prompt.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(prompt[error.start]):04x}"
-        raise UserError(
-            f"character {error.start + 1} of the prompt is {half}, half of a surrogate pair: "
-            "write both halves, or the character itself"
-        ) from error
 
 
 def parse_bytes(text: str) -> int:

@@ -1,6 +1,7 @@
 """A prompt on its way through the engine: what it is given, what it has said, how it ends."""
 
 import dataclasses
+import operator
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -94,11 +95,17 @@ def new_request(
         max_length: tokens of the prompt and its continuation at most.
 
     Raises:
-        UserError: no token, an unknown one, or more than `max_length` with the new ones.
+        UserError: no token, an unknown one, no text, or more than `max_length` with the new ones.
     """
+    check_text(prompt)
     if isinstance(prompt, str):
         prompt = encode_prompt(tokenizer, prompt)
-    prompt = tuple(map(int, prompt))
+    try:
+        prompt = tuple(map(operator.index, prompt))
+    except TypeError as error:
+        raise UserError(
+            f"a prompt is a text, or token ids, which are whole numbers: {error}"
+        ) from error
     if not prompt:
         raise UserError("the prompt has no token: begin it with the tokenizer's BOS")
     for token in (*prompt, *params.stop_token_ids):
@@ -116,6 +123,22 @@ def new_request(
         text=begin_text(tokenizer, prompt),
         submitted=time.perf_counter(),
     )
+
+
+def check_text(prompt: Prompt) -> None:
+    r"""Refuse half a surrogate pair, which JSON can write (`"\ud83d"`) and no text can hold.
+
+    Raises:
+        UserError: there is one.
+    """
+    try:
+        b"" if isinstance(prompt, list) else prompt.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(prompt[error.start]):04x}"
+        raise UserError(
+            f"character {error.start + 1} of the prompt is {half}, half of a surrogate pair: "
+            "write both halves, or the character itself"
+        ) from error
 
 
 def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> list[Request]:

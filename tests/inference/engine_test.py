@@ -420,10 +420,13 @@ def text_prompts_begin_with_bos_test(roomy):
         ([[]], greedy(1), "no token"),
         ([[1], [1, 50]], greedy(1), r"prompts\[1\]: token 50: the model's ids are 0 to 49"),
         ([[1]], greedy(1, stop_token_ids=(-1,)), "token -1"),
+        ([[1, 2.5]], greedy(1), "whole numbers"),
+        (["a\ud83d"], greedy(1), "half of a surrogate pair"),
         ([[1] * 120], greedy(9), "120 tokens and 9 new ones exceed the 128"),
         ([[1]], [greedy(1)] * 2, "1 prompts but 2 SamplingParams"),
     ],
 )
+@pytest.mark.usefixtures("annotations_aside")
 def bad_prompts_are_refused_at_once_and_with_all_others_test(roomy, prompts, params, complaint):
     with pytest.raises(UserError, match=complaint):
         roomy.stream(prompts, params)
