@@ -9,7 +9,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from dmc_jax.config import ModelConfig
 _INIT_STD = 0.02
 
 
+@runtime_checkable
 class Attend(Protocol):
     """An attention function: (q, k, v, layer, state) -> (out, state, record).
 
