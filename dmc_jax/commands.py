@@ -1,6 +1,7 @@
 """What the commands share: running under absl, exit codes, flags, requests to stop."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         SystemExit: with the exit code. After a known error of a real command line the process has
             ended by then.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe in the C locale takes ASCII alone
+            stream.reconfigure(errors="backslashreplace")
     lines = False
     try:
         app.run(lambda _: main(), argv=argv, flags_parser=_parse_flags)

@@ -1,14 +1,13 @@
 """Let a model write: `python -m dmc_jax.decode --prompt="def main("`.
 
 Prints the prompt and what follows as it comes, then what it took. `--prompts=F.jsonl` continues
-many at a time, as many as `--kv_bytes` holds. Ctrl-C ends with what there is after the present
-step, a second one at once. Exit codes: 0 done, 2 bad input or flags, 1 a failure, 130 Ctrl-C.
+many at a time, as many as `--kv_bytes` holds; a prompt that cannot be is named, and the others are
+continued. Ctrl-C ends with what there is after the present step, a second one at once. Exit codes:
+0 done, 2 bad input or flags (one prompt of many is enough), 1 a failure, 130 Ctrl-C.
 """
 
-import contextlib
-import dataclasses
-import json
-import time
+import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,14 +15,19 @@ from absl import flags, logging
 
 from dmc_jax import commands
 from dmc_jax.checkpoints.models import find_model
+from dmc_jax.data.chat import encode_chat
+from dmc_jax.data.tokenizer import encode_prompt
 from dmc_jax.errors import UserError
+from dmc_jax.inference import compiling
 from dmc_jax.inference.engine import Engine
-from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts
-from dmc_jax.inference.requests import Event, Result
+from dmc_jax.inference.output import EXISTING, Output, as_json, check_output, results_file
+from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts, read_text
+from dmc_jax.inference.requests import Event, Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.policies.choice import POLICIES
 
 _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
+_INTERRUPTED = 130  # the exit code
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -37,7 +41,8 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is the 
 _PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
-    'JSON Lines, - for standard input: strings, or objects with a "prompt" and sampling fields.',
+    'JSON Lines, - for standard input: strings, or objects with a "prompt" (a text, or a list of '
+    'token ids) or "messages" (for the model\'s chat template), and sampling fields.',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
@@ -55,8 +60,23 @@ _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What the cache keeps; default: what the model was trained for."
 )
 _BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "Merge logit above which a DMC model merges; default: that of training."
+)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens of a prompt and its continuation at most; default: the model's."
+)
+_SPECIAL_TOKENS = flags.DEFINE_bool(
+    "special_tokens", False, "Take special tokens that a text spells, such as </s>, as such."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object per prompt, and nothing else.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for these objects, one a line.")
+_EXISTING = flags.DEFINE_enum(
+    "existing",
+    EXISTING[0],
+    EXISTING,
+    "What to do with an --output that is there; it is replaced once the new one is complete.",
+)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Its file, where it did not come along or is no longer where it was."
 )
@@ -65,39 +85,89 @@ _TOKENIZER = flags.DEFINE_string(
 def main() -> int:
     """Write what the flags ask for."""
     logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
-    lines = _prompts()
-    with _output_file() as output:
-        model = find_model(_checkpoint())
-        commands.show_notes(model.notes)
-        engine = Engine.from_checkpoint(
-            model,
-            kv_bytes=parse_bytes(_KV_BYTES.value),
-            max_sequences=min(len(lines), _MOST_SEQUENCES),
-            policy=_POLICY.value,
-            tokenizer=_TOKENIZER.value,
-            page_size=_PAGE_SIZE.value,
-            window=_WINDOW.value,
-            budget=_BUDGET.value,
-        )
-        for line in lines:
-            engine.submit(line.prompt, line.params)  # ids count from 0, as the lines
-        started = time.perf_counter()
-        # Text comes as it is made where there is one prompt; that of several would be mingled.
-        live = len(lines) == 1 and _STREAM.value and not _JSON.value
-        opening = lines[0].prompt if live else ""
-        results, code = _run(engine, opening, lambda event: _show(event, lines, live))
-        for sequence in sorted(results) if output else ():
-            print(_as_json(sequence, lines[sequence], results[sequence]), file=output)
-    if not _JSON.value:
-        print(_summary(list(results.values()), time.perf_counter() - started))
+    output, lines = _output(), _prompts()
+    compiling.keep_programs()
+    compiling.show_compiling()
+    model = find_model(_checkpoint())
+    commands.show_notes(model.notes)
+    engine = Engine.from_checkpoint(
+        model,
+        kv_bytes=parse_bytes(_KV_BYTES.value),
+        max_sequences=min(len(lines), _MOST_SEQUENCES),
+        policy=_POLICY.value,
+        tokenizer=_TOKENIZER.value,
+        page_size=_PAGE_SIZE.value,
+        max_length=_MAX_LENGTH.value,
+        window=_WINDOW.value,
+        budget=_BUDGET.value,
+        threshold=_THRESHOLD.value,
+    )
+    ask = functools.partial(_ask, engine, Path(_TOKENIZER.value or model.tokenizer))
+    with results_file(output) as write:
+        code = _decode(engine, lines, ask, write)
+        if code == _INTERRUPTED and output and output.path.exists() and not output.is_stream:
+            commands.show_notes([f"{output.path} stays; what there is is in {output.partial}"])
+            raise KeyboardInterrupt
     return code
 
 
-def _run(
-    engine: Engine, opening: str, show: Callable[[Event], None]
-) -> tuple[dict[int, Result], int]:
-    """The results of all sequences, cut short by Ctrl-C, and the exit code."""
-    results = {}
+def _decode(
+    engine: Engine,
+    lines: list[PromptLine],
+    ask: Callable[[PromptLine], int],
+    write: Callable[[int, str], None],
+) -> int:
+    """Continue the prompts, show and write what comes of them; the exit code."""
+    # Text comes as it is made where there is one prompt; that of several would be mingled.
+    live = len(lines) == 1 and _STREAM.value and not _JSON.value
+    sequences, results = _submit(lines, ask, write), []
+
+    def show(event: Event) -> None:
+        index = sequences[event.sequence]
+        line = lines[index]
+        if event.finish_reason:
+            results.append(event.result)
+            write(index, as_json(index, line, event.result, None, ascii_only=False))
+        if live:
+            print(event.text, end="", flush=True)
+        elif event.finish_reason and _JSON.value:
+            print(as_json(index, line, event.result, None, ascii_only=_ascii_only()), flush=True)
+        elif event.finish_reason:
+            print(f"[{index}] {_shown(engine, line)}{event.result.text}\n", flush=True)
+
+    started = compiling.working_seconds()
+    asked = _run(engine, _shown(engine, lines[0]) if live and sequences else "", show)
+    if not _JSON.value and results:
+        print(_summary(results, compiling.working_seconds() - started))
+    if asked:
+        return _INTERRUPTED
+    return 0 if len(sequences) == len(lines) else 2
+
+
+def _submit(
+    lines: list[PromptLine], ask: Callable[[PromptLine], int], write: Callable[[int, str], None]
+) -> dict[int, int]:
+    """Queue all prompts that can be, say what is wrong with the others: indices by sequence."""
+    sequences = {}
+    for index, line in enumerate(lines):
+        error = line.error
+        if error is None:
+            try:
+                sequences[ask(line)] = index
+                continue
+            except UserError as refused:
+                if line.line is None:  # the only one
+                    raise
+                error = f"line {line.line}: {refused}"
+        write(index, as_json(index, line, None, error, ascii_only=False))
+        print(f"error: {_PROMPTS.value}, {error}", file=sys.stderr)
+        if _JSON.value:
+            print(as_json(index, line, None, error, ascii_only=_ascii_only()), flush=True)
+    return sequences
+
+
+def _run(engine: Engine, opening: str, show: Callable[[Event], None]) -> bool:
+    """Continue all sequences, or until Ctrl-C asks to stop: whether it did."""
     # Between two steps only: an interrupt in the middle of one can get lost in JAX's callbacks.
     with commands.stop_requests("ending after this step") as asked:
         print(opening, end="", flush=True)
@@ -106,9 +176,7 @@ def _run(
                 engine.cancel(sequence)
             for event in engine.step():
                 show(event)
-                if event.finish_reason:
-                    results[event.sequence] = event.result
-    return results, 130 if asked else 0
+    return bool(asked)
 
 
 def _prompts() -> list[PromptLine]:
@@ -126,11 +194,9 @@ def _prompts() -> list[PromptLine]:
     if _PROMPTS.value is not None:
         return read_prompts(_PROMPTS.value, params)
     if _PROMPT.value is not None:
+        check_text(_PROMPT.value)  # bytes of a command line need not be a text
         return [PromptLine(_PROMPT.value, params)]
-    try:
-        return [PromptLine(Path(_PROMPT_FILE.value).read_text(encoding="utf-8"), params)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --prompt_file={_PROMPT_FILE.value}: {error}") from error
+    return [PromptLine(read_text(_PROMPT_FILE.value, "the prompt"), params)]
 
 
 def _checkpoint() -> str | Path:
@@ -141,30 +207,33 @@ def _checkpoint() -> str | Path:
     return _CHECKPOINT.value or _DEMO_RUN
 
 
-def _output_file() -> contextlib.AbstractContextManager:
-    """Opened before the work, which a bad name would lose."""
+def _output() -> Output | None:
     if _OUTPUT.value is None:
-        return contextlib.nullcontext()
-    try:
-        return open(_OUTPUT.value, "w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write --output={_OUTPUT.value}: {error}") from error
+        return None
+    inputs = [name for name in (_PROMPTS.value, _PROMPT_FILE.value) if name is not None]
+    return check_output(_OUTPUT.value, _EXISTING.value, inputs)
 
 
-def _show(event: Event, lines: list[PromptLine], live: bool) -> None:
-    line = lines[event.sequence]
-    if live:
-        print(event.text, end="", flush=True)
-    elif event.finish_reason and _JSON.value:
-        print(_as_json(event.sequence, line, event.result), flush=True)
-    elif event.finish_reason:
-        print(f"[{event.sequence}] {line.prompt}{event.result.text}\n", flush=True)
+def _ask(engine: Engine, tokenizer: Path, line: PromptLine) -> int:
+    """Submit a prompt; the id of its sequence."""
+    prompt = line.prompt
+    if line.messages is not None:
+        prompt = encode_chat(engine.tokenizer, tokenizer, line.messages)
+    elif _SPECIAL_TOKENS.value and isinstance(prompt, str):
+        prompt = encode_prompt(engine.tokenizer, prompt, special=True)
+    return engine.submit(prompt, line.params)
 
 
-def _as_json(number: int, line: PromptLine, result: Result) -> str:
-    return json.dumps(
-        {"index": number, "prompt": line.prompt, **dataclasses.asdict(result)}, ensure_ascii=False
-    )
+def _shown(engine: Engine, line: PromptLine) -> str:
+    """The text of a prompt; of a chat, its last message."""
+    if line.messages is not None:
+        return f"{line.messages[-1].get('content')}\n"
+    return line.prompt if isinstance(line.prompt, str) else engine.tokenizer.decode(line.prompt)
+
+
+def _ascii_only() -> bool:
+    """Whether standard output, such as a pipe in the C locale, takes no other characters."""
+    return not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
 
 
 def _summary(results: list[Result], seconds: float) -> str:
@@ -178,7 +247,8 @@ def _summary(results: list[Result], seconds: float) -> str:
     # One sequence's rate is from its first token on; that of many is over all that they took.
     rate = results[0].tokens_per_second if len(results) == 1 else new / seconds
     return (
-        f"\n\n{sum(result.prompt_tokens for result in results)} prompt tokens, {new} new; first "
+        f"\n\ncompiling took {compiling.compile_seconds():.2f} s\n\n"
+        f"{sum(result.prompt_tokens for result in results)} prompt tokens, {new} new; first "
         f"token after {first:.2f} s, {rate:.1f} tokens/s; {sum(read) / slots if slots else 1:.2f} "
         f"tokens per slot: {live:,} bytes of cache in use, dense {dense:,}"
     )

@@ -20,8 +20,10 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.tables import head_table
 from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.choice import POLICIES, policy_for
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Policy
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -39,6 +41,10 @@ _BATCH = flags.DEFINE_integer("batch", 8, "Windows at a time.")
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Merge logit above which to merge; default: the checkpoint's."
 )
+_POLICY = flags.DEFINE_enum(
+    "policy", None, list(POLICIES), "What rows keep; default: what the model was trained for."
+)
+_BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
 _DENSE = flags.DEFINE_string(
     "dense", None, "Dense checkpoint to compare with; default: the one before the retrofit."
 )
@@ -50,15 +56,14 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
     model = open_model(_CHECKPOINT.value)
     commands.show_notes(model.notes)
+    policy = policy_for(model.policy, name=_POLICY.value, budget=_BUDGET.value)
     if _THRESHOLD.value is not None:
-        if not isinstance(model.policy, DMC):
+        if not isinstance(policy, DMC):
             raise UserError(
-                f"--threshold: {model.path} is a dense model, which decides nothing; leave the "
+                f"--threshold: with policy {policy.name} {model.path} decides nothing; leave the "
                 "flag out or name a checkpoint of the retrofit or finetune stage"
             )
-        policy = dataclasses.replace(model.policy, threshold=_THRESHOLD.value)
-        about = dataclasses.replace(model.metadata, policy=policy)
-        model = dataclasses.replace(model, metadata=about)
+        policy = dataclasses.replace(policy, threshold=_THRESHOLD.value)
     if not (_DATA.value or model.metadata.data):
         raise UserError(f"{model.path} was not trained here: name a prepared folder with --data")
     if not _DATA.value and not Path(model.metadata.data).exists():
@@ -70,25 +75,32 @@ def main() -> None:
     length = _LENGTH.value
     if length is None:
         length = model.metadata.evaluation_length
-    reference = _dense_model(model)
-    measured = _measure(model, data, length)
-    about = _about(model, data, length, measured)
+    reference = _dense_model(model, policy)
+    measured = _measure(model, policy, data, length)
+    about = _about(model, policy, data, length, measured)
     del model  # two models at a time would not fit where one just does
     about["dense"] = reference and {
         "checkpoint": str(reference.path),
-        "evaluation": dataclasses.asdict(_measure(reference.load(), data, length)),
+        "evaluation": dataclasses.asdict(
+            _measure(reference.load(), reference.policy, data, length)
+        ),
     }
     print(json.dumps(about) if _JSON.value else _as_text(about))
 
 
-def _dense_model(model: StoredModel) -> StoredModel | None:
-    """The model before the retrofit: this run's pretraining, else what the run started from."""
+def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
+    """The model before the retrofit: this run's pretraining, else what the run started from.
+
+    Of a dense model that runs with another policy it is that model itself.
+    """
     if _DENSE.value:
         dense = find_model(_DENSE.value)
         if not isinstance(dense.policy, Dense):
             raise UserError(f"--dense: {dense.path} merges; name a dense checkpoint")
         return dense
-    if isinstance(model.policy, Dense) or model.metadata.run is None:
+    if isinstance(model.policy, Dense):
+        return None if isinstance(policy, Dense) else find_model(_CHECKPOINT.value)
+    if model.metadata.run is None:
         return None
     start = model.metadata.run.init_from
     for place in (model.path.parent.parent / "pretrain", *([start] if start else [])):
@@ -99,7 +111,7 @@ def _dense_model(model: StoredModel) -> StoredModel | None:
     return None
 
 
-def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
+def _measure(model: LoadedModel, policy: Policy, data: PreparedData, length: int) -> Evaluation:
     """Evaluate as the end of a stage does: in the precision of training."""
     if not model.accepts_tokenizer(data.manifest["tokenizer_sha256"]):
         raise UserError(
@@ -112,7 +124,7 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
         model.config,
         data,
         _SPLIT.value,
-        policy=model.policy,
+        policy=policy,
         length=length,
         batch=_BATCH.value,
         limit=_WINDOWS.value,
@@ -121,13 +133,15 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
     )
 
 
-def _about(model: LoadedModel, data: PreparedData, length: int, measured: Evaluation) -> dict:
+def _about(
+    model: LoadedModel, policy: Policy, data: PreparedData, length: int, measured: Evaluation
+) -> dict:
     return {
         "checkpoint": str(model.path),
         "stage": model.metadata.stage,
         "step": model.metadata.step,
-        "mode": model.policy.name,
-        "threshold": getattr(model.policy, "threshold", 0.0),
+        "mode": policy.name,
+        "threshold": getattr(policy, "threshold", 0.0),
         "data": str(data.path),
         "split": _SPLIT.value,
         "length": length,

@@ -8,7 +8,7 @@ Without a bias it is the ordinary attention of the dense model.
 """
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ def definition(
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
 
 
+@runtime_checkable
 class CausalAttention(Protocol):
     """What attends: `causal_attention`, or a kernel in its place."""
 

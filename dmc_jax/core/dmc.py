@@ -111,8 +111,8 @@ def importance(
 
 
 def relaxed_decisions(
-    logits: Float[Array, "B S K"], noise: Float[Array, "B S K"], settings: DMCSettings
-) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
+    logits: Float[Array, "*any"], noise: Float[Array, "*any"], settings: DMCSettings
+) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
     """Relax decisions for training by a Gumbel-sigmoid: merge and keep log-probability.
 
     Args:
@@ -129,8 +129,8 @@ def relaxed_decisions(
 
 
 def hard_decisions(
-    logits: Float[Array, "B S K"], threshold: float | Array = 0.0
-) -> Float[Array, "B S K"]:
+    logits: Float[Array, "*any"], threshold: float | Array = 0.0
+) -> Float[Array, "*any"]:
     """Decide as a trained model: 1 (merge) where the logit exceeds `threshold`, else 0."""
     return (logits > threshold).astype(jnp.float32)
 

@@ -223,7 +223,7 @@ def pool_chunk(
 
 def _remembered(
     segment: OpenSegment, window: int | None
-) -> tuple[Float[Array, "B E K 2*H"], Float[Array, "B E K"], Float[Array, "B E K"]]:
+) -> tuple[Float[Array, "B E K both"], Float[Array, "B E K"], Float[Array, "B E K"]]:
     """An open segment as E tokens: weighted [key | value], weight, and whether it is a merge.
 
     What the segment does not have has weight 0.

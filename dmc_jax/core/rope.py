@@ -19,7 +19,7 @@ class Llama3Scaling:
 
 def rotary_frequencies(
     head_dim: int, theta: float, scaling: Llama3Scaling | None = None
-) -> Float[Array, " H//2"]:
+) -> Float[Array, " {head_dim}//2"]:
     """List the angular frequencies in radians per token: `theta^(-2f/H)` for f = 0 .. H/2 - 1.
 
     Args:

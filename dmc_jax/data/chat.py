@@ -1,11 +1,13 @@
 """Conversations as a model reads them: rendered by its own chat template, in a sandbox."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 
 # Before this version a template, which comes with a download, could leave Jinja's sandbox.
@@ -56,6 +58,35 @@ def load_chat_template(tokenizer: Path, *, answer_next: bool = False) -> Render 
             raise ValueError(f"the chat template refuses it: {error}") from None
 
     return render
+
+
+def encode_chat(
+    tokenizer: Tokenizer, path: str | os.PathLike, messages: Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """Make a prompt of a conversation, up to where the model's answer begins.
+
+    Args:
+        tokenizer: of the model.
+        path: its file, beside which the chat template lies.
+        messages: objects with "role" and "content", as the template asks for.
+
+    Returns:
+        Ids, with BOS where the template writes it.
+
+    Raises:
+        UserError: no template, one that cannot be read or that refuses these messages, no Jinja.
+    """
+    render = load_chat_template(Path(path), answer_next=True)
+    if render is None:
+        raise UserError(
+            f"messages need the model's chat template, and there is none beside its tokenizer in "
+            f"{Path(path).parent}: expected chat_template.jinja, or chat_template in "
+            "tokenizer_config.json"
+        )
+    try:
+        return tokenizer.encode_special(render(messages))
+    except ValueError as error:
+        raise UserError(f"messages: {error}") from None
 
 
 def _find(folder: Path, config: Mapping[str, Any]) -> tuple[Path, str | None]:

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
@@ -30,6 +30,7 @@ _SPACE = "\u2581"  # SentencePiece writes a space as this character inside its p
 _CHUNK = 2048  # characters a training sentence; the trainer drops those beyond 4,192 bytes
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the project asks of a tokenizer."""
 

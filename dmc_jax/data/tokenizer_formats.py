@@ -15,6 +15,7 @@ from jaxtyping import Int32
 
 from dmc_jax.errors import UserError
 
+_BYTE_PIECE = r"<0x[0-9A-Fa-f]{2}>"
 _SPACE = "\u2581"  # a space in the pieces of tokenizers that were SentencePiece models
 
 # BOS and EOS, in the order in which they are looked for: Llama 3, Llama 2 and Mistral, others.
@@ -82,6 +83,11 @@ class JsonTokenizer:
         self.pad_id = next((vocabulary[p] for p in _PADDING if p in vocabulary), self.eos_id)
         self._vocabulary = vocabulary
         self._is_byte_level = '"ByteLevel"' in text
+        self._closing = None  # ids that end a run of bytes, where a decoder reads runs as a whole
+        if '"ByteFallback"' in text:
+            special = {token for token, added in self._added.items() if added.special}
+            plain = (t for piece, t in vocabulary.items() if not re.fullmatch(_BYTE_PIECE, piece))
+            self._closing = frozenset(plain) - special
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without BOS or EOS."""
@@ -99,6 +105,14 @@ class JsonTokenizer:
         """Return the text of `ids`; control tokens stand for nothing."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def in_byte_run(self, token: int) -> bool:
+        """Whether what a token stands for depends on all the bytes around it, to either side.
+
+        The decoder ByteFallback makes characters of a run of bytes if it is valid as a whole, and
+        else of none of them. Tokens that stand for nothing do not end a run.
+        """
+        return self._closing is not None and token not in self._closing
+
     def token_bytes(self) -> Int32[np.ndarray, "V"]:
         """UTF-8 bytes of text by id."""
         sizes = np.zeros(self.vocab_size, np.int32)
@@ -108,7 +122,7 @@ class JsonTokenizer:
                 sizes[token] = 0 if special else len(self._added[token].content.encode())
             elif self._is_byte_level:
                 sizes[token] = len(piece)  # this alphabet has one letter for every byte
-            elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            elif re.fullmatch(_BYTE_PIECE, piece):
                 sizes[token] = 1
             else:
                 sizes[token] = len(piece.replace(_SPACE, " ").encode())

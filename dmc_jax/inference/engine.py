@@ -110,6 +110,7 @@ class Engine:
         dtype: str | None = None,
         window: int | None = None,
         budget: int | None = None,
+        threshold: float | None = None,
         **options: Any,
     ) -> "Engine":
         """Make an engine for a checkpoint, ours or of another format.
@@ -125,6 +126,7 @@ class Engine:
                 CPU, where XLA copies the whole pool to write to a bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova".
+            threshold: merge logit above which "dmc" merges; None: that of training.
             options: `page_size`, `max_length` of the engine.
 
         Raises:
@@ -132,7 +134,9 @@ class Engine:
                 engine.
         """
         model = path if isinstance(path, StoredModel) else find_model(path)
-        keeps = policy_for(model.policy, name=policy, window=window, budget=budget)
+        keeps = policy_for(
+            model.policy, name=policy, window=window, budget=budget, threshold=threshold
+        )
         if dtype is None:
             on_cpu = jax.default_backend() == "cpu"
             dtype = "float32" if on_cpu else model.metadata.compute_dtype

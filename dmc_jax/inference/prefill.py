@@ -24,6 +24,7 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.inference.decoding import attend_token
+from dmc_jax.inference.layers import logits_of, run_layers
 from dmc_jax.inference.paged_cache import (
     PagedCache,
     first_rows,
@@ -37,7 +38,7 @@ from dmc_jax.inference.pages import Pages
 from dmc_jax.model.llama import Attend, forward
 from dmc_jax.policies.policy import Edit, Policy, Tokens
 
-# Chunks are padded to 32, 128, 512, ... tokens: each of these lengths takes seconds to compile.
+# Chunks are padded to 32, 128, 512, ... tokens: each of these lengths is compiled.
 _SMALLEST_BUCKET, _BUCKET_STEP = 32, 4
 _SMALLEST_CHUNK = 16
 
@@ -59,9 +60,9 @@ def prefill(
 ) -> tuple[PagedCache, Float[Array, "B V"]]:
     """Read prompts of any lengths, each into a seat of the cache.
 
-    Compiles once for each of 32, 128, 512, ... (not above `chunk`) that a chunk's tokens are padded
-    to, and every power of two that B is. A prompt continues what its seat holds: free it for a new
-    one.
+    Compiles one layer for each of 32, 128, 512, ... (not above `chunk`) that a chunk's tokens are
+    padded to, and every power of two that B is. A prompt continues what its seat holds: free it for
+    a new one.
 
     Args:
         params: of the model.
@@ -87,36 +88,30 @@ def prefill(
     # The seat after the last: rows that fill up the batch.
     where = np.full(B, cache.position.size, np.int32)
     where[: len(prompts)] = seats
-    logits = jnp.zeros((B, config.vocab_size))
+    last = None
     for start in range(0, lengths.max(), chunk):
         counts = np.clip(lengths - start, 0, chunk)
         tokens = np.zeros((B, min(chunk, _bucket(counts.max()))), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             part = prompt[start : start + chunk]
             row[: len(part)] = part
-        cache, logits = _read_chunk(
-            params, config, dtype, cache, tokens, counts, where, logits, policy
+        x, cache = run_layers(
+            *(params, config, tokens, cache),
+            make_attend=attend_chunk,
+            inputs={"policy": policy, "counts": counts, "seats": where},
+            dtype=dtype,
         )
-    return cache, logits[: len(prompts)]
+        cache, last = _end_chunk(cache, x, counts, where, last)
+    return cache, logits_of(params, config, last)[: len(prompts)]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "dtype"), donate_argnames=("cache", "logits")
-)
-def _read_chunk(params, config, dtype, cache, tokens, counts, seats, logits, policy):
-    """Read a chunk; also the logits [B, V] after each row's last token so far."""
-    cache, last = prefill_chunk(
-        params,
-        config,
-        cache,
-        tokens,
-        counts,
-        seats,
-        policy=policy,
-        dtype=dtype,
-        only=jnp.maximum(counts - 1, 0),
-    )
-    return cache, jnp.where(counts[:, None] > 0, last[:, 0], logits)
+@functools.partial(jax.jit, donate_argnames="cache")
+def _end_chunk(cache, x, counts, seats, last):
+    """Move the positions on; also the residual stream [B, D] at each row's last token so far."""
+    position = cache.position.at[seats].add(counts, mode="drop")
+    x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    x = x if last is None else jnp.where(counts[:, None] > 0, x, last)
+    return dataclasses.replace(cache, position=position), x
 
 
 def prefill_chunk(

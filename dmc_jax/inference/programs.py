@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.layers import logits_of, run_layers
 from dmc_jax.inference.paged_cache import PagedCache, pages_for_one_token, pages_of
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.inference.requests import Request, Usage
@@ -58,6 +59,7 @@ def init(
     kv_bytes: int | None,
     page_size: int,
     max_length: int,
+    room: int,
     dtype: str,
 ) -> Batch:
     """Allocate a batch without sequences.
@@ -70,6 +72,7 @@ def init(
         kv_bytes: the pool's size instead of pages.
         page_size: slots per page.
         max_length: tokens of a sequence.
+        room: tokens that page tables have room for so far; see `widen`.
         dtype: of keys and values.
 
     Raises:
@@ -78,7 +81,7 @@ def init(
     """
     if (pages is None) == (kv_bytes is None):
         raise UserError("engine: give one of pages and kv_bytes")
-    sizes = {"page_size": page_size, "max_length": max_length, "dtype": jnp.dtype(dtype)}
+    sizes = {"page_size": page_size, "max_length": room, "dtype": jnp.dtype(dtype)}
     of_cache = functools.partial(paged_cache.init, config, policy, seats=seats, **sizes)
     rows = config.kv_rows
     # Without a pool yet: it refuses sizes that the next lines could not divide by.
@@ -92,6 +95,23 @@ def init(
     most = seats * rows * pages_of(policy.most_slots(max_length), page_size)
     pages = min(pages, most)
     return Batch(of_cache(pages=pages), jnp.zeros((seats, config.vocab_size), bool))
+
+
+def widen(batch: Batch, policy: Policy, room: int) -> Batch:
+    """Give the page tables room for longer sequences.
+
+    Every step reads whole tables, so their width is that of the sequences that came, and not of
+    those that the model could read.
+
+    Args:
+        batch: given up.
+        policy: of the cache.
+        room: tokens of a sequence.
+    """
+    table = batch.cache.page_table
+    wanted = pages_of(policy.most_slots(room), batch.cache.pages.page_size)
+    table = jnp.pad(table, [(0, 0), (0, 0), (0, max(0, wanted - table.shape[2]))])
+    return dataclasses.replace(batch, cache=dataclasses.replace(batch.cache, page_table=table))
 
 
 def read_prompt(
@@ -215,7 +235,9 @@ def next_tokens(
         (the batch, the chosen tokens, the tally). The tokens of inactive and failed sequences mean
         nothing.
     """
-    cache, logits, counts = read_tokens(
+    # Launching a program per layer costs a CPU nothing beside the layer, and compiles in a moment.
+    read = read_tokens_by_layer if jax.default_backend() == "cpu" else read_tokens
+    cache, logits, counts = read(
         *(params, config, batch.cache, tokens, active),
         policy=policy,
         dtype=dtype,
@@ -254,6 +276,33 @@ def read_tokens(
         dtype=dtype,
     )
     return cache, logits, tally(cache)
+
+
+def read_tokens_by_layer(
+    params: Any,
+    config: ModelConfig,
+    cache: PagedCache,
+    tokens: Int[Array | np.ndarray, " seats"],
+    active: Bool[Array | np.ndarray, " seats"],
+    *,
+    policy: Policy,
+    dtype: str,
+) -> tuple[PagedCache, Float[Array, "seats V"], Tally]:
+    """Do what `read_tokens` does with a program for each kind of layer."""
+    x, cache = run_layers(
+        *(params, config, tokens[:, None], cache),
+        make_attend=decoding.attend_cached,
+        inputs={"policy": policy, "active": active},
+        dtype=dtype,
+    )
+    cache, x, counts = _end_step(cache, x, active)
+    return cache, logits_of(params, config, x), counts
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _end_step(cache, x, active):
+    cache = dataclasses.replace(cache, position=cache.position + active)
+    return cache, x[:, 0], tally(cache)
 
 
 @functools.partial(jax.jit, donate_argnames="seen")

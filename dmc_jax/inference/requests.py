@@ -1,15 +1,17 @@
 """A prompt on its way through the engine: what it is given, what it has said, how it ends."""
 
 import dataclasses
+import operator
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
 from dmc_jax.errors import UserError
+from dmc_jax.inference.compiling import working_seconds
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import CachedRows, Snapshot
-from dmc_jax.inference.text import TextState, begin_text, end_text, extend_text
+from dmc_jax.inference.text import TextState, begin_text, cut_at_stop, end_text, extend_text
 
 Prompt = str | Sequence[int]  # text, or token ids with BOS
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
@@ -39,7 +41,7 @@ class Result:
     live_cache_bytes: int
     dense_cache_bytes: int
     seconds_to_first_token: float | None  # from `submit` or `resume`: with the time in the queue
-    tokens_per_second: float  # from that token to the last; 0 where there are fewer than two
+    tokens_per_second: float  # from it to the last but for compiling; 0 with fewer than two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Request:
     seat: int | None = None  # in the cache; None: it waits
     tokens: list[int] = dataclasses.field(default_factory=list)
     parts: list[str] = dataclasses.field(default_factory=list)  # of the text
-    first_time: float | None = None
-    last_time: float | None = None
+    first_time: float | None = None  # of the first token
+    first_work: float = 0.0  # when that was, by the clock that stands still for compiling
+    last_work: float = 0.0  # and when the newest was
     usage: Usage = _NOTHING
     pages_wanted: int = 0  # to go on with fewer has failed
     inherited: int = 0  # tokens that it had when it was resumed from a snapshot
@@ -92,11 +95,17 @@ def new_request(
         max_length: tokens of the prompt and its continuation at most.
 
     Raises:
-        UserError: no token, an unknown one, or more than `max_length` with the new ones.
+        UserError: no token, an unknown one, no text, or more than `max_length` with the new ones.
     """
+    check_text(prompt)
     if isinstance(prompt, str):
         prompt = encode_prompt(tokenizer, prompt)
-    prompt = tuple(map(int, prompt))
+    try:
+        prompt = tuple(map(operator.index, prompt))
+    except TypeError as error:
+        raise UserError(
+            f"a prompt is a text, or token ids, which are whole numbers: {error}"
+        ) from error
     if not prompt:
         raise UserError("the prompt has no token: begin it with the tokenizer's BOS")
     for token in (*prompt, *params.stop_token_ids):
@@ -116,6 +125,22 @@ def new_request(
     )
 
 
+def check_text(prompt: Prompt) -> None:
+    r"""Refuse half a surrogate pair, which JSON can write (`"\ud83d"`) and no text can hold.
+
+    Raises:
+        UserError: there is one.
+    """
+    try:
+        b"" if isinstance(prompt, list) else prompt.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(prompt[error.start]):04x}"
+        raise UserError(
+            f"character {error.start + 1} of the prompt is {half}, half of a surrogate pair: "
+            "write both halves, or the character itself"
+        ) from error
+
+
 def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> list[Request]:
     """Check prompts and make requests of them.
 
@@ -131,7 +156,15 @@ def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> l
         params = [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
         raise UserError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
-    return [new_request(*pair, *args, **sizes) for pair in zip(prompts, params, strict=True)]
+    requests = []
+    for number, pair in enumerate(zip(prompts, params, strict=True)):
+        try:
+            requests.append(new_request(*pair, *args, **sizes))
+        except UserError as error:
+            if len(prompts) == 1:
+                raise
+            raise UserError(f"prompts[{number}]: {error}") from error
+    return requests
 
 
 def resumed_request(
@@ -173,9 +206,9 @@ def take_token(request: Request, token: int, tokenizer: Tokenizer) -> Event:
     Returns:
         What to tell the user; with a finish reason if this was the end.
     """
-    request.last_time = time.perf_counter()
+    request.last_work = working_seconds()
     if request.first_time is None:
-        request.first_time = request.last_time
+        request.first_time, request.first_work = time.perf_counter(), request.last_work
     if token in request.stop_ids:
         return finish(request, "stop", tokenizer)
     request.tokens.append(token)
@@ -204,13 +237,14 @@ def finish(
         tokens: new ids, which the sequence has already.
         ready: their text, likewise.
     """
-    rest = end_text(tokenizer, request.text)
+    rest, held, stopped = cut_at_stop(end_text(tokenizer, request.text), request.params.stop)
+    rest, reason = rest + held, "stop" if stopped else reason
     request.parts.append(rest)
     return _ended(request, reason, tokens, ready + rest)
 
 
 def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) -> Event:
-    first, last = request.first_time, request.last_time
+    first, took = request.first_time, request.last_work - request.first_work
     more = len(request.tokens) - request.inherited - 1
     result = Result(
         text="".join(request.parts),
@@ -222,6 +256,6 @@ def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) ->
         live_cache_bytes=request.usage.live_bytes,
         dense_cache_bytes=request.usage.dense_bytes,
         seconds_to_first_token=None if first is None else first - request.submitted,
-        tokens_per_second=more / (last - first) if more > 0 else 0.0,
+        tokens_per_second=more / took if more > 0 and took > 0 else 0.0,
     )
     return Event(request.id, tokens, text, reason, result)

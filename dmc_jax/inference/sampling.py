@@ -1,7 +1,10 @@
 """How a sequence's next token is chosen."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from dmc_jax.errors import UserError
+
+_SHOWN = 80  # characters of a bad value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +34,19 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # tokens that do, besides EOS
 
     def __post_init__(self):
+        # As JSON and command lines have them: whoever writes those knows no tuples.
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
         def require(name: str, holds: bool, expected: str) -> None:
             if not holds:
-                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+                raise UserError(f"{name}: expected {expected}, got {_as_json(getattr(self, name))}")
 
+        for name in ("max_new_tokens", "top_k", "seed"):
+            require(name, _is_whole(getattr(self, name)), "a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            require(name, _is_number(getattr(self, name)), "a number")
         # Comparisons are written so that NaN fails them.
         require("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
         require("temperature", 0 <= self.temperature < np.inf, "0 (most likely token) or more")
@@ -41,11 +55,33 @@ class SamplingParams:
         require("min_p", 0 <= self.min_p <= 1, "a share from 0 (no limit) to 1")
         require("repetition_penalty", 0 < self.repetition_penalty < np.inf, "more than 0; 1: none")
         require("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
-        tuple_of_texts = isinstance(self.stop, tuple) and all(
-            isinstance(text, str) and text for text in self.stop
-        )
-        require("stop", tuple_of_texts, "a tuple of strings that are not empty")
-        require("stop_token_ids", isinstance(self.stop_token_ids, tuple), "a tuple of token ids")
+        require("stop", _all(self.stop, _is_text), 'a list of texts, none empty, such as ["END"]')
+        require("stop_token_ids", _all(self.stop_token_ids, _is_whole), "a list of token ids")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _all(values: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(values, tuple) and all(map(holds, values))
+
+
+def _as_json(value: Any) -> str:
+    """Show a value as who writes JSON knows it, in so many characters as a message has room for."""
+    try:
+        shown = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        shown = repr(value)
+    return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
 
 
 @jax.tree_util.register_dataclass

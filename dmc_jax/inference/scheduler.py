@@ -23,6 +23,8 @@ from dmc_jax.inference.snapshot import CachedRows, copy_out
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.policy import Policy
 
+_ROOM = 2048  # tokens of a sequence that page tables have room for, until a longer one comes
+
 
 class Scheduler:
     """Requests over one `PagedCache`."""
@@ -37,6 +39,7 @@ class Scheduler:
         dtype: str,
         seats: int,
         page_size: int,
+        max_length: int,
         **pool: int | None,
     ):
         """Allocate the cache.
@@ -49,12 +52,19 @@ class Scheduler:
             dtype: of the forward pass, keys and values.
             seats: sequences that run at a time.
             page_size: slots per page.
-            pool: `pages`, `kv_bytes` and `max_length`, as in `programs.init`.
+            max_length: tokens of a sequence.
+            pool: `pages` and `kv_bytes`, as in `programs.init`.
 
         Raises:
             UserError: as in `programs.init`.
         """
-        self._params = unstack_layers(params, config, jnp.dtype(dtype))
+        params = unstack_layers(params, config, jnp.dtype(dtype))
+        params = jax.tree.map(jnp.asarray, params)
+        # Loaded parameters are bound to their device, fresh arrays to none, and a program is
+        # compiled anew for every mixture of the two: here all are bound, from the first call on.
+        devices = set().union(*(leaf.devices() for leaf in jax.tree.leaves(params)))
+        self._device = devices.pop() if len(devices) == 1 else None  # several: as they are placed
+        self._params = jax.device_put(params, self._device)
         self._config, self._tokenizer, self._page_size = config, tokenizer, page_size
         self._options = {"policy": policy, "dtype": dtype}
         self._empty_batch = functools.partial(
@@ -63,9 +73,11 @@ class Scheduler:
             policy,
             seats=seats,
             page_size=page_size,
+            max_length=max_length,
             dtype=dtype,
             **pool,
         )
+        self._max_length, self._room = max_length, min(max_length, _ROOM)
         self._queue: collections.deque[Request] = collections.deque()  # by age
         self._seats: list[Request | None] = [None] * seats
         self._events: list[Event] = []  # that the next step reports
@@ -73,6 +85,11 @@ class Scheduler:
 
     def enqueue(self, requests: list[Request]) -> None:
         """Let requests wait for a place; their ids are higher than all before."""
+        longest = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=0)
+        if longest > self._room:
+            # A power of two: every other width compiles anew.
+            self._room = min(self._max_length, 1 << (longest - 1).bit_length())
+            self._batch = programs.widen(self._batch, self._options["policy"], self._room)
         self._queue.extend(requests)
 
     def running(self) -> list[Request]:
@@ -132,7 +149,7 @@ class Scheduler:
         self._seats = [None] * len(self._seats)
         self._leaving = np.zeros(len(self._seats), bool)  # seats that are to be emptied
         self._counts: Tally | None = None  # None: the cache has changed since
-        self._batch = self._empty_batch()
+        self._batch = jax.device_put(self._empty_batch(room=self._room), self._device)
 
     def _leave(self, request: Request) -> None:
         if request.seat is not None:

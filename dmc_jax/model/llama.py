@@ -9,7 +9,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from dmc_jax.config import ModelConfig
 _INIT_STD = 0.02
 
 
+@runtime_checkable
 class Attend(Protocol):
     """An attention function: (q, k, v, layer, state) -> (out, state, record).
 
@@ -254,12 +255,14 @@ def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
     def narrowed(path, x):
         return x if path[-1].key == "scale" else x.astype(dtype)
 
-    unstacked = {name: leaf for name, leaf in params.items() if not name.startswith("run_")}
+    narrow = functools.partial(jax.tree_util.tree_map_with_path, narrowed)
+    unstacked = narrow({name: leaf for name, leaf in params.items() if name[:4] != "run_"})
     for stack, (first, length, _) in enumerate(layer_stacks(config)):
         for i in range(length) if f"run_{stack}" in params else ():
+            # Narrow a layer at once: a wide copy of all layers would stand beside both trees.
             one = jax.tree.map(operator.itemgetter(i), params[f"run_{stack}"])
-            unstacked[f"layer_{first + i}"] = one
-    return jax.tree_util.tree_map_with_path(narrowed, unstacked)
+            unstacked[f"layer_{first + i}"] = narrow(one)
+    return unstacked
 
 
 def forward(

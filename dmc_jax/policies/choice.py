@@ -1,6 +1,7 @@
 """Which policies there are, and which one a model runs with."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ def policy_for(
     name: str | None = None,
     window: int | None = None,
     budget: int | None = None,
+    threshold: float | None = None,
 ) -> Policy:
     """Choose the policy that a model runs with.
 
@@ -32,16 +34,19 @@ def policy_for(
         name: in `POLICIES`; None: what it was trained for.
         window: merge window in tokens instead of the trained one, 0 for an unlimited one.
         budget: slots of a row, where the policy has one.
+        threshold: merge logit above which a token merges, instead of the trained one.
 
     Raises:
-        UserError: an unknown policy, one that the model was not trained for, or a window or budget
-            that is none or that the policy does not have.
+        UserError: an unknown policy, one that the model was not trained for, or a window, budget or
+            threshold that is none or that the policy does not have.
     """
     name = name or trained.name
     if name not in POLICIES:
         raise UserError(f"policy: expected {' or '.join(POLICIES)}, got {name!r}")
     if window is not None and name != DMC.name:
         raise UserError(f"window: it is that of merging, which {name} does not")
+    if threshold is not None and name != DMC.name:
+        raise UserError(f"threshold: it decides what merges, and {name} merges nothing")
     if (budget is None) == (name == TOVA.name):
         raise UserError("budget: give the slots of a row with tova, and with no other policy")
     # A DMC model's attention knows no decision channel, whether it merges or not.
@@ -52,6 +57,10 @@ def policy_for(
         return TOVA(budget, channel_scale)
     if not isinstance(trained, DMC):
         raise UserError("policy: dmc needs a model that was trained for it, this one is dense")
+    if threshold is not None:
+        if math.isnan(threshold):
+            raise UserError("threshold: expected a merge logit, such as 0 (even odds), got nan")
+        trained = dataclasses.replace(trained, threshold=float(threshold))
     if window is None:
         return trained
     if window < 0:

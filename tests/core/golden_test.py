@@ -37,7 +37,8 @@ def load(path):
     time_first = {"q", "k", "v", "g1", "g2", "logits", "alpha", "decision", "omega", "pooled_k"}
     time_first |= {"pooled_v", "key_mask", "dq", "dk", "dv", "dk_decision", "slot", "cache_len"}
     time_first |= {"seg_len", "omega_sum", "k_slot", "out", "proj", "eval_out", "q_rot", "k_rot"}
-    return {n: np.swapaxes(a, 0, 1) if n in time_first else a for n, a in arrays.items()}
+    arrays = {n: np.swapaxes(a, 0, 1) if n in time_first else a for n, a in arrays.items()}
+    return {n: jnp.asarray(a) if n in time_first else a for n, a in arrays.items()}
 
 
 def close(actual, expected, tolerance=ABSOLUTE):
@@ -193,7 +194,8 @@ def evaluation_path_matches_test(path):
 
 def unlimited_window_equals_one_longer_than_the_text_test():
     file = load(DATA / "eval_attn_mha_nowin.npz")
-    alpha = np.random.default_rng(0).uniform(size=file["omega"].shape).astype(np.float32)
+    alpha = np.random.default_rng(0).uniform(size=file["omega"].shape)
+    alpha = jnp.asarray(alpha, jnp.float32)
     L = alpha.shape[1]
     for window in (None, 0):
         close(
@@ -300,7 +302,9 @@ def compression_loss_and_schedule_match_test():
         file["sched_args"], file["sched_cr"], file["sched_prior"], strict=True
     ):
         # Fixed target: the end of the ramp. "Iteration not known" is -1, which clips to 0.
-        actual = compression_target(N if fixed and iteration >= 0 else iteration, N, CR)
+        actual = compression_target(
+            N if fixed and iteration >= 0 else int(iteration), int(N), float(CR)
+        )
         close(actual[0], ratio)
         close(actual[1], prior)
 

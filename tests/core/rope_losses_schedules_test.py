@@ -16,7 +16,7 @@ def rotation_is_a_complex_product_test():
     expected = (x[..., :3] + 1j * x[..., 3:]) * np.exp(
         1j * positions[:, :, None, None] * 10_000.0 ** (-np.arange(3) / 3)
     )
-    actual = rotate(jnp.asarray(x), positions, frequencies)
+    actual = rotate(jnp.asarray(x), jnp.asarray(positions), frequencies)
     # float32 angles: 4095 radians have an error of 2e-4
     np.testing.assert_allclose(actual[..., :3], expected.real, atol=1e-3)
     np.testing.assert_allclose(actual[..., 3:], expected.imag, atol=1e-3)
@@ -47,7 +47,7 @@ def cross_entropy_of_uniform_logits_is_log_v_test():
 
 def distillation_is_the_kl_divergence_test():
     rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 1, 3, 5))
+    student, teacher = jnp.asarray(rng.normal(size=(2, 1, 3, 5)), jnp.float32)
     p, s = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher, student))
     expected = (p * np.log(p / s)).sum(-1)
     np.testing.assert_allclose(distillation(student, teacher), expected, rtol=1e-4)

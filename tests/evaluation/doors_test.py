@@ -72,6 +72,16 @@ def evaluate_says_so_where_the_dense_model_is_gone_test(finished_run, tmp_path):
     assert re.search(r"^\| +1( \| +\d+\.\d\d){3} \|$", result.stdout, re.M)
 
 
+def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(finished_run):
+    arguments = f"--checkpoint={finished_run}/pretrain", "--policy=tova", "--budget=8", "--json"
+    result = door("evaluate", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    about = json.loads(result.stdout)
+    assert about["mode"] == "tova" and about["evaluation"]["ratio"] > 1.5
+    assert about["dense"]["evaluation"]["ratio"] == 1
+    assert about["dense"]["checkpoint"] == about["checkpoint"]
+
+
 def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_path):
     moved = latest(shutil.copytree(finished_run / "retrofit", tmp_path / "moved/retrofit"))
     about = dataclasses.replace(load_metadata(moved), data=str(tmp_path / "gone"))

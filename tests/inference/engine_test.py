@@ -13,7 +13,7 @@ from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.inference import engine as engine_module
-from dmc_jax.inference import programs
+from dmc_jax.inference import layers, programs
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
@@ -191,7 +191,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
     rng = np.random.default_rng(5)
     prompts, params = some_prompts(200, seed=1, longest=10), some_params(200, seed=2, longest=20)
     engine = build_engine(tiny_model, pages=TINY)
-    compiled = programs.read_tokens._cache_size()
+    compiled = layers._run_layer._cache_size()
     ids, results, texts = [], {}, {}
     while len(results) < len(prompts):
         for _ in range(rng.integers(0, 3)):
@@ -213,7 +213,19 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
         else:
             assert what_was_said(results[one]) == what_was_said(expected)
     assert engine.free_pages == TINY
-    assert programs.read_tokens._cache_size() - compiled <= 1
+    assert layers._run_layer._cache_size() - compiled <= 2  # a prompt's bucket, a step
+
+
+def a_program_is_compiled_once_a_shape_of_loaded_parameters_test(tiny_model, caplog):
+    params, config = tiny_model
+    params = jax.device_put(params, jax.devices()[1])  # as a checkpoint's: bound to a device
+    engine = build_engine((params, config), policy=DMC(SETTINGS, HALF + 1e-3))
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        engine.generate([[1] * 20, [1] * 40], greedy(3))
+        assert [record for record in caplog.records if "Compiling jit" in record.message]
+        caplog.clear()
+        engine.generate([[3] * 17, [1] * 39, [1]], greedy(5))
+    assert [record.message for record in caplog.records if "Compiling jit" in record.message] == []
 
 
 def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
@@ -285,6 +297,25 @@ def a_result_says_what_it_took_test(tiny_model, roomy):
     assert result.dense_cache_bytes == ROWS * -(-read // PAGE) * PAGE_BYTES
     assert ROWS * PAGE_BYTES <= result.live_cache_bytes < result.dense_cache_bytes
     assert result.seconds_to_first_token > 0 and result.tokens_per_second > 0
+
+
+def page_tables_are_as_wide_as_what_came_and_not_as_the_model_could_read_test(tiny_model, alone):
+    params, config = tiny_model
+    far = dataclasses.replace(config, max_length=1_024_000)
+    engine = build_engine((params, far), kv_bytes=2**20, pages=None)
+
+    def width():
+        return engine._scheduler._batch.cache.page_table.shape[2] * PAGE
+
+    engine.generate([[1] * 40], greedy(3))
+    assert width() <= 2048
+    first = engine.submit([1, 4, 5], greedy(12))
+    engine.step()
+    engine.submit([1] * 20, greedy(5000))  # comes while the other one runs
+    assert 5020 <= width() <= 8192
+    for event in engine.stream(first):
+        result = event.result
+    assert what_was_said(result) == what_was_said(alone([[1, 4, 5]], [greedy(12)])[0])
 
 
 def bytes_are_as_good_as_pages_test(tiny_model):
@@ -387,12 +418,15 @@ def text_prompts_begin_with_bos_test(roomy):
     "prompts, params, complaint",
     [
         ([[]], greedy(1), "no token"),
-        ([[1], [1, 50]], greedy(1), "token 50: the model's ids are 0 to 49"),
+        ([[1], [1, 50]], greedy(1), r"prompts\[1\]: token 50: the model's ids are 0 to 49"),
         ([[1]], greedy(1, stop_token_ids=(-1,)), "token -1"),
+        ([[1, 2.5]], greedy(1), "whole numbers"),
+        (["a\ud83d"], greedy(1), "half of a surrogate pair"),
         ([[1] * 120], greedy(9), "120 tokens and 9 new ones exceed the 128"),
         ([[1]], [greedy(1)] * 2, "1 prompts but 2 SamplingParams"),
     ],
 )
+@pytest.mark.usefixtures("annotations_aside")
 def bad_prompts_are_refused_at_once_and_with_all_others_test(roomy, prompts, params, complaint):
     with pytest.raises(UserError, match=complaint):
         roomy.stream(prompts, params)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import decoding, paged_cache, prefill
+from dmc_jax.inference import decoding, layers, paged_cache, prefill
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
@@ -334,11 +334,11 @@ def lengths_in_one_bucket_do_not_compile_again_test(tiny_model):
     config = tiny_model[1]
     settings = DMCSettings(offset=0.0)
     read_prompts(tiny_model, [[1] * 40, [2]], poisoned_cache(config, settings), (0, 1))
-    before = prefill._read_chunk._cache_size()
+    before = layers._run_layer._cache_size()
     for lengths in ((1, 1), (15, 9), (16, 3), (37, 20)):
         prompts = [[3] * length for length in lengths]
         read_prompts(tiny_model, prompts, poisoned_cache(config, settings), (2, 1))
-    assert prefill._read_chunk._cache_size() == before
+    assert layers._run_layer._cache_size() == before
 
 
 def who_shares_the_batch_does_not_matter_test(tiny_model):

@@ -157,11 +157,32 @@ def only_what_no_sequence_asked_for_before_compiles_again_test():
         ({"repetition_penalty": 0.0}, "repetition_penalty: expected more than 0"),
         ({"seed": -1}, "seed: expected 0 to"),
         ({"seed": 2**32}, "seed: expected 0 to"),
-        ({"stop": "end"}, "stop: expected a tuple"),
-        ({"stop": ("a", "")}, "stop: expected a tuple of strings that are not empty"),
-        ({"stop_token_ids": 3}, "stop_token_ids: expected a tuple"),
+        ({"stop": "end"}, 'stop: expected a list of texts, .* got "end"'),
+        ({"stop": ("a", "")}, r'stop: expected a list of texts, none empty, .* got \["a", ""\]'),
+        ({"stop": [3]}, "stop: expected a list of texts"),
+        ({"stop_token_ids": 3}, "stop_token_ids: expected a list of token ids, got 3"),
+        ({"stop_token_ids": ["</s>"]}, r'a list of token ids, got \["</s>"\]'),
+        ({"stop_token_ids": [True]}, r"a list of token ids, got \[true\]"),
+        ({"stop_token_ids": [2.0]}, r"a list of token ids, got \[2.0\]"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number, got 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens: expected a whole number, got true"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens: expected a whole number, got NaN"),
+        ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
+        ({"seed": "1"}, 'seed: expected a whole number, got "1"'),
+        ({"top_k": None}, "top_k: expected a whole number, got null"),
+        ({"temperature": "0.5"}, 'temperature: expected a number, got "0.5"'),
+        ({"top_p": False}, "top_p: expected a number, got false"),
+        ({"min_p": [0.1]}, r"min_p: expected a number, got \[0.1\]"),
+        ({"stop": "x" * 10_000}, "x{70,80}"),
     ],
 )
+@pytest.mark.usefixtures("annotations_aside")
 def bad_numbers_are_refused_test(changes, complaint):
     with pytest.raises(UserError, match=complaint):
         SamplingParams(**changes)
+
+
+def lists_of_json_and_numbers_of_numpy_are_as_good_test():
+    params = SamplingParams(stop=["a"], stop_token_ids=[3], temperature=1, seed=np.int64(4))
+    assert params == SamplingParams(stop=("a",), stop_token_ids=(3,), temperature=1.0, seed=4)
+    assert hash(params)

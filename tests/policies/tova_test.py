@@ -1,5 +1,6 @@
 """TOVA against the rule of its paper in plain NumPy, and the memory that it takes."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -40,9 +41,12 @@ def whole_sequences_follow_the_rule_of_the_paper_test(budget):
     T, N, K, H = 24, 4, 2, 8
     q, k, v = (rng.normal(size=(2, T, heads, H)).astype(np.float32) for heads in (N, K, K))
     positions = np.broadcast_to(np.arange(T), (2, T))
-    attended = TOVA(budget).whole(2 * q, k, v, Where(positions, None, THETA, None))
+    tokens = [jnp.asarray(x) for x in (2 * q, k, v)]
+    attended = TOVA(budget).whole(*tokens, Where(jnp.asarray(positions), None, THETA, None))
     frequencies = rotary_frequencies(H, THETA)
-    turned = [np.asarray(rotate(x, positions, frequencies), np.float64) for x in (2 * q, k)]
+    turned = [
+        np.asarray(rotate(x, jnp.asarray(positions), frequencies), np.float64) for x in tokens[:2]
+    ]
     for row in range(2):
         expected, history = by_the_paper(turned[0][row], turned[1][row], v[row], budget)
         np.testing.assert_allclose(attended.out[row], expected, atol=1e-5)

@@ -203,7 +203,7 @@ def a_run_goes_on_with_other_attention_test(tiny_run, tmp_path, theirs):
     directory = tmp_path / "begun"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config | theirs))
-    loop._claim_directory(directory, tiny_run)
+    ownership.claim(directory, tiny_run, {})
     assert json.loads((directory / "config.json").read_text())["attention"] == "auto"
 
 
@@ -213,12 +213,12 @@ def a_stage_that_was_never_run_may_have_had_settings_test(tiny_run, unbroken, tm
     directory = tmp_path / "begun"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(to_dict(tiny_run)))
-    loop._claim_directory(directory, silent)
+    ownership.claim(directory, silent, {})
     assert json.loads((directory / "config.json").read_text())["pretrain"] is None
 
     held = (unbroken / "config.json").read_text()  # this one did pretrain
     with pytest.raises(UserError, match="holds a run with another pretrain"):
-        loop._claim_directory(unbroken, silent)
+        ownership.claim(unbroken, silent, {})
     assert (unbroken / "config.json").read_text() == held
 
 
