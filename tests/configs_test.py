@@ -34,6 +34,19 @@ def config_survives_the_command_line_form_test(path):
     assert from_dict(RunConfig, to_config_dict(run).to_dict()) == run
 
 
+@pytest.mark.parametrize("name", ["tiny_4x", "70b_4x"])
+def the_record_of_a_run_is_a_config_test(name, tmp_path):
+    run = RunConfig.named(name)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
+    assert RunConfig.named(str(tmp_path / "config.json")) == run
+    for text, message in (("{", "cannot read"), ("[]", "no run's"), ("{}", "missing")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            RunConfig.named(str(tmp_path / "config.json"))
+    with pytest.raises(UserError, match="cannot read"):
+        RunConfig.named(str(tmp_path / "gone.json"))
+
+
 @pytest.mark.parametrize("name", STEPS)
 def recipe_is_the_papers_test(name):
     run = RunConfig.named(name)

@@ -51,6 +51,33 @@ def a_folder_with_something_in_it_is_not_replaced_test(tmp_path):
     assert (tmp_path / "out" / "precious").read_text() == "x"
 
 
+def a_link_stays_and_what_it_leads_to_is_made_test(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("before")
+    (tmp_path / "file").symlink_to(tmp_path / "real" / "file")
+    (tmp_path / "folder").symlink_to(tmp_path / "real" / "folder")  # which is not there yet
+    write_text(tmp_path / "file", "after")
+    with appears_when_complete(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "inside").write_text("x")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "after"
+    assert (tmp_path / "real" / "folder" / "inside").read_text() == "x"
+
+
+@pytest.mark.parametrize("what", ["mount", "full"])
+def what_cannot_be_replaced_is_refused_before_the_work_test(tmp_path, monkeypatch, what):
+    (tmp_path / "out").mkdir()
+    if what == "full":
+        (tmp_path / "out" / "precious").write_text("x")
+    else:
+        monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+    message = "is a mount point" if what == "mount" else "has something in it"
+    with pytest.raises(OSError, match=message), appears_when_complete(tmp_path / "out"):
+        pytest.fail("worked for hours")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def the_half_file_of_a_killed_process_is_cleared_by_the_next_writer_test(tmp_path):
     program = """if True:
         import os, signal, sys

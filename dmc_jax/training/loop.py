@@ -51,7 +51,8 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
     quiet_orbax()
     directory = Path(run.output) / run.name
     with contextlib.ExitStack() as stack:
-        if directory.is_dir():
+        begun = (directory / "config.json").exists()
+        if begun:
             _keep(directory, stack)
         ready = checks.check(run)
         contents = ownership.contents_of(run, ready.datas, ready.start, ready.teacher)
@@ -61,7 +62,7 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         if run.dry_run:
             _try_one_step(run, ready)
             return directory
-        if not directory.is_dir():
+        if not begun:
             directory.mkdir(parents=True, exist_ok=True)
             _keep(directory, stack)
         if jax.process_index() == 0:

@@ -58,6 +58,12 @@ def a_model_without_preference_loses_log_v_and_counts_every_byte_test(
     assert measured.cache_bytes(model_config, 10) == 10 * 3 * 8 * 2 * 2
 
 
+def a_loss_beyond_709_nats_has_infinite_perplexity_test(data, model_config, spread_params):
+    lost = {**spread_params, "embedding": 1e5 * spread_params["embedding"]}
+    measured = evaluate(lost, model_config, data, "validation", policy=Dense(), **SIZES)
+    assert 709 < measured.loss < math.inf and measured.perplexity == math.inf
+
+
 def ratios_are_tokens_over_slots_counted_one_by_one_test(data, model_config, spread_params):
     policy = DMC(SETTINGS, -1.5)
     options = {"policy": policy, **SIZES}

@@ -107,6 +107,22 @@ def a_run_that_never_merges_has_no_heatmap_test(tmp_path):
     assert "ratio_per_head" not in (report / "report.md").read_text()
 
 
+def a_name_may_hold_what_means_mathematics_to_a_plotter_test(tmp_path):
+    run = make_run(tmp_path / "run", STEPS, [[4.0, 4.0]])
+    config = json.loads((run / "config.json").read_text()) | {"name": "r$x_{1^^$ 5% a\\b$"}
+    (run / "config.json").write_text(json.dumps(config))
+    report = write_report(run)
+    assert matplotlib.image.imread(report / "curves.png").ndim == 3
+    assert matplotlib.image.imread(report / "ratio_per_head.png").ndim == 3
+
+
+@pytest.mark.parametrize("ratio, missed", [(1.007, True), (3.7, True), (3.9, False), (5.0, False)])
+def a_missed_target_is_said_test(tmp_path, ratio, missed):
+    report = write_report(make_run(tmp_path / "run", STEPS, [[ratio, ratio]]))
+    said = f"**Warning.** The target was missed: {ratio:.3f} tokens per slot where 4.000 were"
+    assert (said in (report / "report.md").read_text()) == missed
+
+
 def the_warning_of_a_collapse_reaches_the_report_test(tmp_path):
     report = write_report(make_run(tmp_path / "run", STEPS, [[1.0, 1.1], [90.0]]))
     warning = json.loads((report / "report.json").read_text())["collapse"]

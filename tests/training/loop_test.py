@@ -18,6 +18,7 @@ from dmc_jax.config import (
     CompressionConfig,
     DataConfig,
     ModelConfig,
+    OptimizerConfig,
     RunConfig,
     StageConfig,
     from_dict,
@@ -284,6 +285,13 @@ def the_teacher_is_the_model_the_run_starts_from_test(tiny_run):
         (DataConfig, {"batch": "many"}, "field 'batch': expected"),
         (DMCSettings, {"window": -3}, "window must be >= 1"),
         (ModelConfig, {"width": 4}, "missing"),
+        (CompressionConfig, {"ratio": float("nan")}, "field 'ratio': expected a finite number"),
+        (CompressionConfig, {"weight": -1.0}, "compression.weight must be 0 or more"),
+        (OptimizerConfig, {"clip": -1.0}, "optimizer.clip must be 0 or more"),
+        (OptimizerConfig, {"weight_decay": -0.1}, "optimizer.weight_decay must be 0 or more"),
+        (OptimizerConfig, {"beta2": 1.0}, "optimizer.beta2 must be from 0 to below 1"),
+        (StageConfig, {"steps": 1, "learning_rate": -1e-3}, "learning_rate must be 0 or more"),
+        (StageConfig, {"steps": 1, "learning_rate": float("inf")}, "expected a finite number"),
     ],
 )
 def bad_fields_get_one_clear_message_test(cls, values, message):
@@ -300,6 +308,9 @@ def bad_fields_get_one_clear_message_test(cls, values, message):
         ({"remat": "some"}, "expected none, full or dots"),
         ({"compute_dtype": "float8"}, "expected float32 or bfloat16"),
         ({"accumulation": 3}, "multiple of accumulation"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"eval_every": -1}, "eval_every must be 0 or more"),
+        ({"draws": 3}, "draws is 3"),
     ],
 )
 def impossible_runs_are_refused_test(tiny_run, change, message):

@@ -80,6 +80,42 @@ def in_a_terminal_a_progress_bar_shows_the_step_test(tmp_path, monkeypatch, caps
     assert "loss 1.5" in shown
 
 
+def the_bar_starts_where_the_run_is_test(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for first, shown in ((1, "0/25"), (11, "10/25")):
+        with metrics.open_metrics(tmp_path, total_steps=25, first_step=first):
+            pass
+        assert shown in capsys.readouterr().err
+
+
+def a_line_sums_up_the_layers_and_the_file_has_them_all_test(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: shown.append(text % values))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    layers = {f"ratio_layer_{i:02d}": ratio for i, ratio in enumerate([4.0, 1.5, 9.0, 2.0])}
+    with metrics.open_metrics(tmp_path, total_steps=10) as logger:
+        logger.log(3, {"loss": 2.5, "ratio": 2.25, **layers, "tokens_per_second": 7})
+    assert shown == [
+        "step 3/10  loss 2.5  ratio 2.25  tokens_per_second 7  "
+        "ratio of layers 1.5/3/9 (min/median/max)"
+    ]
+    assert layers.items() <= lines_of(tmp_path)[0].items()
+
+
+def tensorboard_is_told_which_steps_a_resumed_run_takes_again_test(tmp_path, monkeypatch):
+    told = []
+
+    def writer(path, **options):
+        (tmp_path / "tensorboard").mkdir(exist_ok=True)
+        told.append(options)
+        return SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=writer))
+    log_steps(tmp_path, range(1, 8), first_step=1, tensorboard=True)
+    log_steps(tmp_path, range(5, 11), first_step=5, tensorboard=True)
+    assert told == [{}, {"purge_step": 5}]
+
+
 def a_missing_package_is_named_before_anything_is_written_test(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setitem(sys.modules, "wandb", None)

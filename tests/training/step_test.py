@@ -9,15 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from dmc_jax.config import MeshConfig, OptimizerConfig
+from dmc_jax.config import STAGES, MeshConfig, OptimizerConfig
 from dmc_jax.data.loader import training_batches
 from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import init_params
 from dmc_jax.model.sharding import batch_sharding, make_mesh, partition_spec, shardings
+from dmc_jax.training import loop
 from dmc_jax.training.optimizer import make_optimizer, zero_decision_rows
 from dmc_jax.training.stages import finish_stage
-from dmc_jax.training.state import init_state
+from dmc_jax.training.state import init_state, key_of
 from dmc_jax.training.step import make_train_step
 
 NAMES = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
@@ -122,10 +123,42 @@ def accumulation_is_weighted_by_tokens_test(tiny_run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), same_params, params)
 
 
-def accumulated_compression_loss_is_the_mean_over_samples_test(tiny_run):
-    run = dataclasses.replace(tiny_run, accumulation=2)
-    history, _ = losses(run, "finetune", (1, 1, 1), 1)
-    assert 0 < history[0, 1] < 1 - 1 / run.compression.ratio
+@pytest.mark.parametrize("parts, per_layer", [(2, False), (8, True)])
+def any_accumulation_gives_the_gradients_and_metrics_of_the_whole_batch_test(
+    tiny_run, parts, per_layer
+):
+    """All terms of the loss, at a target that some parts and layers meet and others do not."""
+    compression = dataclasses.replace(
+        tiny_run.compression, per_layer=per_layer, ratio=2.05, distillation=0.5, weight=3.0
+    )
+    run = dataclasses.replace(
+        tiny_run, compression=compression, dmc=dataclasses.replace(tiny_run.dmc, offset=0.0)
+    )
+    mesh = mesh_of((1, 1, 1))
+
+    def after(run):
+        """Metrics of a step by the plain gradient, and that gradient."""
+        plain = optax.identity()
+        state = init_state(run.model, plain, mesh, run.seed)
+        state = dataclasses.replace(state, params=three_times_the_matrices(state.params))
+        before = jax.device_get(state.params)
+        step = make_train_step(run, "finetune", mesh, plain, run.model)
+        (data,) = [open_data(run.data.path)]
+        batch = next(iter(training_batches([(data, 1.0)], length=32, batch=8, seed=0)))
+        # Uneven parts: most targets of half of the windows do not count.
+        batch["loss_mask"][::2, 5:] = 0.0
+        placed = {n: jax.device_put(batch[n], batch_sharding(mesh)) for n in NAMES}
+        state, metrics = step(state, placed, init(run.model, jax.random.key(9)))
+        return metrics, jax.tree.map(lambda a, b: a - b, before, jax.device_get(state.params))
+
+    rate = dataclasses.replace(run.finetune, learning_rate=1.0, shape="constant", warmup=0)
+    run = dataclasses.replace(run, finetune=rate)
+    whole, gradient = after(run)
+    metrics, summed = after(dataclasses.replace(run, accumulation=parts))
+    assert whole["compression_loss"] > 0 and set(whole) == set(metrics)
+    for name in whole:
+        np.testing.assert_allclose(metrics[name], whole[name], atol=1e-5, rtol=1e-4, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), summed, gradient)
 
 
 def distillation_pulls_towards_the_teacher_test(tiny_run):
@@ -236,3 +269,61 @@ def shardings_cover_every_leaf_test(tiny_run):
     params = jax.eval_shape(lambda: init_params(tiny_run.model, jax.random.key(0)))
     specs = {s.spec for s in jax.tree.leaves(shardings(params, mesh))}
     assert len(specs) >= 6  # every rule of the table is in use
+
+
+def clip_0_is_off_and_keeps_the_form_of_the_state_test(tiny_run):
+    params = init(tiny_run.model, jax.random.key(0))
+    grads = jax.tree.map(lambda p: np.full(p.shape, 7.0, np.float32), params)
+    linear = OptimizerConfig(eps=1e6, weight_decay=0.0, clip=0.0)
+    update = one_update(linear, 1.0, params, grads)
+    jax.tree.map(lambda u: np.testing.assert_allclose(u * 1e6, 7.0, rtol=1e-3), update)
+    forms = [
+        jax.tree.structure(make_optimizer(dataclasses.replace(linear, clip=c), 1.0).init(params))
+        for c in (0.0, 1.0)
+    ]
+    assert forms[0] == forms[1]
+
+
+# ---- seeds ------------------------------------------------------------------------------------
+
+
+def seeds_of_any_size_have_keys_of_their_own_test():
+    seeds = [
+        0,
+        1,
+        2**31,
+        2**32 - 1,
+        2**32,
+        2**32 + 1,
+        2**63 - 1,
+        2**63,
+        2**64,
+        2**64 + 2**32,
+        3**99,
+    ]
+    keys = [tuple(jax.random.key_data(key_of(seed)).tolist()) for seed in seeds]
+    assert len(set(keys)) == len(seeds)
+    for seed, key in zip(seeds[:4], keys, strict=False):  # as they have always been
+        assert key == tuple(jax.random.key_data(jax.random.key(seed)).tolist())
+
+
+def neighbouring_seeds_and_stages_share_no_order_of_the_data_test(tiny_run):
+    datas = [(open_data(tiny_run.data.path), 1.0)]
+
+    def order(seed, stage, draws=2):
+        run = dataclasses.replace(tiny_run, seed=seed, draws=draws)
+        batches = loop._batches(run, stage, datas)
+        return tuple(np.concatenate([next(batches)["window"] for _ in range(2)]).tolist())
+
+    seeds = (0, 1, 2, 3, 2**63, 2**63 + 1)
+    orders = {(seed, stage): order(seed, stage) for seed in seeds for stage in STAGES}
+    assert len(set(orders.values())) == len(orders)
+    former = {order(seed, stage, draws=1) for seed in range(4) for stage in STAGES}
+    assert len(former) == 7  # which runs of then go on with
+    assert all(orders[0, stage] == order(0, stage, draws=1) for stage in STAGES)
+
+
+def a_seed_beyond_64_bits_trains_test(tiny_run):
+    small, large = (dataclasses.replace(tiny_run, seed=seed) for seed in (5, 2**64 + 5))
+    (a, _), (b, _) = (losses(run, "retrofit", (1, 1, 1), 2) for run in (small, large))
+    assert np.isfinite(b).all() and not np.array_equal(a, b)
