@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from absl import app, flags, logging
 
-from dmc_jax.errors import RunFailure, UserError
+from dmc_jax.errors import Checklist, RunFailure, UserError
 
 
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
@@ -30,16 +30,18 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe in the C locale takes ASCII alone
             stream.reconfigure(errors="backslashreplace")
+    lines = False
     try:
         app.run(lambda _: main(), argv=argv, flags_parser=_parse_flags)
     except (UserError, flags.Error) as error:
+        lines = isinstance(error, Checklist)
         code, message = 2, str(error)
     except (RunFailure, OSError) as error:
         code, message = 1, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     # One write: threads of a library that failed may be writing too.
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {message if lines else ' '.join(message.split())}\n")
     if argv is None:
         # Leaves at once, or those threads go on to print tracebacks while Python winds up.
         sys.stdout.flush()
@@ -58,11 +60,16 @@ def show_notes(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
+# Ctrl-C; what `kill` and schedulers send; the terminal that goes away; what Slurm can warn with.
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
 @contextlib.contextmanager
 def stop_requests(notice: str) -> Iterator[list[int]]:
-    """A list that fills when SIGINT or SIGTERM asks to stop; the second SIGINT stops at once.
+    """A list that fills when a signal asks to stop; the second SIGINT stops at once.
 
-    For work that may end between two steps only.
+    For work that may end between two steps only. A signal that this process was started to ignore
+    (SIGHUP, by nohup) is ignored.
 
     Args:
         notice: logged when that is asked.
@@ -75,8 +82,10 @@ def stop_requests(notice: str) -> Iterator[list[int]]:
         asked.append(number)
         logging.info(notice)
 
+    numbers = [getattr(signal, name) for name in _STOPPING if hasattr(signal, name)]
+    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
     try:
-        previous = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        previous = {n: signal.signal(n, ask) for n in heard}
     except ValueError:  # not the main thread: a notebook's worker, for instance
         previous = {}
     try:

@@ -8,6 +8,8 @@ override, `from_dict` turns that back, checked. `load_config` runs such a file, 
 import dataclasses
 import importlib.util
 import inspect
+import json
+import math
 import re
 import types
 import typing
@@ -27,11 +29,19 @@ _PLACES = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "confi
 
 # In the order in which a model passes them.
 STAGES = ("pretrain", "zero_out", "retrofit", "finetune")
+MERGING = ("retrofit", "finetune")  # those whose model merges
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def _require_numbers(config: Any, prefix: str, *names: str) -> None:
+    """Refuse what is negative, infinite or not a number."""
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value < float("inf"), f"{prefix}.{name} must be 0 or more, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +62,11 @@ class ModelConfig:
     rope_scaling: Llama3Scaling | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "head_dim", "mlp_width"):
+        sizes = ("vocab_size", "width", "layers", "heads", "head_dim", "mlp_width", "max_length")
+        for name in sizes:
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be at least 1, got {value}")
+        _require_numbers(self, "model", "rope_theta", "norm_eps")
         _require(
             self.head_dim % 2 == 0,
             f"model.head_dim must be even (rotary embedding pairs channels), got {self.head_dim}",
@@ -110,6 +122,7 @@ class StageConfig:
 
     def __post_init__(self):
         _require(self.steps >= 1, f"stage.steps must be at least 1, got {self.steps}")
+        _require_numbers(self, "stage", "learning_rate", "final_learning_rate")
         _require(self.warmup >= 0, f"stage.warmup must not be negative, got {self.warmup}")
         _require(
             self.shape in ("constant", "cosine", "linear"),
@@ -131,12 +144,11 @@ class CompressionConfig:
 
     def __post_init__(self):
         _require(
-            self.ratio >= 1.0,
+            1.0 <= self.ratio < float("inf"),
             f"compression.ratio must be at least 1 (tokens per slot), got {self.ratio}",
         )
-        for name in ("weight", "distillation", "decision_multiplier", "calibration_windows"):
-            value = getattr(self, name)
-            _require(value >= 0, f"compression.{name} must not be negative, got {value}")
+        names = "weight", "distillation", "decision_multiplier", "calibration_windows"
+        _require_numbers(self, "compression", *names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +159,13 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-5
     weight_decay: float = 0.1  # on matrices only
-    clip: float = 1.0  # global norm of the gradient
+    clip: float = 1.0  # global norm of the gradient; 0: off
+
+    def __post_init__(self):
+        _require_numbers(self, "optimizer", "eps", "weight_decay", "clip")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} must be from 0 to below 1, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +195,13 @@ class RunConfig:
     stages: str = "zero_out,retrofit,finetune"  # comma-separated, in order
     init_from: str = ""  # checkpoint to start from; empty: fresh weights or this run's own
     output: str = "runs"  # the run is written to OUTPUT/NAME
-    seed: int = 0
+    seed: int = 0  # 0 or more
+    draws: int = 2  # how the seed is drawn from; a run begun before this was written down keeps 1
     compute_dtype: str = "bfloat16"  # float32 | bfloat16; parameters are always float32
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
     attention: str = "auto"  # auto | xla | triton: what computes it; auto: the fastest here
     attention_block: int = 256  # tokens per block of xla's
-    accumulation: int = 1  # gradient accumulation: parts of a batch
+    accumulation: int = 1  # gradient accumulation: parts of a batch; the result is that of one
     log_every: int = 10  # steps
     eval_every: int = 0  # steps between validation losses; 0: at the end of each stage only
     eval_windows: int = 64  # validation windows
@@ -190,6 +209,7 @@ class RunConfig:
     keep: int = 2  # checkpoints kept per stage
     tensorboard: bool = False
     wandb: bool = False
+    dry_run: bool = False  # check everything, take one step, leave nothing
 
     def __post_init__(self):
         names = self.stage_names
@@ -221,6 +241,9 @@ class RunConfig:
             self.attention in ("auto", "xla", "triton"),
             f"attention is {self.attention!r}; expected auto, xla or triton",
         )
+        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        _require(self.draws in (1, 2), f"draws is {self.draws}; expected 2, or 1 as in old runs")
+        _require(self.eval_every >= 0, f"eval_every must be 0 or more, got {self.eval_every}")
         for name in ("accumulation", "log_every", "save_every", "keep", "attention_block"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")
@@ -274,14 +297,17 @@ def load_config(name: str) -> config_dict.ConfigDict:
     Args:
         name: the path of a Python file, which ends in `.py`, or the name of one in `configs/`,
             found from any folder: `configs/7b_8x.py` or `7b_8x`. What follows a colon is given to
-            the file's `get_config`: `paper:7b,ratio=8`.
+            the file's `get_config`: `paper:7b,ratio=8`. Or the path of a run's `config.json`.
 
     Returns:
         What the file's `get_config()` returns, of `to_config_dict`'s form.
 
     Raises:
-        UserError: there is no such file, it has no `get_config`, or that refuses its arguments.
+        UserError: there is no such file, it has no `get_config`, that refuses its arguments, or it
+            is no run's.
     """
+    if name.endswith(".json"):
+        return to_config_dict(read_config(Path(name)))
     file, *arguments = name.split(":", 1)
     path = Path(file) if file.endswith(".py") else named_configs().get(file)
     if path is None or not path.is_file():
@@ -300,6 +326,23 @@ def load_config(name: str) -> config_dict.ConfigDict:
         takes = "needs arguments, NAME:ARGUMENTS" if not arguments else "takes no arguments"
         raise UserError(f"config: {path} {takes}; got {name!r}") from None
     return get_config(*arguments)
+
+
+def read_config(file: Path) -> RunConfig:
+    """Read the `config.json` of a run.
+
+    Args:
+        file: the file.
+
+    Raises:
+        UserError: it cannot be read, or is not of this form.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"config: cannot read {file}: {error}") from None
+    _require(isinstance(values, dict), f"config: {file} is no run's config.json")
+    return from_dict(RunConfig, values)
 
 
 def named_configs() -> dict[str, Path]:
@@ -359,6 +402,7 @@ def _coerce(annotation: Any, value: Any, name: str) -> Any:
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             return tuple(int(v) for v in value)
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            _require(math.isfinite(value), f"field {name!r}: expected a finite number, got {value}")
             return float(value)
         if isinstance(option, type) and type(value) is option:
             return value

@@ -15,12 +15,18 @@ def appears_when_complete(output: str | os.PathLike) -> Iterator[Path]:
     Otherwise it disappears, and what had the name before still has it.
 
     Args:
-        output: the file or folder to make. A file of that name is replaced, a folder only if empty.
+        output: the file or folder to make. A file of that name is replaced, a folder only if empty;
+            a link stays and what it leads to is made.
 
     Raises:
-        OSError: it cannot be made, or something has been put there meanwhile.
+        OSError: it cannot be made (which is known at once for a mount point and a folder that has
+            something in it), or something has been put there meanwhile.
     """
-    output = Path(output)
+    output = Path(os.path.realpath(output))
+    if os.path.ismount(output):
+        raise OSError(f"{output} is a mount point, which cannot be replaced: name a folder in it")
+    if output.is_dir() and any(output.iterdir()):
+        raise OSError(f"{output} has something in it: name another folder, or empty this one")
     output.parent.mkdir(parents=True, exist_ok=True)
     # The name tells whose it is, so that what a killed process left can be cleared away.
     prefix = f".{output.name}.partial-{socket.gethostname()}-"

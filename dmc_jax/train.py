@@ -38,6 +38,9 @@ def main() -> None:
         raise UserError("--config is missing: give the path or the name of one, --config=tiny_4x")
     run = from_dict(RunConfig, _CONFIG.value.to_dict())
     directory = train(run)
+    if run.dry_run:
+        print(f"dry run: {run.name} can run; everything was checked, and nothing was written")
+        return
     print(f"report: {write_report(directory)}")
 
 

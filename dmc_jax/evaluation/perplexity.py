@@ -96,7 +96,7 @@ def evaluate(
     slots = [layer for stack in slots for layer in np.asarray(stack)]
     return Evaluation(
         loss=nats / tokens,
-        perplexity=math.exp(nats / tokens),
+        perplexity=_exp(nats / tokens),
         bits_per_byte=nats / math.log(2) / real_bytes,
         tokens=int(tokens),
         windows=int(windows),
@@ -104,6 +104,13 @@ def evaluate(
         ratio_by_layer=tuple(float(positions * len(s) / s.sum()) for s in slots),
         ratio_by_head=tuple(tuple(float(positions / slot) for slot in s) for s in slots),
     )
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # beyond 709 nats
+        return math.inf
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

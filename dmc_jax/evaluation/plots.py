@@ -41,7 +41,7 @@ def curves(run: dict, metrics: list[dict], stages: list[Metadata]) -> Figure:
         begin = end
     panels[0].set_xlim(0, max(begin, 1))
     panels[-1].set_xlabel("step")
-    figure.suptitle(run["name"], fontweight="bold")
+    figure.suptitle(run["name"], fontweight="bold", parse_math=False)
     return figure
 
 
@@ -120,7 +120,7 @@ def heatmap(measured: dict, target: float, title: str) -> Figure:
             colour = "white" if dark else "black"
             axes.text(head, layer, text, ha="center", va="center", color=colour, fontsize=9)
     axes.set(xlabel="KV head", ylabel="layer", xticks=range(heads), yticks=range(len(rows)))
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold", parse_math=False)
     axes.set_title(f"{measured['ratio']:.2f} tokens per slot", fontsize=10)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

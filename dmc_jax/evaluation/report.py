@@ -9,7 +9,7 @@ from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.config import STAGES
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.plots import curves, heatmap
-from dmc_jax.evaluation.tables import collapse, head_table, table
+from dmc_jax.evaluation.tables import collapse, head_table, missed_target, table
 from dmc_jax.policies.dmc import DMC
 
 
@@ -38,7 +38,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     final = next((m for m in reversed(stages) if isinstance(m.policy, DMC) and m.validation), None)
     measured = final and final.validation
     target = run["compression"]["ratio"]
-    warning = None if measured is None else collapse(measured["ratio_by_layer"], target)
+    warning = measured and collapse(measured["ratio_by_layer"], target)
+    missed = measured and missed_target(measured["ratio"], target)
 
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
@@ -52,6 +53,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         "name": run["name"],
         "target_ratio": target,
         "collapse": warning,
+        "missed_target": missed,
         "stages": [
             {
                 "stage": m.stage,
@@ -110,8 +112,8 @@ def _markdown(summary: dict, measured: dict | None) -> str:
         f"tokens per cache slot, wanted {summary['target_ratio']:g}x.",
         table(header, lines, left=("stage",)),
     ]
-    if summary["collapse"]:
-        parts.append(f"**Warning.** {summary['collapse']}")
+    warnings = filter(None, (summary["collapse"], summary["missed_target"]))
+    parts += [f"**Warning.** {warning}" for warning in warnings]
     parts.append("![Training curves](curves.png)")
     if measured is not None:
         parts += [

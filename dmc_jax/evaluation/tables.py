@@ -101,6 +101,24 @@ def collapse(ratio_by_layer: Sequence[float], target: float) -> str | None:
     )
 
 
+def missed_target(ratio: float, target: float) -> str | None:
+    """Say that a model compresses less than it was trained to.
+
+    Args:
+        ratio: measured, in tokens per slot.
+        target: wanted tokens per slot.
+
+    Returns:
+        A sentence if more than a twentieth of the target is missing, else None.
+    """
+    if ratio >= 0.95 * target:
+        return None
+    return (
+        f"The target was missed: {ratio:.3f} tokens per slot where {target:.3f} were asked for "
+        "(README, 'Settings beyond the paper', says what pulls towards it)."
+    )
+
+
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
     """Lay out a Markdown table whose source is aligned too.
 

@@ -276,6 +276,7 @@ def attend_whole(
     segment_ids: Int[Array, "B T"] | None = None,
     *,
     noise_key: Array | None = None,
+    noise_part: tuple[Int[Array, ""] | int, int] = (0, 1),
     attention: CausalAttention = causal_attention,
 ) -> Attend:
     """Make the attention function of whole sequences, whose records are of `Record`.
@@ -287,6 +288,8 @@ def attend_whole(
         segment_ids: documents of packed windows, which keep apart.
         noise_key: of a training step's noise, into which layers fold their index; None: the
             decisions of inference.
+        noise_part: (i, n) where the sequences are every n-th, from i on, of a batch whose noise is
+            drawn as one: so no sequence's noise depends on the parts that a batch is taken in.
         attention: what computes the attention itself; see `model.causal_attention`.
     """
     where = Where(positions, segment_ids, config.rope_theta, config.rope_scaling)
@@ -295,7 +298,10 @@ def attend_whole(
         noise = None
         if noise_key is not None:
             # The difference of two Gumbel draws is logistic.
-            noise = jax.random.logistic(jax.random.fold_in(noise_key, layer), k.shape[:3])
+            part, parts = noise_part
+            B, *rest = k.shape[:3]
+            key = jax.random.fold_in(noise_key, layer)
+            noise = jax.random.logistic(key, (B * parts, *rest)).reshape(B, parts, *rest)[:, part]
         attended = policy.whole(q, k, v, where, noise=noise, attention=attention)
         return attended.out, state, attended.record
 

@@ -1,7 +1,7 @@
 """The retrofit from top to bottom: stages, steps, metrics, checkpoints."""
 
+import contextlib
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,16 @@ from dmc_jax.checkpoints.metadata import load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
 from dmc_jax.commands import stop_requests
-from dmc_jax.config import STAGES, RunConfig, to_dict
+from dmc_jax.config import MERGING, STAGES, RunConfig
 from dmc_jax.data.loader import training_batches
-from dmc_jax.data.prepared import PreparedData, open_data
-from dmc_jax.errors import RunFailure, UserError
-from dmc_jax.files import write_text
-from dmc_jax.model.causal_attention import choose_attention
+from dmc_jax.data.prepared import PreparedData
+from dmc_jax.errors import RunFailure
+from dmc_jax.evaluation.tables import missed_target
 from dmc_jax.model.llama import count_parameters
-from dmc_jax.model.sharding import batch_sharding, make_mesh
-from dmc_jax.training import metrics, stages, starts
+from dmc_jax.model.sharding import batch_sharding
+from dmc_jax.training import checks, metrics, ownership, stages, starts
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.step import make_train_step
-
-# What may change between the parts of an interrupted run; everything else would make it another.
-_MAY_CHANGE = {"stages", "output", "mesh", "log_every", "eval_every", "eval_windows", "save_every"}
-_MAY_CHANGE |= {"keep", "tensorboard", "wandb", "init_from", "attention"}
 
 _SCHEDULES = ("learning_rate", "target_ratio")  # of the newest step, not averaged
 
@@ -44,31 +39,43 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         quiet: nothing on the screen.
 
     Returns:
-        The run's directory, `output/name`: checkpoints in `STAGE/STEP`, `metrics.jsonl`.
+        The run's directory, `output/name`: checkpoints in `STAGE/STEP`, `metrics.jsonl`. A dry run
+        leaves none.
 
     Raises:
         UserError: the config does not fit the data, the devices, the checkpoint or the directory.
         RunFailure: a loss that is not a finite number.
-        KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint was written.
+        KeyboardInterrupt: a signal asked to stop (see `commands.stop_requests`), after a checkpoint
+            was written.
     """
     quiet_orbax()
     directory = Path(run.output) / run.name
-    datas = open_datas(run)
-    starts.initial_model(run)  # which refuses another model or another tokenizer
-    mesh = make_mesh(run.mesh)
-    _check_batch(run, mesh)
-    choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
-    _claim_directory(directory, run)
-    for stage in run.stage_names:
-        if _is_finished(directory, run, stage):
-            continue
-        params = _train_stage(run, stage, datas, mesh, quiet)
-        # The end of a stage is measured after it is safe on disk; the figures join its metadata.
-        ref, data = latest(directory / stage), datas[0][0]
-        measured = stages.assess(run, stage, params, data)
-        about = stages.describe(run, stage, ref.step, data)
-        write_metadata(ref, dataclasses.replace(about, **measured))
+    with contextlib.ExitStack() as stack:
+        if directory.is_dir():
+            _keep(directory, stack)
+        ready = checks.check(run)
+        contents = ownership.contents_of(run, ready.datas, ready.start, ready.teacher)
+        run = ownership.same_run(directory, run, contents)
+        for note in checks.notes(run, ready):
+            logging.warning(note)
+        if run.dry_run:
+            _try_one_step(run, ready)
+            return directory
+        if not directory.is_dir():
+            directory.mkdir(parents=True, exist_ok=True)
+            _keep(directory, stack)
+        if jax.process_index() == 0:
+            run = ownership.claim(directory, run, contents)
+        for stage in run.stage_names:
+            if not _is_finished(directory, run, stage):
+                params = _train_stage(run, stage, ready, quiet)
+                _measure_stage(run, stage, params, ready.datas[0][0])
     return directory
+
+
+def _keep(directory: Path, stack: contextlib.ExitStack) -> None:
+    if jax.process_index() == 0:
+        stack.enter_context(ownership.locked(directory))
 
 
 def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
@@ -80,20 +87,67 @@ def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
     )
 
 
-def _train_stage(run: RunConfig, stage: str, datas: list, mesh: Mesh, quiet: bool) -> Any:
+def _measure_stage(run: RunConfig, stage: str, params: Any, data: PreparedData) -> None:
+    """Measure the end of a stage once it is safe on disk; the figures join its metadata."""
+    ref = latest(Path(run.output) / run.name / stage)
+    measured = stages.assess(run, stage, params, data)
+    _check_measured(f"stage {stage}, {ref.path}", measured["validation"])
+    about = stages.describe(run, stage, ref.step, data)
+    write_metadata(ref, dataclasses.replace(about, **measured))
+    if stage in MERGING:
+        missed = missed_target(measured["validation"]["ratio"], run.compression.ratio)
+        if missed:
+            logging.warning("end of %s: %s", stage, missed)
+
+
+def _check_measured(where: str, validation: dict) -> None:
+    if not stages.finite(validation):
+        raise RunFailure(
+            f"{where}: on validation text loss = {validation['loss']:.4g}, perplexity = "
+            f"{validation['perplexity']:.4g}: the model has diverged. Go back to an earlier "
+            "checkpoint, or start again with a lower learning rate."
+        )
+
+
+def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> tuple:
+    """State, the checkpoint of this stage that it is of, what takes a step, and the batches."""
+    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+    state, resumed = starts.start_of_stage(run, stage, optimizer, ready.mesh)
+    teacher, teacher_params = starts.load_teacher(run, stage, ready.mesh)
+    step = make_train_step(run, stage, ready.mesh, optimizer, teacher)
+
+    def take_step(state, batch):
+        return step(state, _to_devices(batch, ready.mesh), teacher_params)
+
+    batches = _batches(run, stage, ready.datas)
+    if resumed is not None:
+        batches.set_state(load_data_state(resumed))
+    return state, resumed, take_step, batches
+
+
+def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
+    """Take the next step of a run and forget it."""
+    directory = Path(run.output) / run.name
+    stage = next((s for s in run.stage_names if not _is_finished(directory, run, s)), None)
+    if stage is None:
+        logging.info("every stage of %s is finished", directory)
+        return
+    state, _, take_step, batches = _begin_stage(run, stage, ready)
+    values = jax.device_get(take_step(state, next(batches))[1])
+    if not stages.finite(values):
+        raise RunFailure(f"dry run, stage {stage}: {_not_finite(values)} after one step")
+    logging.info("dry run: one step of %s, loss %.4f", stage, values["loss"])
+
+
+def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -> Any:
     """Take the steps of one stage, from its newest checkpoint on; returns the parameters."""
     directory, steps = Path(run.output) / run.name, run.stage(stage).steps
     logging.info("stage %s: %d steps", stage, steps)
-    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
-    state, resumed = starts.start_of_stage(run, stage, optimizer, mesh)
-    teacher, teacher_params = starts.load_teacher(run, stage, mesh)
-    take_step = make_train_step(run, stage, mesh, optimizer, teacher)
-    batches = _batches(run, stage, datas)
-    first = 0
-    if resumed is not None:
-        first = resumed.step
-        batches.set_state(load_data_state(resumed))
+    state, resumed, take_step, batches = _begin_stage(run, stage, ready)
+    first = 0 if resumed is None else resumed.step
+    if first:
         logging.info("resuming %s at step %d", stage, first)
+    data = ready.datas[0][0]
 
     with (
         open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
@@ -103,7 +157,7 @@ def _train_stage(run: RunConfig, stage: str, datas: list, mesh: Mesh, quiet: boo
         recent = _Recent(run, stage, sink, saver)
         for step in range(first, steps):
             batch = next(batches)
-            state, values = take_step(state, _to_devices(batch, mesh), teacher_params)
+            state, values = take_step(state, batch)
             recent.add(step, values, batch)
             taken = step + 1
             last, interrupted = taken == steps, bool(stopping)
@@ -112,11 +166,12 @@ def _train_stage(run: RunConfig, stage: str, datas: list, mesh: Mesh, quiet: boo
             if taken % run.log_every == 0 or last:
                 recent.log()
             if run.eval_every and taken % run.eval_every == 0 and not last:
-                measured = stages.assess(run, stage, state.params, datas[0][0], calibrate=False)
+                measured = stages.assess(run, stage, state.params, data, calibrate=False)
+                _check_measured(f"stage {stage}, step {taken}", measured["validation"])
                 logging.info("step %d: validation loss %.4f", taken, measured["validation"]["loss"])
             if taken % run.save_every == 0 or last or interrupted:
                 recent.log()  # a state is saved only after its losses were seen to be finite
-                about = stages.describe(run, stage, taken, datas[0][0])
+                about = stages.describe(run, stage, taken, data)
                 saver.save(taken, state, batches.get_state(), about)
             if interrupted:
                 raise KeyboardInterrupt
@@ -130,63 +185,12 @@ def _batches(run: RunConfig, stage: str, datas: list):
             datas,
             length=run.data.length,
             batch=run.data.batch,
-            seed=run.seed + STAGES.index(stage),
+            # No two seeds share a stage's order; of seed 0 it is as it was when they did.
+            seed=(run.seed if run.draws == 1 else len(STAGES) * run.seed) + STAGES.index(stage),
             host_index=jax.process_index(),
             host_count=jax.process_count(),
         )
     )
-
-
-def open_datas(run: RunConfig) -> list[tuple[PreparedData, float]]:
-    """The prepared folders of a config with their mixing weights, checked against the model.
-
-    Raises:
-        UserError: ids that the model does not have, or weights that do not match the folders.
-    """
-    datas = [open_data(path.strip()) for path in run.data.path.split(",")]
-    weights = [float(len(data.tokens["train"])) for data in datas]
-    if run.data.weights:
-        try:
-            weights = [float(w) for w in run.data.weights.split(",")]
-        except ValueError as error:
-            raise UserError(f"data.weights: {error}; expected numbers, comma-separated") from error
-    if len(weights) != len(datas):
-        raise UserError(f"data.weights names {len(weights)} corpora, data.path {len(datas)}")
-    for data in datas:
-        if data.vocab_size > run.model.vocab_size:
-            raise UserError(
-                f"{data.path} was tokenized with {data.vocab_size} ids, model.vocab_size is "
-                f"{run.model.vocab_size}: use the model's tokenizer (prepare_data --tokenizer=...) "
-                "or set --config.model.vocab_size"
-            )
-    return list(zip(datas, weights, strict=True))
-
-
-def _check_batch(run: RunConfig, mesh: Mesh) -> None:
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if (run.data.batch // run.accumulation) % shares:
-        raise UserError(
-            f"data.batch / accumulation = {run.data.batch // run.accumulation} windows cannot be "
-            f"split over {shares} devices (mesh data x fsdp); choose a multiple of {shares}"
-        )
-
-
-def _claim_directory(directory: Path, run: RunConfig) -> None:
-    """Write config.json, or check that the one there describes the same run."""
-    file = directory / "config.json"
-    ours = json.loads(json.dumps(to_dict(run)))
-    if file.exists():
-        theirs = json.loads(file.read_text())
-        # Settings of a stage that was never run here say nothing; older files have some for each.
-        silent = {n for n in STAGES if ours[n] is None and latest(directory / n) is None}
-        kept = ours.keys() - _MAY_CHANGE - silent
-        changed = [n for n in ours if n in kept and ours[n] != theirs.get(n)]
-        if changed:
-            raise UserError(
-                f"{directory} holds a run with another {', '.join(changed)}; choose another "
-                "--config.name, or remove that directory to start afresh"
-            )
-    write_text(file, json.dumps(ours, indent=1) + "\n")
 
 
 def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -245,7 +249,9 @@ class _Recent:
         merged = values.pop("merged", None)
         if merged is not None:
             values["ratio"] = 1 / (1 - np.average(merged, weights=self.run.model.kv_heads_by_layer))
-            values |= {f"ratio_layer_{i:02d}": 1 / (1 - m) for i, m in enumerate(merged)}
+            values |= {
+                f"ratio{metrics.LAYER_MARK}{i:02d}": 1 / (1 - m) for i, m in enumerate(merged)
+            }
         values |= _speed(self.run, len(self.steps), seconds)
         self.sink.log(_steps_before(self.run, self.stage) + self.steps[-1][0] + 1, values)
         self.steps.clear()
@@ -257,10 +263,14 @@ class _Recent:
         good = latest(directory) or latest(directory.parent)
         raise RunFailure(
             f"stage {self.stage}, step {step}: "
-            + ", ".join(f"{n} = {v}" for n, v in values.items() if not np.isfinite(v).all())
+            + _not_finite(values)
             + f". Last good checkpoint: {good.path if good else 'none'}. The batch's windows cover "
             f"training documents {documents.tolist()}. Look at them, or lower the learning rate."
         )
+
+
+def _not_finite(values: dict[str, Any]) -> str:
+    return ", ".join(f"{n} = {v}" for n, v in values.items() if not np.isfinite(v).all())
 
 
 def _speed(run: RunConfig, steps: int, seconds: float) -> dict[str, float]:

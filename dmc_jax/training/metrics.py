@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import statistics
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,8 @@ _PEAK_BF16_FLOPS = (
     ("NVIDIA H200 NVL", None),
     ("NVIDIA H200", 989.4e12),
 )
+
+LAYER_MARK = "_layer_"  # between a name and the number of a layer
 
 Sink = Callable[[int, dict[str, float]], None]
 
@@ -73,8 +76,8 @@ def open_metrics(
     Args:
         run_dir: The run's directory; made if missing.
         total_steps: Where the progress bar ends.
-        first_step: The first step that will be logged now. Lines from it on, left by a run that
-            had come further, are cut: the file has each step once.
+        first_step: The first step that will be taken now. Lines from it on, left by a run that
+            had come further, are cut: the file has each step once, and so have TensorBoard's.
         quiet: Nothing on screen.
         tensorboard: Also write `RUN/tensorboard`; needs tensorboardX.
         wandb: Also log to Weights & Biases, as its variables say (`WANDB_MODE`); needs wandb.
@@ -101,12 +104,20 @@ def open_metrics(
             ) from error
         sinks = [_jsonl_sink(file)]
         if tensorboardx:
-            sinks.append(_tensorboard_sink(stack, tensorboardx, run_dir))
+            sinks.append(_tensorboard_sink(stack, tensorboardx, run_dir, first_step))
         if wandb_module:
             sinks.append(_wandb_sink(stack, wandb_module, run_dir))
         if not quiet:
             sinks.append(_screen_sink(stack, total_steps, first_step))
         yield MetricsLogger(tuple(sinks))
+
+
+def check_packages(*, tensorboard: bool, wandb: bool) -> None:
+    """Raise a `UserError` where a package that is asked for is not installed."""
+    if tensorboard:
+        _required("tensorboardX", "tensorboard")
+    if wandb:
+        _required("wandb", "wandb")
 
 
 def train_flops_per_token(
@@ -185,8 +196,13 @@ def _jsonl_sink(file: TextIO) -> Sink:
     return write
 
 
-def _tensorboard_sink(stack: ExitStack, tensorboardx: ModuleType, run_dir: Path) -> Sink:
-    writer = tensorboardx.SummaryWriter(str(run_dir / "tensorboard"))
+def _tensorboard_sink(
+    stack: ExitStack, tensorboardx: ModuleType, run_dir: Path, first_step: int
+) -> Sink:
+    folder = run_dir / "tensorboard"
+    # Tells TensorBoard to hide the later steps of a run that had come further.
+    resumed = {"purge_step": first_step} if folder.exists() else {}
+    writer = tensorboardx.SummaryWriter(str(folder), **resumed)
     stack.callback(writer.close)
 
     def write(step: int, numbers: dict[str, float]) -> None:
@@ -209,7 +225,7 @@ def _screen_sink(stack: ExitStack, total_steps: int, first_step: int) -> Sink:
         return lambda step, numbers: logging.info(
             "step %d/%d  %s", step, total_steps, _compact(numbers)
         )
-    bar = stack.enter_context(tqdm(total=total_steps, initial=first_step, unit="step"))
+    bar = stack.enter_context(tqdm(total=total_steps, initial=max(0, first_step - 1), unit="step"))
 
     def show(step: int, numbers: dict[str, float]) -> None:
         bar.set_postfix_str(_compact(numbers), refresh=False)
@@ -219,7 +235,14 @@ def _screen_sink(stack: ExitStack, total_steps: int, first_step: int) -> Sink:
 
 
 def _compact(numbers: dict[str, float]) -> str:
-    return "  ".join(f"{name} {x:.4g}" for name, x in numbers.items())
+    """One line: of what there is one of a layer, only least, median and most."""
+    single = {name: x for name, x in numbers.items() if LAYER_MARK not in name}
+    parts = [f"{name} {x:.4g}" for name, x in single.items()]
+    for name in dict.fromkeys(n.split(LAYER_MARK)[0] for n in numbers if LAYER_MARK in n):
+        layers = [x for n, x in numbers.items() if n.startswith(name + LAYER_MARK)]
+        spread = "/".join(f"{f(layers):.4g}" for f in (min, statistics.median, max))
+        parts.append(f"{name} of layers {spread} (min/median/max)")
+    return "  ".join(parts)
 
 
 def _cut_lines_from(file: Path, step: int) -> None:

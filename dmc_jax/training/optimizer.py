@@ -47,7 +47,7 @@ def make_optimizer(
     """AdamW without the learning rate, which the step multiplies in from its own schedule.
 
     Args:
-        config: beta1, beta2, eps, weight decay, clip.
+        config: beta1, beta2, eps, weight decay, clip (0: off).
         decision_multiplier: factor on the update of the decision rows of W_q and W_k.
     """
 
@@ -58,7 +58,7 @@ def make_optimizer(
         return map_decision_rows(lambda rows: decision_multiplier * rows, updates)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.stateless(scale_decision_rows),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from dmc_jax.checkpoints.metadata import Metadata
-from dmc_jax.config import RunConfig
+from dmc_jax.config import MERGING, RunConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
 from dmc_jax.model.causal_attention import evaluation_attention
@@ -16,8 +16,6 @@ from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.training.optimizer import zero_decision_rows
 from dmc_jax.training.state import TrainState
-
-MERGING = ("retrofit", "finetune")  # the stages whose model merges
 
 
 def finish_stage(stage: str, state: TrainState) -> TrainState:

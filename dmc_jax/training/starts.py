@@ -26,9 +26,12 @@ def initial_model(run: RunConfig) -> StoredModel | None:
     """
     if not run.init_from:
         if run.stage_names[0] != "pretrain":
+            other = ", or start with --config.stages=pretrain,..." if run.pretrain else ""
             raise UserError(
-                f"stage {run.stage_names[0]} continues a trained model: name its checkpoint with "
-                "--config.init_from=DIR, or start with --config.stages=pretrain,..."
+                f"stage {run.stage_names[0]} continues a trained model: name its checkpoint, one "
+                "of Hugging Face, Meta, Megatron or an earlier run that has "
+                f"{run.model.layers} layers of width {run.model.width}, with "
+                f"--config.init_from=DIR{other}"
             )
         return None
     model = find_model(run.init_from)
@@ -36,12 +39,16 @@ def initial_model(run: RunConfig) -> StoredModel | None:
         to_dict(config) | {"kv_heads": config.kv_heads_by_layer, "max_length": None}
         for config in (run.model, model.config)
     )
-    for name, value in theirs.items():
-        if ours[name] != value:
-            raise UserError(
-                f"init_from: {model.path} has {name} {value}, config.model.{name} is "
-                f"{ours[name]}: the config must describe the model that it starts from"
-            )
+    differing = [
+        f"{name} {value}, config.model.{name} is {ours[name]}"
+        for name, value in theirs.items()
+        if ours[name] != value
+    ]
+    if differing:
+        raise UserError(
+            f"init_from: {model.path} has {'; '.join(differing)}: the config must describe the "
+            "model that it starts from"
+        )
     # Ids mean the same only under one tokenizer.
     data = run.data.path.split(",")[0].strip()
     manifest = read_manifest(Path(data))
@@ -49,6 +56,25 @@ def initial_model(run: RunConfig) -> StoredModel | None:
         raise UserError(
             f"init_from: {model.path} was trained with another tokenizer than the one of {data}: "
             f"prepare the text with its own, prepare_data --tokenizer={model.tokenizer}"
+        )
+    return model
+
+
+def named_teacher(run: RunConfig) -> StoredModel | None:
+    """The distillation teacher that the config names, if it does and has a use for it.
+
+    Raises:
+        UserError: there is no such checkpoint, or its ids are not the model's.
+    """
+    if not (run.compression.teacher and run.compression.distillation):
+        return None
+    model = find_model(run.compression.teacher)
+    manifest = read_manifest(Path(run.data.path.split(",")[0].strip()))
+    known = manifest is None or model.accepts_tokenizer(manifest["tokenizer_sha256"])
+    if model.config.vocab_size != run.model.vocab_size or not known:
+        raise UserError(
+            f"compression.teacher: the ids of {model.path} ({model.config.vocab_size}) are not "
+            f"those of the model ({run.model.vocab_size}): a teacher needs the same tokenizer"
         )
     return model
 

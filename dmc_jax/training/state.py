@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -39,6 +40,14 @@ def abstract_state(
     return with_shardings(shapes, mesh)
 
 
+def key_of(seed: int) -> Array:
+    """Make a random key of a seed of any size, 0 or more: `jax.random.key` has 32 bits of it."""
+    key = jax.random.key(seed % 2**32)
+    for place in range(32, seed.bit_length(), 32):
+        key = jax.random.fold_in(key, np.uint32((seed >> place) % 2**32))
+    return key
+
+
 def init_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
 ) -> TrainState:
@@ -47,5 +56,5 @@ def init_state(
     def make(key):
         return state_of(init_params(config, key), optimizer)
 
-    key = jax.random.key(seed)
+    key = key_of(seed)
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)

@@ -1,15 +1,16 @@
 """One training step: batch in, new state and metrics out. Pure, jitted once per stage."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from dmc_jax.config import STAGES, ModelConfig, RunConfig
+from dmc_jax.config import MERGING, STAGES, ModelConfig, RunConfig
 from dmc_jax.core.attention import CausalAttention
 from dmc_jax.core.losses import compression_loss, distillation, token_cross_entropy
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
@@ -19,10 +20,17 @@ from dmc_jax.model.sharding import shardings
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole, decision_means
-from dmc_jax.training.state import TrainState
+from dmc_jax.training.state import TrainState, key_of
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+
+
+class Noise(NamedTuple):
+    """What the noise of (a part of) a batch is drawn from; see `attend_whole`."""
+
+    key: Array
+    part: tuple[Int[Array, ""] | int, int]
 
 
 def make_train_step(
@@ -51,19 +59,46 @@ def make_train_step(
         `merged` [L], the fraction of merged tokens by layer, in the stages that merge.
     """
     schedule = run.stage(stage)
-    stage_key = jax.random.fold_in(jax.random.key(run.seed), STAGES.index(stage))
+    parts = run.accumulation
+    seed = run.seed if run.draws > 1 else run.seed % 2**32
+    stage_key = jax.random.fold_in(key_of(seed), STAGES.index(stage))
 
     def train_step(state: TrainState, batch: Batch, teacher_params: Any):
         key = jax.random.fold_in(stage_key, state.step)
-        grads, metrics = _accumulated_gradient(
-            lambda params, part, key, tokens: _loss(
-                run, stage, mesh, teacher, params, teacher_params, part, state.step, key, tokens
-            ),
-            state.params,
-            batch,
-            key,
-            run.accumulation,
-        )
+        tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
+
+        def noise(number):
+            if run.draws > 1 or parts == 1:
+                return Noise(key, (number, parts))
+            return Noise(jax.random.fold_in(key, number), (0, 1))
+
+        merges = None
+        if stage in MERGING and run.compression.per_layer and parts > 1:
+
+            def fractions(part, number):
+                attend = attention_of(run, stage, mesh, part, state.step, noise(number))
+                output = _forward(run, run.model, mesh, state.params, part["tokens"], attend)
+                return decision_means(output).mean(axis=1) / parts
+
+            merges = _sum_over_parts(fractions, batch, parts)
+
+        def loss(params, part, number):
+            return _loss(
+                run,
+                stage,
+                mesh,
+                params,
+                part,
+                state.step,
+                noise(number),
+                tokens=tokens,
+                merges=merges,
+                teacher=teacher,
+                teacher_params=teacher_params,
+            )
+
+        gradient = functools.partial(jax.grad(loss, has_aux=True), state.params)
+        grads, metrics = _sum_over_parts(gradient, batch, parts)
         rate = learning_rate(
             state.step,
             steps=schedule.steps,
@@ -81,52 +116,49 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _accumulated_gradient(loss: Callable, params: Any, batch: Batch, key: Array, parts: int):
-    """Gradient and metrics of a batch in `parts` pieces, equal to those of the whole.
-
-    Every piece is weighed by the tokens of the whole batch, not by its own.
-    """
-    tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
-    gradient = jax.grad(loss, has_aux=True)
+def _sum_over_parts(function: Callable, batch: Batch, parts: int) -> Any:
+    """Add up `function(part, its number)` over the parts of a batch, one at a time."""
     if parts == 1:
-        return gradient(params, batch, key, tokens)
-    # Window b goes to piece b % parts, so that every device keeps its share of each piece.
-    pieces = jax.tree.map(
+        return function(batch, 0)
+    # Window b goes to part b % parts, so that every device keeps its share of each.
+    divided = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts))
+    numbered = divided, jnp.arange(parts)
 
-    def add(total, piece):
-        return jax.tree.map(jnp.add, total, gradient(params, *piece, tokens)), None
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
 
-    first = jax.tree.map(lambda x: x[0], (pieces, keys))
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, *first, tokens)
-    )
-    return jax.lax.scan(add, zeros, (pieces, keys))[0]
+    first = jax.tree.map(lambda x: x[0], numbered)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *first))
+    return jax.lax.scan(add, zeros, numbered)[0]
 
 
 def _loss(
     run: RunConfig,
     stage: str,
     mesh: Mesh,
-    teacher: ModelConfig | None,
     params: Any,
-    teacher_params: Any,
     batch: Batch,
     step: Array,
-    key: Array,
+    noise: Noise,
+    *,
     tokens: Float[Array, ""],
+    merges: Float[Array, " L"] | None,
+    teacher: ModelConfig | None,
+    teacher_params: Any,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Loss of (a piece of) a batch; metrics add up over the pieces to the batch's."""
-    output = _forward(
-        run,
-        run.model,
-        mesh,
-        params,
-        batch["tokens"],
-        attention_of(run, stage, mesh, batch, step, key),
-    )
+    """Loss of (a part of) a batch; loss, gradient and metrics add up over the parts.
+
+    Args:
+        run, stage, mesh, params, batch, step, noise: of the part.
+        tokens: predicted in the whole batch, by which every part is weighed.
+        merges: fraction of merge decisions of every layer over the whole batch, where a hinge per
+            layer needs to know it; None: the part is the whole.
+        teacher, teacher_params: of distillation.
+    """
+    attend = attention_of(run, stage, mesh, batch, step, noise)
+    output = _forward(run, run.model, mesh, params, batch["tokens"], attend)
     mask = batch["loss_mask"]
     loss = jnp.sum(mask * token_cross_entropy(output.logits, batch["targets"])) / tokens
     metrics = {"loss": loss}
@@ -137,10 +169,14 @@ def _loss(
         divergence = jnp.sum(mask * distillation(output.logits, jax.lax.stop_gradient(wanted)))
         metrics["distillation"] = divergence / tokens
         loss += run.compression.distillation * metrics["distillation"]
-    if stage in ("retrofit", "finetune"):
+    if stage in MERGING:
         at = step if stage == "retrofit" else run.stage(stage).steps
         target, prior = compression_target(at, run.stage(stage).steps, run.compression.ratio)
-        hinge = compression_loss(decision_means(output), prior, run.compression.per_layer)
+        means = decision_means(output)
+        hinge = compression_loss(means, prior, run.compression.per_layer)
+        if merges is not None:
+            # A hinge is open by the batch's mean, not by the part's; open, it is linear.
+            hinge = jnp.mean(jnp.where(merges < prior, prior - means.mean(axis=1), 0.0))
         metrics["compression_loss"] = hinge / run.accumulation
         metrics["target_ratio"] = target / run.accumulation
         appended = [record.appends.mean(axis=(1, 2, 3)) for record in output.records]
@@ -150,18 +186,16 @@ def _loss(
 
 
 def attention_of(
-    run: RunConfig, stage: str, mesh: Mesh, batch: Batch, step: Array, key: Array
+    run: RunConfig, stage: str, mesh: Mesh, batch: Batch, step: Array, noise: Noise
 ) -> Attend:
     """The attention function that a stage trains with."""
     where = batch["positions"], batch["segment_ids"]
-    policy, noise_key = Dense(), None
+    policy, drawn = Dense(), {}
     if stage == "zero_out":
         policy = Dense(decision_channel_scale(step, run.zero_out.steps))
-    elif stage in ("retrofit", "finetune"):
-        policy, noise_key = DMC(run.dmc), key
-    return attend_whole(
-        policy, run.model, *where, noise_key=noise_key, attention=_attention(run, mesh)
-    )
+    elif stage in MERGING:
+        policy, drawn = DMC(run.dmc), {"noise_key": noise.key, "noise_part": noise.part}
+    return attend_whole(policy, run.model, *where, **drawn, attention=_attention(run, mesh))
 
 
 def _attention(run: RunConfig, mesh: Mesh) -> CausalAttention:

@@ -26,7 +26,7 @@ from dmc_jax.config import (
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.policies.dense import Dense
-from dmc_jax.training import loop, starts
+from dmc_jax.training import checks, loop, ownership, starts
 from dmc_jax.training.loop import train
 
 
@@ -34,8 +34,8 @@ from dmc_jax.training.loop import train
 def one_device():
     """The mesh of one: the others have their own tests."""
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh = loop.make_mesh
-        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        make_mesh = checks.make_mesh
+        patch.setattr(checks, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield make_mesh
 
 
@@ -155,7 +155,7 @@ def sigterm_saves_and_handlers_are_restored_test(tiny_run, monkeypatch):
 
 
 def documents_shorter_than_the_window_are_packed_test(tiny_run):
-    (data,) = [data for data, _ in loop.open_datas(tiny_run)]
+    (data,) = [data for data, _ in checks.open_datas(tiny_run)]
     longest = int(np.diff(data.documents["train"]).max())
     run = dataclasses.replace(
         tiny_run, data=dataclasses.replace(tiny_run.data, length=2 * longest, batch=2)
@@ -203,7 +203,7 @@ def a_run_goes_on_with_other_attention_test(tiny_run, tmp_path, theirs):
     directory = tmp_path / "begun"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config | theirs))
-    loop._claim_directory(directory, tiny_run)
+    ownership.claim(directory, tiny_run, {})
     assert json.loads((directory / "config.json").read_text())["attention"] == "auto"
 
 
@@ -213,12 +213,12 @@ def a_stage_that_was_never_run_may_have_had_settings_test(tiny_run, unbroken, tm
     directory = tmp_path / "begun"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(to_dict(tiny_run)))
-    loop._claim_directory(directory, silent)
+    ownership.claim(directory, silent, {})
     assert json.loads((directory / "config.json").read_text())["pretrain"] is None
 
     held = (unbroken / "config.json").read_text()  # this one did pretrain
     with pytest.raises(UserError, match="holds a run with another pretrain"):
-        loop._claim_directory(unbroken, silent)
+        ownership.claim(unbroken, silent, {})
     assert (unbroken / "config.json").read_text() == held
 
 
@@ -253,7 +253,7 @@ def a_stage_that_needs_a_model_asks_for_one_test(tiny_run):
 
 
 def a_batch_that_the_mesh_cannot_split_is_refused_test(tiny_run, one_device, monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", one_device)  # the real one, with all devices
+    monkeypatch.setattr(checks, "make_mesh", one_device)  # the real one, with all devices
     run = dataclasses.replace(
         tiny_run,
         mesh=dataclasses.replace(tiny_run.mesh, data=8),
@@ -264,7 +264,7 @@ def a_batch_that_the_mesh_cannot_split_is_refused_test(tiny_run, one_device, mon
 
 
 def the_teacher_is_the_model_the_run_starts_from_test(tiny_run):
-    mesh = loop.make_mesh(tiny_run.mesh)
+    mesh = checks.make_mesh(tiny_run.mesh)
     assert starts.load_teacher(tiny_run, "retrofit", mesh) == (None, None)
     compression = dataclasses.replace(tiny_run.compression, distillation=1.0)
     run = dataclasses.replace(tiny_run, compression=compression, stages="pretrain,retrofit")
