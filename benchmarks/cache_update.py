@@ -3,11 +3,11 @@
     python -m benchmarks.cache_update                # --tune: keep the faster form for this device
     python -m benchmarks.cache_update --quick        # small sizes, on any device: whether it works
 
-Timed is `append_or_merge` as a decoding step calls it, pages reserved and all. One compiled program
-makes the updates of many steps, each of as many layers as it takes for a layer's rings to have left
-every cache before they are read again (`timing.COLD_BYTES`); the cache is donated to it. Its wall
-time over its updates is the time of one. Before anything is timed, all forms must give the same
-cache after such a program; one that does not gets no time.
+Timed is `decoding.read_token` as a decoding step calls it, pages reserved and all. One compiled
+program makes the updates of many steps, each of as many layers as it takes for a layer's rings to
+have left every cache before they are read again (`timing.COLD_BYTES`); the cache is donated to it.
+Its wall time over its updates is the time of one. Before anything is timed, all forms must give the
+same cache after such a program; one that does not gets no time.
 
 Three tokens of four merge, at random, from segments of random lengths: rows differ as they do in
 decoding at 4x. Heads are 128 wide, the window is 12 tokens, pages are bfloat16.
@@ -30,8 +30,10 @@ from jaxtyping import Array, Float
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings, OpenSegment
 from dmc_jax.core.rope import rotary_frequencies
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference.cache import PagedCache
+from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.paged_cache import PagedCache
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Tokens
 from pallas_kernels import target, timing, tuning
 from pallas_kernels.cache_update import api
 
@@ -39,6 +41,7 @@ ROWS = (32, 256, 2048)
 HEADS, WIDTH, PAGE = 32, 128, 16
 STEPS = 64
 SETTINGS = DMCSettings(window=12)
+POLICY = DMC(SETTINGS)
 _MERGED, _DTYPE, _SAMPLES = 0.75, jnp.bfloat16, 5
 _STARTS = 16  # slots that a row has at most when a program starts
 # A bfloat16 key is rounded before its rotation and after it, each time by up to 2**-5 where numbers
@@ -71,13 +74,13 @@ class Case:
         return self.rows // self.heads, self.heads * self.layers
 
 
-class Tokens(NamedTuple):
-    """What the sequences read: the same keys and values in every step, other decisions."""
+class Read(NamedTuple):
+    """What the sequences read: the same in every step but for the decisions."""
 
-    k: Float[Array, "slots R H"]
-    v: Float[Array, "slots R H"]
-    omega: Float[Array, "slots R"]
-    decisions: Float[Array, "steps slots R"]
+    q: Float[Array, "seats R H"]
+    k: Float[Array, "seats R H"]
+    v: Float[Array, "seats R H"]
+    decisions: Float[Array, "steps seats R"]
 
 
 def cases(rows: tuple[int, ...], *, cold_bytes: int, steps: int) -> list[Case]:
@@ -87,9 +90,9 @@ def cases(rows: tuple[int, ...], *, cold_bytes: int, steps: int) -> list[Case]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def make(case: Case) -> tuple[PagedCache, Tokens]:
+def make(case: Case) -> tuple[PagedCache, Read]:
     """A cache in the middle of decoding, and what is read next."""
-    slots, R = case.shape
+    seats, R = case.shape
     config = ModelConfig(
         vocab_size=2,
         width=2,
@@ -104,35 +107,34 @@ def make(case: Case) -> tuple[PagedCache, Tokens]:
         tied_embeddings=True,
     )
     longest = _STARTS + case.steps
-    rows = slots * R
+    rows = seats * R
     # The pool is common to all rows: they append a quarter of their tokens, and half would fit.
-    pages = rows * cache_module.pages_of(_STARTS + case.steps // 2, PAGE)
-    cache = cache_module.init(
-        *(config, SETTINGS),
-        slots=slots,
+    pages = rows * paged_cache.pages_of(_STARTS + case.steps // 2, PAGE)
+    cache = paged_cache.init(
+        *(config, POLICY),
+        seats=seats,
         pages=pages,
         page_size=PAGE,
         max_length=longest,
         dtype=_DTYPE,
     )
     keys = iter(jax.random.split(jax.random.key(0), 12))
-    lengths = jax.random.randint(next(keys), (slots, R), 1, _STARTS + 1)
-    cache, _ = cache_module.reserve(cache, lengths, most=cache_module.pages_of(_STARTS, PAGE))
+    lengths = jax.random.randint(next(keys), (seats, R), 1, _STARTS + 1)
+    cache, _ = paged_cache.reserve(cache, lengths, most=paged_cache.pages_of(_STARTS, PAGE))
     # Segments as long as they come out when a token merges with that probability.
-    uniform = jax.random.uniform(next(keys), (slots, R), minval=1e-6)
+    uniform = jax.random.uniform(next(keys), (seats, R), minval=1e-6)
     count = 1 + jnp.floor(jnp.log(uniform) / math.log(_MERGED)).astype(jnp.int32)
     full = jnp.arange(SETTINGS.window) < count[..., None]
-    ring = (slots, R, SETTINGS.window)
+    ring = (seats, R, SETTINGS.window)
     k, v = (jnp.where(full[..., None], _normal(next(keys), (*ring, WIDTH)), 0) for _ in range(2))
     cache = dataclasses.replace(
         cache,
-        open_segment=OpenSegment(k, v, jnp.where(full, _weights(next(keys), ring), 0), count),
-        position=jnp.full(slots, 4096, jnp.int32),
+        state=OpenSegment(k, v, jnp.where(full, _weights(next(keys), ring), 0), count),
+        position=jnp.full(seats, 4096, jnp.int32),
     )
-    k, v = (_normal(next(keys), (slots, R, WIDTH)).astype(_DTYPE) for _ in range(2))
-    decisions = jax.random.bernoulli(next(keys), _MERGED, (case.steps, slots, R))
-    tokens = Tokens(k, v, _weights(next(keys), (slots, R)), decisions.astype(jnp.float32))
-    return cache, tokens
+    q, k, v = (_normal(next(keys), (seats, R, WIDTH)).astype(_DTYPE) for _ in range(3))
+    decisions = jax.random.bernoulli(next(keys), _MERGED, (case.steps, seats, R))
+    return cache, Read(q, k, v, decisions.astype(jnp.float32))
 
 
 def _normal(key, shape):
@@ -144,7 +146,7 @@ def _weights(key, shape):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
-def program(cache: PagedCache, tokens: Tokens, case: Case, implementation: str) -> PagedCache:
+def program(cache: PagedCache, tokens: Read, case: Case, implementation: str) -> PagedCache:
     """All updates of some steps."""
     frequencies = rotary_frequencies(WIDTH, 10_000.0)
     active = jnp.ones(case.shape[0], bool)
@@ -153,14 +155,13 @@ def program(cache: PagedCache, tokens: Tokens, case: Case, implementation: str) 
         # Not one after another in the program: that takes minutes to compile.
         def update(layer, cache):
             first = layer * case.heads
-            now = Tokens(tokens.k, tokens.v, tokens.omega, tokens.decisions[i])
-            k_t, v_t, omega, decision = (cache_module.take_rows(x, first, case.heads) for x in now)
-            return cache_module.append_or_merge(
-                *(cache, first, k_t, v_t, decision, omega),
-                active=active,
-                settings=SETTINGS,
-                frequencies=frequencies,
-                implementation=implementation,
+            now = tokens.q, tokens.k, tokens.v, tokens.decisions[i]
+            q, k, v, decision = (paged_cache.take_rows(x, first, case.heads) for x in now)
+            # The last channel decides.
+            k = k.at[..., -1].set(jnp.where(decision > 0, 100, -100).astype(k.dtype))
+            token = Tokens(q, k, v, cache.position, frequencies)
+            return decoding.read_token(
+                *(cache, POLICY, first, token), active=active, implementation=implementation
             )
 
         cache = jax.lax.fori_loop(0, case.layers, update, cache)
@@ -176,9 +177,16 @@ def difference(cache: PagedCache, expected: PagedCache) -> dict[str, Array]:
     def largest(x, y):
         return jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max()
 
-    fields = {**vars(cache), **vars(cache.open_segment)}
-    others = {**vars(expected), **vars(expected.open_segment)}
-    return {name: largest(x, others[name]) for name, x in fields.items() if name != "open_segment"}
+    def fields_of(cache):
+        parts = {name: x for name, x in vars(cache).items() if name not in ("pages", "state")}
+        return (
+            parts
+            | vars(cache.state)
+            | {f"{name}_pages": x for name, x in vars(cache.pages).items()}
+        )
+
+    others = fields_of(expected)
+    return {name: largest(x, others[name]) for name, x in fields_of(cache).items()}
 
 
 def measure(case: Case, implementation: str) -> dict:
@@ -269,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(f"without the kernel: {reason}")
     report = {
-        "measures": "append_or_merge of one layer, microseconds",
+        "measures": "read_token of one layer, microseconds",
         "machine": timing.machine(" ".join(["python -m benchmarks.cache_update", *arguments])),
         "window": SETTINGS.window,
         "width": WIDTH,

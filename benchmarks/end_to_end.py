@@ -3,8 +3,8 @@
     python -m benchmarks.end_to_end                              # --resume goes on after a cut
     python -m benchmarks.end_to_end --quick --model=tiny         # on any device: whether it works
 
-What is timed is the engine's own program for a step, `inference.batch.next_tokens`: forward pass,
-merging or appending, pages, attention, the most likely token. Left out: prompts, the host's
+What is timed is the engine's own program for a step, `inference.programs.next_tokens`: forward
+pass, merging or appending, pages, attention, the most likely token. Left out: prompts, the host's
 bookkeeping between steps, waiting for a place.
 
 The weights are random, made on the device in bfloat16 a matrix at a time. What they would decide

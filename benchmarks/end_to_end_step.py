@@ -17,12 +17,15 @@ from jaxtyping import Array
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import batch as batch_module
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference.batch import Batch
-from dmc_jax.inference.cache import PagedCache
+from dmc_jax.inference import paged_cache, programs
+from dmc_jax.inference.paged_cache import PagedCache
+from dmc_jax.inference.pages import Pages
+from dmc_jax.inference.programs import Batch
 from dmc_jax.inference.sampling import SamplingParams, stack_params
 from dmc_jax.model.llama import init_params, unstack_layers
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Policy
 
 DTYPE = "bfloat16"
 POINTS, WEIGHTS = (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6)  # Simpson's rule
@@ -112,6 +115,11 @@ def slots_per_token(config: ModelConfig, ratio: float) -> np.ndarray:
     return slots
 
 
+def policy_of(run: Run) -> Policy:
+    """Of what is measured, with a threshold that is not set yet."""
+    return DMC(SETTINGS, jnp.float32(0)) if run.ratio > 1 else Dense()
+
+
 # ---- the cache --------------------------------------------------------------------------------
 
 
@@ -123,22 +131,22 @@ def new_cache(setup: Setup, run: Run, batch: int, key: Array) -> PagedCache:
     total = run.prompt + run.new + setup.steps + _BISECTIONS + _WARM_UP
     lengths = np.ceil(slots_per_token(setup.config, run.ratio) * total)
     # A page more than each row needs: rows here do not all grow at the rates that they stand for.
-    pages = int(cache_module.pages_of(lengths, setup.page).sum()) + setup.config.kv_rows
-    cache = cache_module.init(
+    pages = int(paged_cache.pages_of(lengths, setup.page).sum()) + setup.config.kv_rows
+    cache = paged_cache.init(
         setup.config,
-        SETTINGS if run.ratio > 1 else None,
-        slots=batch,
+        policy_of(run),
+        seats=batch,
         pages=batch * pages,
         page_size=setup.page,
         max_length=total,
         dtype=jnp.dtype(DTYPE),
     )
-    shape = min(batch * pages, _BLOCK_PAGES), *cache.k_pages.shape[1:]
+    shape = min(batch * pages, _BLOCK_PAGES), *cache.pages.k.shape[1:]
     pools = [
         _repeated(jax.random.normal(key, shape, DTYPE), batch * pages)
         for key in jax.random.split(key)
     ]
-    return dataclasses.replace(cache, k_pages=pools[0], v_pages=pools[1])
+    return dataclasses.replace(cache, pages=Pages(*pools))
 
 
 def _repeated(block, pages):
@@ -151,7 +159,7 @@ def largest_batch(setup: Setup, run: Run, memory: int, reserve: int) -> int:
 
     def size(batch):
         shapes = jax.eval_shape(lambda key: new_cache(setup, run, batch, key), jax.random.key(0))
-        return cache_module.bytes_reserved(shapes)
+        return paged_cache.bytes_reserved(shapes)
 
     weights = sum(x.nbytes for x in jax.tree.leaves(setup.params))
     one = size(2) - size(1)
@@ -162,7 +170,7 @@ def largest_batch(setup: Setup, run: Run, memory: int, reserve: int) -> int:
 # What is not read is kept too: only so is its memory used again.
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def filled(cache: PagedCache, lengths, tokens, order) -> PagedCache:
-    """The cache after so many tokens, with rows of these lengths in all slots.
+    """The cache after so many tokens, with rows of these lengths in all seats.
 
     Args:
         cache: given up; its pool stays as it is.
@@ -170,18 +178,18 @@ def filled(cache: PagedCache, lengths, tokens, order) -> PagedCache:
         tokens: position of all sequences.
         order: of the pages, a permutation.
     """
-    slots, rows, maxp = cache.page_table.shape
-    pages = jnp.tile(cache_module.pages_of(lengths, cache.k_pages.shape[1]), (slots, 1))
-    ends = jnp.cumsum(pages.reshape(-1)).reshape(slots, rows)
+    seats, rows, maxp = cache.page_table.shape
+    pages = jnp.tile(paged_cache.pages_of(lengths, cache.pages.page_size), (seats, 1))
+    ends = jnp.cumsum(pages.reshape(-1)).reshape(seats, rows)
     entry = jnp.arange(maxp)
     at = jnp.where(entry < pages[..., None], (ends - pages)[..., None] + entry, 0)
     taken = ends[-1, -1]
     return dataclasses.replace(
         cache,
         page_table=order[at],
-        lengths=jnp.tile(lengths, (slots, 1)),
+        lengths=jnp.tile(lengths, (seats, 1)),
         # One token of ones: what is in the ring costs as much as anything else.
-        open_segment=jax.tree.map(jnp.ones_like, cache.open_segment),
+        state=jax.tree.map(jnp.ones_like, cache.state),
         position=jnp.full_like(cache.position, tokens),
         free_pages=jnp.roll(order, -taken),  # those of the rows come last
         free_count=order.size - taken,
@@ -203,7 +211,7 @@ class Decoder:
         self.sampling = jax.tree.map(
             jnp.asarray, stack_params([SamplingParams(temperature=0.0)] * B)
         )
-        self.threshold = jnp.float32(0)
+        self.policy = policy_of(run)
         self.tokens = jnp.arange(B, dtype=jnp.int32) % config.vocab_size
         # Made inside a program, so that the pool of zeros in it never takes memory.
         cache = jax.jit(lambda key: new_cache(setup, run, B, key))(jax.random.key(2))
@@ -215,11 +223,10 @@ class Decoder:
         self.compile_seconds = time.perf_counter() - started
 
     def _compiled(self):
-        return batch_module.next_tokens.lower(
+        return programs.next_tokens.lower(
             *(self.setup.params, self.setup.config, self.batch, self.tokens, self.active),
             *(self.sampling, self.index),
-            settings=SETTINGS if self.run.ratio > 1 else None,
-            threshold=self.threshold,
+            policy=self.policy,
             dtype=DTYPE,
         ).compile()
 
@@ -235,7 +242,7 @@ class Decoder:
         self.batch, self.tokens, tally = self.program(
             self.setup.params,
             *(self.batch, self.tokens, self.active, self.sampling, self.index),
-            threshold=self.threshold,
+            policy=self.policy,
         )
         return tally
 
@@ -245,10 +252,10 @@ class Decoder:
         self.fill(self.run.prompt)
         before, grown = int(self.batch.cache.lengths.sum()), 1.0
         for _ in range(_BISECTIONS if self.run.ratio > 1 else 0):
-            self.threshold = jnp.float32((low + high) / 2)
+            middle = (low + high) / 2
+            self.policy = dataclasses.replace(self.policy, threshold=jnp.float32(middle))
             after = int(self.step().slots.sum())
             grown, before = (after - before) / self.batch.cache.lengths.size, after
-            middle = float(self.threshold)
             low, high = (middle, high) if grown < 1 / self.run.ratio else (low, middle)
         return grown
 
@@ -306,9 +313,9 @@ def measure(setup: Setup, run: Run) -> dict:
         "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
         "copy_bytes_per_second": setup.rate,
         "points": points,
-        "threshold": float(decoder.threshold),
+        "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
         "slots_per_token_in_the_steps": round(grown, 4),
-        "cache_bytes": cache_module.bytes_reserved(decoder.batch.cache),
+        "cache_bytes": paged_cache.bytes_reserved(decoder.batch.cache),
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
         "compile_seconds": round(decoder.compile_seconds, 1),
     }

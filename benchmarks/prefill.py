@@ -27,15 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import random_model
-from benchmarks.random_model import SETTINGS, WIDE
+from benchmarks.random_model import WIDE
 from dmc_jax.config import ModelConfig
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.evaluation.machine import machine
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference.paged import decode_step
+from dmc_jax.inference import paged_cache
+from dmc_jax.inference.decoding import decode_step
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.policy import Policy
 
 TINY = dataclasses.replace(PRESETS["tiny"], max_length=4096)
 CASES = ((TINY, 1024), (WIDE, 1024), (WIDE, 4096))
@@ -43,9 +43,9 @@ PAGE = 16
 RATIOS = (4, 8)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="cache")
-def read_one_by_one(params, config, cache, tokens, threshold, settings):
-    """The cache and the last logits after reading tokens [T] into slot 0."""
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def read_one_by_one(params, config, cache, tokens, policy):
+    """The cache and the last logits after reading tokens [T] into seat 0."""
 
     def read(i, carry):
         return decode_step(
@@ -54,20 +54,17 @@ def read_one_by_one(params, config, cache, tokens, threshold, settings):
             carry[0],
             tokens[i][None],
             jnp.ones(1, bool),
-            settings=settings,
-            threshold=threshold,
+            policy=policy,
         )
 
     return jax.lax.fori_loop(0, tokens.size, read, (cache, jnp.zeros((1, config.vocab_size))))
 
 
-def empty_cache(
-    config: ModelConfig, settings: DMCSettings | None, tokens: int
-) -> cache_module.PagedCache:
+def empty_cache(config: ModelConfig, policy: Policy, tokens: int) -> paged_cache.PagedCache:
     """With pages for one dense sequence."""
     pages = config.kv_rows * -(-tokens // PAGE)
-    return cache_module.init(
-        config, settings, slots=1, pages=pages, page_size=PAGE, max_length=tokens, dtype=jnp.float32
+    return paged_cache.init(
+        config, policy, seats=1, pages=pages, page_size=PAGE, max_length=tokens, dtype=jnp.float32
     )
 
 
@@ -76,26 +73,22 @@ def measure(model: random_model.RandomModel, tokens: int, rounds: int, one_by_on
     config = model.config
     params = unstack_layers(model.params, config, jnp.float32)
     prompt = random_model.random_tokens(config, tokens, seed=1)
-    contenders = {"dense": (None, 0.0, False)}
-    contenders |= {f"{r}x": (SETTINGS, model.thresholds[r], False) for r in RATIOS}
+    contenders = {"dense": (model.policies[1], False)}
+    contenders |= {f"{r}x": (model.policies[r], False) for r in RATIOS}
     if one_by_one:
-        contenders["one_by_one_dense"] = None, 0.0, True
-        contenders["one_by_one_4x"] = SETTINGS, model.thresholds[4], True
+        contenders["one_by_one_dense"] = model.policies[1], True
+        contenders["one_by_one_4x"] = model.policies[4], True
     seconds, ratios, logits = {name: [] for name in contenders}, {}, {}
     for turn in range(-1, rounds):
-        for name, (settings, threshold, single) in contenders.items():
+        for name, (policy, single) in contenders.items():
             if single and turn > 1:
                 continue  # slow, and its time hardly varies
-            cache = jax.block_until_ready(empty_cache(config, settings, tokens))
+            cache = jax.block_until_ready(empty_cache(config, policy, tokens))
             start = time.perf_counter()
             if single:
-                result = read_one_by_one(
-                    params, config, cache, jnp.asarray(prompt), threshold, settings
-                )
+                result = read_one_by_one(params, config, cache, jnp.asarray(prompt), policy)
             else:
-                result = prefill(
-                    params, config, cache, [prompt], [0], settings=settings, threshold=threshold
-                )
+                result = prefill(params, config, cache, [prompt], [0], policy=policy)
             cache, logits[name] = jax.block_until_ready(result)
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)

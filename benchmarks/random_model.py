@@ -17,8 +17,10 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Policy, attend_whole
 
 # Merge logits of a random model are symmetric around minus the offset: any ratio can be set.
 SETTINGS = DMCSettings(window=12, offset=0.0)
@@ -59,11 +61,11 @@ class NoText:
 
 @dataclasses.dataclass(frozen=True)
 class RandomModel:
-    """Weights, and the threshold of every ratio."""
+    """Weights, and the policy of every ratio."""
 
     config: ModelConfig
     params: Any
-    thresholds: dict[float, float]  # by the ratio asked for; 1 never merges
+    policies: dict[float, Policy]  # by the ratio asked for; 1 is dense
     row_ratios: dict[float, tuple[float, float, float]]  # least, mean and greatest over the rows
 
 
@@ -81,31 +83,32 @@ def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray
 def make(config: ModelConfig, ratios: tuple[float, ...]) -> RandomModel:
     """Draw weights and set a threshold for each ratio by bisection."""
     params = init_params(config, jax.random.key(0))
-    thresholds, row_ratios = {1: np.inf}, {}
+    policies, row_ratios = {1: Dense()}, {}
     for ratio in ratios:
         low, high = -10.0, 10.0  # merges nearly all, merges nearly nothing
         for _ in range(12):
             middle = (low + high) / 2
-            rows = slots_per_token(params, config, middle)
+            policy = DMC(SETTINGS, middle)
+            rows = slots_per_token(params, config, policy)
             low, high = (middle, high) if rows.mean() < 1 / ratio else (low, middle)
-        thresholds[ratio] = middle
+        policies[ratio] = policy
         row_ratios[ratio] = tuple(
             round(float(1 / x), 2) for x in (rows.max(), rows.mean(), rows.min())
         )
-    return RandomModel(config, params, thresholds, row_ratios)
+    return RandomModel(config, params, policies, row_ratios)
 
 
-def slots_per_token(params: Any, config: ModelConfig, threshold: float) -> np.ndarray:
+def slots_per_token(params: Any, config: ModelConfig, policy: Policy) -> np.ndarray:
     """Of every row, on random tokens."""
-    records = _records(params, config, threshold)
+    records = _records(params, config, policy)
     return np.concatenate(
-        [1 - np.asarray(record.merged).mean(axis=(1, 2)).reshape(-1) for record in records]
+        [np.asarray(record.appends).mean(axis=(1, 2)).reshape(-1) for record in records]
     )
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _records(params, config, threshold):
+def _records(params, config, policy):
     positions = jnp.broadcast_to(jnp.arange(_SAMPLE[1]), _SAMPLE)
-    attend = modes.compressed(config, SETTINGS, positions, threshold=threshold)
+    attend = attend_whole(policy, config, positions)
     tokens = random_tokens(config, *_SAMPLE)
     return Llama(config).apply({"params": params}, tokens, attend=attend).records

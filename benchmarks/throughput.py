@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks import random_model
-from benchmarks.random_model import SETTINGS, WIDE, NoText, RandomModel
+from benchmarks.random_model import WIDE, NoText, RandomModel
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
@@ -37,14 +37,13 @@ SEQUENCE_BYTES = (PROMPT + NEW) * MODEL.kv_rows * 2 * MODEL.head_dim * 4
 
 def serve(model: RandomModel, ratio: float, kv_bytes: int, requests: int) -> dict:
     """Serves all requests at one ratio, 1 for dense, and says what that took."""
-    slots = min(requests, max(1, round(1.1 * ratio * kv_bytes / SEQUENCE_BYTES)))
+    seats = min(requests, max(1, round(1.1 * ratio * kv_bytes / SEQUENCE_BYTES)))
     engine = Engine(
         model.params,
         model.config,
         NoText(model.config.vocab_size),
-        settings=SETTINGS if ratio > 1 else None,
-        threshold=model.thresholds[ratio],
-        max_sequences=slots,
+        policy=model.policies[ratio],
+        max_sequences=seats,
         kv_bytes=kv_bytes,
         page_size=PAGE,
         max_length=PROMPT + NEW,

@@ -28,6 +28,7 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.interop.parameters import flatten, places, to_foreign
 from dmc_jax.model.llama import init_params
+from dmc_jax.policies.dense import Dense
 
 MODEL = ModelConfig(
     vocab_size=8192,
@@ -82,7 +83,7 @@ def compare(params: dict, theirs: transformers.LlamaForCausalLM, batch: int, rou
         params,
         MODEL,
         random_model.NoText(MODEL.vocab_size),
-        settings=None,
+        policy=Dense(),
         max_sequences=batch,
         pages=10**6,
         max_length=PROMPT + MANY,

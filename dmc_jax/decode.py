@@ -21,6 +21,7 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts
 from dmc_jax.inference.requests import Event, Result
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.policies.choice import POLICIES
 
 _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
@@ -50,7 +51,10 @@ _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Slots per page: 8, 16, 32, .
 _WINDOW = flags.DEFINE_integer(
     "window", None, "Merge window in tokens, 0: unlimited; default: that of training."
 )
-_POLICY = flags.DEFINE_enum("policy", "dmc", ["dmc", "dense"], "dense: the model never merges.")
+_POLICY = flags.DEFINE_enum(
+    "policy", None, list(POLICIES), "What the cache keeps; default: what the model was trained for."
+)
+_BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object per prompt, and nothing else.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for these objects, one a line.")
 _TOKENIZER = flags.DEFINE_string(
@@ -73,6 +77,7 @@ def main() -> int:
             tokenizer=_TOKENIZER.value,
             page_size=_PAGE_SIZE.value,
             window=_WINDOW.value,
+            budget=_BUDGET.value,
         )
         for line in lines:
             engine.submit(line.prompt, line.params)  # ids count from 0, as the lines

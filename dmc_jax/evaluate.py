@@ -18,7 +18,8 @@ from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.tables import head_table
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.choice import policy_for
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -103,10 +104,9 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
         model.config,
         data,
         _SPLIT.value,
-        settings=model.settings,
+        policy=policy_for(model.settings, model.threshold),
         length=length,
         batch=_BATCH.value,
-        threshold=model.threshold,
         limit=_WINDOWS.value,
         dtype=model.metadata.compute_dtype,
         attention=evaluation_attention(run.attention, run.attention_block),

@@ -30,7 +30,8 @@ from dmc_jax.evaluation.report import write_report
 from dmc_jax.evaluation.tables import ComparisonRow, collapse, comparison_table, head_table
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.choice import policy_for
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import state_of
@@ -115,8 +116,7 @@ def measure(model: LoadedModel) -> Evaluation:
         model.config,
         data,
         "test",
-        settings=model.settings,
-        threshold=model.threshold,
+        policy=policy_for(model.settings, model.threshold),
         length=run.data.length,
         batch=16,
         dtype=run.compute_dtype,

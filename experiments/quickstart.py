@@ -29,8 +29,9 @@ from dmc_jax.evaluation.report import write_report
 from dmc_jax.evaluation.tables import head_table
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, count_parameters
+from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.policy import attend_whole
 from dmc_jax.training.loop import train
 
 logging.set_verbosity(logging.INFO)  # shows the progress of training
@@ -124,8 +125,7 @@ for name, loaded in {"dense": dense, "DMC": model}.items():
         loaded.config,
         data,
         "validation",
-        settings=loaded.settings,
-        threshold=loaded.threshold,
+        policy=policy_for(loaded.settings, loaded.threshold),
         length=run.data.length,
         batch=16,
         limit=128,
@@ -149,30 +149,29 @@ if "get_ipython" in globals():  # in a notebook
 
 # %% [markdown]
 # ## Which tokens share a slot
-# The attention function is an argument of the model. With hard decisions it returns, per layer, KV
-# head and token, whether the token was merged into the slot before it. Each pair of brackets is one
-# slot of the cache. A slot's average covers its last `window` tokens.
+# The attention function is an argument of the model. It returns, per layer, KV head and token,
+# whether the token took a slot of its own or was merged into the one before. Each pair of brackets
+# is one slot of the cache. A slot's average covers its last `window` tokens.
 
 # %%
 sentence = "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n"
 tokenizer = load_tokenizer(model.tokenizer)
 ids = encode_prompt(tokenizer, sentence)
-attend = modes.compressed(
-    model.config, model.settings, jnp.arange(len(ids))[None], threshold=model.threshold
-)
+policy = policy_for(model.settings, model.threshold)
+attend = attend_whole(policy, model.config, jnp.arange(len(ids))[None])
 output = Llama(model.config).apply({"params": model.params}, jnp.array([ids]), attend=attend)
-merged = np.concatenate([record.merged for record in output.records])[:, 0]  # [L, T, K]
+appends = np.concatenate([record.appends for record in output.records])[:, 0]  # [L, T, K]
 
 ratios = np.array(results["DMC"].ratio_by_head)  # [L, K]
 layer, head = np.unravel_index(np.abs(ratios - results["DMC"].ratio).argmin(), ratios.shape)
 slots = []
-for token, joins in zip(ids, merged[layer, :, head], strict=True):
+for token, opens in zip(ids, appends[layer, :, head], strict=True):
     text = "<s>" if token == tokenizer.bos_id else tokenizer.decode([token])
     text = text.replace("\n", "\\n")
-    if joins:
-        slots[-1] += f"|{text}"
-    else:
+    if opens:
         slots.append(text)
+    else:
+        slots[-1] += f"|{text}"
 print(f"layer {layer}, KV head {head}: {len(ids)} tokens in {len(slots)} slots")
 print("".join(f"[{slot}]" for slot in slots))
 

@@ -26,7 +26,7 @@ class Target:
 
 
 def current() -> Target:
-    """Says what the computation that is being traced will run on.
+    """Say what the computation that is being traced will run on.
 
     That is the device of the abstract mesh in use (`jax.sharding.use_abstract_mesh`), where that
     mesh names one: so is a program lowered for a GPU on a machine that has none. Otherwise it is

@@ -71,7 +71,7 @@ def time_chain(
     *,
     expected: float,
 ) -> tuple[Any, Timing]:
-    """Times calls of which each gets the result of the one before.
+    """Time calls of which each gets the result of the one before.
 
     Args:
         call: call(x, shared, one of `sets`) gives something of the shape and dtype of x.
@@ -177,7 +177,7 @@ def machine(command: str) -> dict[str, Any]:
 
 
 def source(command: str) -> str:
-    """Says in a line what settings come from: command, device, versions.
+    """Say in a line what settings come from: command, device, versions.
 
     Args:
         command: that timed them.
@@ -198,7 +198,7 @@ def result_file(name: str) -> Path:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a file as a whole: whoever is stopped meanwhile leaves the old one."""
+    """Write a file as a whole: whoever is stopped meanwhile leaves the old one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")

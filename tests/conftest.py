@@ -1,10 +1,14 @@
 """Eight fake CPU devices, so that sharding is tested on any machine; programs compile fast, once.
 
-The variables reach the programs that tests start, too.
+The variables reach the programs that tests start, too. Annotations are run.
 """
 
 import os
 import tempfile
+
+import pytest
+
+from tests import annotations
 
 # XLA reads both once, when jax first starts a backend; what the caller set (a GPU, say) is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +29,16 @@ _programs = tempfile.TemporaryDirectory(prefix="dmc_jax_programs_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+annotations.run()
+
+
+@pytest.fixture
+def annotations_aside():
+    """For tests of what a function says of bad input: its annotations would say it first."""
+    annotations.look_away(True)
+    yield
+    annotations.look_away(False)
 
 
 def pytest_unconfigure(config):

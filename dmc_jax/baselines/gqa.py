@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
-from dmc_jax.model.llama import layer_runs
+from dmc_jax.model.llama import layer_stacks
 
 
 def mean_pool_kv_heads(
@@ -45,20 +45,20 @@ def mean_pool_kv_heads(
         _pool_layer(layer, heads)
         for layer, heads in zip(_unstack(params, config), wanted.kv_heads_by_layer, strict=True)
     ]
-    # Layers that differed may be equal now, so that their runs become one.
-    runs = {
+    # Layers that differed may be equal now, so that their stacks become one.
+    stacks = {
         f"run_{index}": jax.tree.map(lambda *x: jnp.stack(x), *layers[first : first + length])
-        for index, (first, length, _) in enumerate(layer_runs(wanted))
+        for index, (first, length, _) in enumerate(layer_stacks(wanted))
     }
     others = {name: leaf for name, leaf in params.items() if not name.startswith("run_")}
-    return {**others, **runs}, wanted
+    return {**others, **stacks}, wanted
 
 
 def _unstack(params: Any, config: ModelConfig) -> list[Any]:
     """The parameters of every layer."""
     return [
         jax.tree.map(operator.itemgetter(i), params[f"run_{index}"])
-        for index, (_, length, _) in enumerate(layer_runs(config))
+        for index, (_, length, _) in enumerate(layer_stacks(config))
         for i in range(length)
     ]
 

@@ -1,10 +1,11 @@
 """What a slot holds: the weighted average of its segment, for all tokens at once or one by one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Tokens per block of the banded product that pools them.
 _POOL_BLOCK = 16
@@ -162,3 +163,114 @@ def merge_step(
     )
     total = segment.weights.sum(axis=-1)[..., None]
     return segment, segment.keys.sum(axis=-2) / total, segment.values.sum(axis=-2) / total
+
+
+def pool_chunk(
+    open_segment: OpenSegment,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    decisions: Float[Array, "B T K"],
+    omega: Float[Array, "B T K"],
+    counts: Int[Array, " B"],
+    window: int | None,
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Bool[Array, "B T K"], OpenSegment]:
+    """State of the open slot after every token, which may have begun before the chunk.
+
+    It is `pool` over the chunk with what the open segment remembers in front: its last W - 1
+    tokens, or for an unlimited window one token that stands for all.
+
+    Args:
+        open_segment: rows (B, K), before the chunk.
+        k, v: unrotated.
+        decisions: 1 merges, 0 appends. The first token of a row without a segment appends whatever
+            it says.
+        omega: importance of each token.
+        counts: tokens of each row that are not padding.
+        window: W, as given to `empty_segment`.
+
+    Returns:
+        (averaged keys, averaged values, float32; which tokens merge; the open segment after the
+        chunk's last real token).
+    """
+    B, T, K, H = k.shape
+    x = jnp.concatenate([k, v], axis=-1).astype(jnp.float32)  # [B, T, K, 2H]
+    merges = decisions.at[:, 0].multiply((open_segment.count > 0).astype(decisions.dtype))
+
+    weighted, weight, joins = _remembered(open_segment, window)  # [B, E, K, ...]
+    before = jnp.where(weight > 0, weight, 1.0)  # an absent token counts, but nothing joins it
+    together = functools.partial(jnp.concatenate, axis=1)
+    states = pool(
+        together([weighted / before[..., None], x]),
+        together([joins, merges]),
+        together([before, omega]),
+        window,
+    )[:, weight.shape[1] :]
+    after = _open_after(
+        open_segment,
+        together([weighted, omega[..., None] * x]),
+        together([weight, omega]),
+        merges,
+        counts,
+        window,
+    )
+    return states[..., :H], states[..., H:], merges > 0, after
+
+
+def _remembered(
+    segment: OpenSegment, window: int | None
+) -> tuple[Float[Array, "B E K 2*H"], Float[Array, "B E K"], Float[Array, "B E K"]]:
+    """An open segment as E tokens: weighted [key | value], weight, and whether it is a merge.
+
+    What the segment does not have has weight 0.
+    """
+    both = jnp.concatenate([segment.keys, segment.values], axis=-1)  # [B, K, W, 2H]
+    weights = segment.weights
+    if window:
+        # Token m of the segment is in ring entry m % W; these are its last W - 1.
+        token = segment.count[..., None] - (window - 1) + jnp.arange(window - 1)  # [B, K, E]
+        entry = token % window
+        both = jnp.take_along_axis(both, entry[..., None], axis=2)
+        weights = jnp.where(token >= 0, jnp.take_along_axis(weights, entry, axis=2), 0.0)
+        both = jnp.where(token[..., None] >= 0, both, 0.0)
+        joins = (token >= 1).astype(jnp.float32)
+    else:
+        joins = jnp.zeros_like(weights)
+    return both.swapaxes(1, 2), weights.swapaxes(1, 2), joins.swapaxes(1, 2)
+
+
+def _open_after(segment, weighted, weights, merges, counts, window) -> OpenSegment:
+    """The open segment after the last real token of the chunk.
+
+    Args:
+        segment: before the chunk, rows (B, K).
+        weighted, weights: [B, E + T, K, ...], of the remembered tokens and the chunk's.
+        merges: 0/1 [B, T, K].
+        counts: tokens of the chunk, [B].
+        window: W.
+    """
+    T, H = merges.shape[1], segment.keys.shape[-1]
+    E, counts = weights.shape[1] - T, counts[:, None]
+    token = jnp.arange(T)[:, None]
+    opens = (merges == 0) & (token < counts[..., None])
+    newest = jnp.where(opens, token, -1).max(axis=1)  # [B, K]: opened the segment; -1: an older did
+    count = jnp.where(newest >= 0, counts - newest, segment.count + counts)
+    if window:
+        # Ring entry r holds the newest token m of the segment with m % W = r.
+        age = (count[..., None] - 1 - jnp.arange(window)) % window  # [B, K, W]
+        index = (E + counts[..., None] - 1 - age).swapaxes(1, 2)  # [B, W, K]
+        there = (age < count[..., None]).swapaxes(1, 2)
+        weighted = jnp.take_along_axis(weighted, index[..., None], axis=1, mode="clip")
+        weights = jnp.take_along_axis(weights, index, axis=1, mode="clip")
+        weighted, weights = jnp.where(there[..., None], weighted, 0.0), jnp.where(there, weights, 0)
+    else:
+        index = jnp.arange(-E, T)[:, None]
+        inside = (index < counts[..., None]) & ((newest < 0)[:, None] | (index >= newest[:, None]))
+        weighted = jnp.where(inside[..., None], weighted, 0.0).sum(axis=1, keepdims=True)
+        weights = jnp.where(inside, weights, 0.0).sum(axis=1, keepdims=True)
+    weighted = weighted.swapaxes(1, 2)  # [B, K, W, 2H]
+    after = OpenSegment(weighted[..., :H], weighted[..., H:], weights.swapaxes(1, 2), count)
+
+    def unless_nothing_came(new, old):
+        return jnp.where((counts > 0)[(..., *(None,) * (new.ndim - 2))], new, old)
+
+    return jax.tree.map(unless_nothing_came, after, segment)

@@ -12,14 +12,14 @@ from absl import logging
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.attention import CausalAttention, causal_attention
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.losses import token_cross_entropy
 from dmc_jax.data.loader import evaluation_batches
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import load_tokenizer, token_bytes
 from dmc_jax.errors import UserError
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Policy, attend_whole, slots_taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Evaluation:
     ratio_by_head: tuple[tuple[float, ...], ...]  # [layer][KV head]
 
     def cache_bytes(self, config: ModelConfig, tokens: int, bytes_per_number: int = 2) -> float:
-        """Bytes of keys and values that `tokens` tokens take at the measured ratio."""
+        """Count the bytes of keys and values that `tokens` tokens take at the measured ratio."""
         return 2 * config.kv_rows * config.head_dim * bytes_per_number * tokens / self.ratio
 
 
@@ -46,10 +46,9 @@ def evaluate(
     data: PreparedData,
     split: str,
     *,
-    settings: DMCSettings | None,
+    policy: Policy,
     length: int,
     batch: int,
-    threshold: float = 0.0,
     limit: int | None = None,
     dtype: str = "float32",
     attention: CausalAttention = causal_attention,
@@ -61,13 +60,12 @@ def evaluate(
         config: its sizes.
         data: from `open_data`.
         split: "train", "validation" or "test".
-        settings: DMC settings for hard decisions; None: dense attention.
+        policy: what its rows keep.
         length: tokens per window; a window's first token always opens a slot.
         batch: windows at a time.
-        threshold: of hard decisions.
         limit: windows to read at most.
         dtype: of the forward pass.
-        attention: what computes the attention itself; see `model.attention`.
+        attention: what computes the attention itself; see `model.causal_attention`.
 
     Raises:
         UserError: the data has another vocabulary than the model.
@@ -79,23 +77,23 @@ def evaluate(
         )
     batches = evaluation_batches(data, split, length=length, batch=batch, limit=limit)
     bytes_of = token_bytes(load_tokenizer(data.tokenizer_path))
-    run = functools.partial(_evaluate_batch, config, settings, dtype, attention)
+    measure = functools.partial(_evaluate_batch, config, dtype, attention)
     nats = tokens = real_bytes = positions = windows = 0.0
-    merges = None
+    slots = None
     for numpy_batch in batches:
         on_device = {
             name: numpy_batch[name]
             for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
         }
-        batch_nats, batch_merges = jax.device_get(run(params, on_device, threshold))
+        batch_nats, batch_slots = jax.device_get(measure(params, on_device, policy))
         mask = numpy_batch["loss_mask"]
         nats += float(batch_nats)
         tokens += float(mask.sum())
         real_bytes += float((mask * bytes_of[numpy_batch["targets"]]).sum())
         positions += float((numpy_batch["segment_ids"] > 0).sum())
         windows += int((numpy_batch["window"] >= 0).sum())
-        merges = batch_merges if merges is None else jax.tree.map(np.add, merges, batch_merges)
-    slots = [positions - layer for run_merges in merges for layer in np.asarray(run_merges)]
+        slots = batch_slots if slots is None else jax.tree.map(np.add, slots, batch_slots)
+    slots = [layer for stack in slots for layer in np.asarray(stack)]
     return Evaluation(
         loss=nats / tokens,
         perplexity=math.exp(nats / tokens),
@@ -108,24 +106,16 @@ def evaluate(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _evaluate_batch(config, settings, dtype, attention, params, batch, threshold):
-    """Summed loss in nats, and merged tokens per KV head, one [layers, K] array per run."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate_batch(config, dtype, attention, params, batch, policy):
+    """Sum the loss in nats, and count slots per KV head, one [layers, K] array per stack."""
     where = batch["positions"], batch["segment_ids"]
-    if settings is None:
-        attend = modes.dense(config, *where, attention=attention)
-    else:
-        attend = modes.compressed(
-            config, settings, *where, threshold=threshold, attention=attention
-        )
+    attend = attend_whole(policy, config, *where, attention=attention)
     output = Llama(config, dtype=jnp.dtype(dtype)).apply(
         {"params": params}, batch["tokens"], attend=attend
     )
     nats = jnp.sum(batch["loss_mask"] * token_cross_entropy(output.logits, batch["targets"]))
-    if settings is None:
-        return nats, [jnp.zeros((1, k)) for k in config.kv_heads_by_layer]
-    real = (batch["segment_ids"] > 0).astype(jnp.float32)
-    return nats, modes.merged_tokens(output, real)
+    return nats, slots_taken(output, (batch["segment_ids"] > 0).astype(jnp.float32))
 
 
 def calibrate_threshold(
@@ -133,7 +123,7 @@ def calibrate_threshold(
     config: ModelConfig,
     data: PreparedData,
     *,
-    settings: DMCSettings,
+    policy: DMC,
     ratio: float,
     windows: int,
     length: int,
@@ -142,13 +132,14 @@ def calibrate_threshold(
     attention: CausalAttention = causal_attention,
     steps: int = 14,
 ) -> float:
-    """Threshold on the merge logit with which a model compresses by `ratio` on training text.
+    """Find the threshold with which a model compresses by `ratio` on training text.
 
     Decisions of a layer depend on those below it, so the whole model is run at each of `steps`
     bisections. A higher threshold merges less.
 
     Args:
-        params, config, data, settings, length, batch, dtype, attention: as in `evaluate`.
+        params, config, data, length, batch, dtype, attention: as in `evaluate`.
+        policy: with any threshold.
         ratio: wanted tokens per slot.
         windows: training windows to measure on.
         steps: bisections.
@@ -157,7 +148,7 @@ def calibrate_threshold(
         The threshold, to within the last bisection, at which the ratio still is at least `ratio`;
         0, with a warning, where even merging nearly everything falls short of it.
     """
-    bracket = settings.offset + 10.0  # beyond it sigmoid is 0 or 1 to four digits
+    bracket = policy.settings.offset + 10.0  # beyond it sigmoid is 0 or 1 to four digits
     low, high = -bracket, bracket  # low merges more
     for _ in range(steps):
         middle = 0.5 * (low + high)
@@ -166,10 +157,9 @@ def calibrate_threshold(
             config,
             data,
             "train",
-            settings=settings,
+            policy=dataclasses.replace(policy, threshold=middle),
             length=length,
             batch=batch,
-            threshold=middle,
             limit=windows,
             dtype=dtype,
             attention=attention,

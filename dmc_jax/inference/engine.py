@@ -5,9 +5,7 @@ Sequences join and leave between steps, and what one says does not depend on who
 """
 
 import collections
-import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +14,6 @@ import jax
 
 from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, load_tokenizer_of
 from dmc_jax.config import ModelConfig, to_dict
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.inference.requests import (
@@ -31,6 +28,8 @@ from dmc_jax.inference.requests import (
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import Snapshot
+from dmc_jax.policies.choice import describe, policy_for
+from dmc_jax.policies.policy import Policy
 
 
 class Engine:
@@ -46,24 +45,22 @@ class Engine:
         config: ModelConfig,
         tokenizer: Tokenizer,
         *,
-        settings: DMCSettings | None,
+        policy: Policy,
         max_sequences: int,
-        threshold: float = 0.0,
         pages: int | None = None,
         kv_bytes: int | None = None,
         page_size: int = 16,
         max_length: int | None = None,
         dtype: str = "float32",
     ):
-        """Allocates the cache.
+        """Allocate the cache.
 
         Args:
             params: of the model.
             config: its sizes.
             tokenizer: of prompts and texts; its EOS ends a sequence.
-            settings: DMC settings; None: a dense model.
+            policy: what the rows of the cache keep.
             max_sequences: that run at a time; others wait.
-            threshold: of hard decisions; infinity never merges.
             pages: in the pool. More than all sequences could fill are not allocated.
             kv_bytes: the pool's size in bytes instead of pages.
             page_size: slots per page, a power of two of 8 or more.
@@ -72,7 +69,7 @@ class Engine:
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
-                sequence, a length that the model does not know, or what `cache.init` refuses.
+                sequence, a length that the model does not know, or what `paged_cache.init` refuses.
         """
         self.config, self.tokenizer = config, tokenizer
         self.max_sequences, self.page_size = max_sequences, page_size
@@ -83,17 +80,16 @@ class Engine:
             )
         self._sizes = {"vocab_size": config.vocab_size, "max_length": self.max_length}
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
-        self._model = {"model": to_dict(config), "dmc": settings and to_dict(settings)}
-        self._model |= {"threshold": threshold, "dtype": dtype, "page_size": page_size}
+        self._model = {"model": to_dict(config), "policy": describe(policy)}
+        self._model |= {"dtype": dtype, "page_size": page_size}
         self._model = json.loads(json.dumps(self._model))
         self._scheduler = Scheduler(
             params,
             config,
             tokenizer,
-            settings=settings,
-            threshold=threshold,
+            policy=policy,
             dtype=dtype,
-            slots=max_sequences,
+            seats=max_sequences,
             page_size=page_size,
             pages=pages,
             kv_bytes=kv_bytes,
@@ -109,48 +105,45 @@ class Engine:
         *,
         kv_bytes: int = 2**28,
         max_sequences: int = 8,
-        policy: str = "dmc",
+        policy: str | None = None,
         tokenizer: str | os.PathLike | None = None,
         dtype: str | None = None,
         window: int | None = None,
+        budget: int | None = None,
         **options: Any,
     ) -> "Engine":
-        """An engine for a checkpoint, ours or of another format.
+        """Make an engine for a checkpoint, ours or of another format.
 
         Args:
             path: as in `find_model`, or the model found or loaded already.
             kv_bytes: of keys and values in the pool.
             max_sequences: that run at a time.
-            policy: "dmc", or "dense" to let the same model take a slot for every token.
+            policy: a name in `policies.choice`, such as "dense" to let a DMC model take a slot for
+                every token; None: what the model was trained for.
             tokenizer: its file; None: where it was in training, or came along.
             dtype: of the forward pass and the cache; None: that of training, but float32 on a
                 CPU, where XLA copies the whole pool to write to a bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
+            budget: slots of a row, for "tova".
             options: `page_size`, `max_length` of the engine.
 
         Raises:
             UserError: no checkpoint there, another tokenizer, an unknown policy, or as for an
                 engine.
         """
-        if policy not in ("dmc", "dense"):
-            raise UserError(f"policy: expected dmc or dense, got {policy!r}")
         model = path if isinstance(path, StoredModel) else find_model(path)
-        settings = model.settings
+        keeps = policy_for(
+            model.settings, model.threshold, name=policy, window=window, budget=budget
+        )
         if dtype is None:
             on_cpu = jax.default_backend() == "cpu"
             dtype = "float32" if on_cpu else model.metadata.compute_dtype
-        if window is not None and settings is not None:
-            if window < 0:
-                raise UserError(f"window: expected tokens, or 0 for no limit, got {window}")
-            settings = dataclasses.replace(settings, window=window or None)
         text = load_tokenizer_of(model, tokenizer)
         return cls(
             model.params if isinstance(model, LoadedModel) else model.load(dtype=dtype).params,
             model.config,
             text,
-            settings=settings,
-            # It stays a DMC model that never merges: no head reads the channel that decides.
-            threshold=model.threshold if policy == "dmc" else math.inf,
+            policy=keeps,
             kv_bytes=kv_bytes,
             max_sequences=max_sequences,
             dtype=dtype,
@@ -161,17 +154,17 @@ class Engine:
 
     @property
     def unfinished(self) -> list[int]:
-        """Ids of the sequences that run or wait, oldest first."""
+        """List the ids of the sequences that run or wait, oldest first."""
         return [request.id for request in self._scheduler.unfinished()]
 
     @property
     def running(self) -> list[int]:
-        """Ids of those in the cache, oldest first."""
+        """List the ids of those in the cache, oldest first."""
         return [request.id for request in self._scheduler.running()]
 
     @property
     def free_pages(self) -> int:
-        """Of the pool: those that no sequence holds."""
+        """Count the pages of the pool that no sequence holds."""
         return int(self._scheduler.tally().free)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
@@ -205,7 +198,7 @@ class Engine:
                 self._scheduler.end(request, "cancelled")
 
     def snapshot(self, sequence: int) -> Snapshot:
-        """All that there is of a sequence, which itself goes on.
+        """Copy all that there is of a sequence, which itself goes on.
 
         Args:
             sequence: an id from `submit`.

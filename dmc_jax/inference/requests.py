@@ -7,14 +7,9 @@ from typing import NamedTuple
 
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
 from dmc_jax.errors import UserError
-from dmc_jax.inference.sampling import (
-    SamplingParams,
-    TextState,
-    begin_text,
-    end_text,
-    extend_text,
-)
+from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import CachedRows, Snapshot
+from dmc_jax.inference.text import TextState, begin_text, end_text, extend_text
 
 Prompt = str | Sequence[int]  # text, or token ids with BOS
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
@@ -68,7 +63,7 @@ class Request:
     text: TextState
     submitted: float  # seconds, as the times below
     id: int = -1
-    slot: int | None = None  # of the cache; None: it waits
+    seat: int | None = None  # in the cache; None: it waits
     tokens: list[int] = dataclasses.field(default_factory=list)
     parts: list[str] = dataclasses.field(default_factory=list)  # of the text
     first_time: float | None = None
@@ -163,7 +158,7 @@ def resumed_request(
     request.inherited, request.first_time = len(snapshot.tokens), None
     request.rows = snapshot.rows
     if snapshot.rows is not None:
-        request.pages_wanted = len(snapshot.rows.k_pages)
+        request.pages_wanted = snapshot.rows.pages.count
     return request
 
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmc_jax.config import ModelConfig
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer
-from dmc_jax.inference import batch as batch_module
-from dmc_jax.inference.batch import Tally
+from dmc_jax.inference import programs
+from dmc_jax.inference.programs import Tally
 from dmc_jax.inference.requests import Event, Request, finish, take_token
 from dmc_jax.inference.snapshot import CachedRows, copy_out
 from dmc_jax.model.llama import unstack_layers
+from dmc_jax.policies.policy import Policy
 
 
 class Scheduler:
@@ -33,43 +33,41 @@ class Scheduler:
         config: ModelConfig,
         tokenizer: Tokenizer,
         *,
-        settings: DMCSettings | None,
-        threshold: float,
+        policy: Policy,
         dtype: str,
-        slots: int,
+        seats: int,
         page_size: int,
         **pool: int | None,
     ):
-        """Allocates the cache.
+        """Allocate the cache.
 
         Args:
             params: of the model.
             config: its sizes.
             tokenizer: of the texts; its EOS ends a sequence.
-            settings: DMC settings; None: a dense model.
-            threshold: of hard decisions.
+            policy: of the cache.
             dtype: of the forward pass, keys and values.
-            slots: sequences that run at a time.
+            seats: sequences that run at a time.
             page_size: slots per page.
-            pool: `pages`, `kv_bytes` and `max_length`, as in `batch.init`.
+            pool: `pages`, `kv_bytes` and `max_length`, as in `programs.init`.
 
         Raises:
-            UserError: as in `batch.init`.
+            UserError: as in `programs.init`.
         """
         self._params = unstack_layers(params, config, jnp.dtype(dtype))
         self._config, self._tokenizer, self._page_size = config, tokenizer, page_size
-        self._options = {"settings": settings, "threshold": threshold, "dtype": dtype}
+        self._options = {"policy": policy, "dtype": dtype}
         self._empty_batch = functools.partial(
-            batch_module.init,
+            programs.init,
             config,
-            settings,
-            slots=slots,
+            policy,
+            seats=seats,
             page_size=page_size,
             dtype=dtype,
             **pool,
         )
         self._queue: collections.deque[Request] = collections.deque()  # by age
-        self._slots: list[Request | None] = [None] * slots
+        self._seats: list[Request | None] = [None] * seats
         self._events: list[Event] = []  # that the next step reports
         self._reset()
 
@@ -79,7 +77,7 @@ class Scheduler:
 
     def running(self) -> list[Request]:
         """Those in the cache, oldest first."""
-        return sorted(filter(None, self._slots), key=lambda request: request.id)
+        return sorted(filter(None, self._seats), key=lambda request: request.id)
 
     def unfinished(self) -> list[Request]:
         """Those that run or wait, oldest first."""
@@ -88,18 +86,18 @@ class Scheduler:
         return [*self.running(), *self._queue]
 
     def tally(self) -> Tally:
-        """What the cache holds, in NumPy; the slots of those who left are empty then."""
+        """What the cache holds, in NumPy; the seats of those who left are empty then."""
         if self._counts is None or self._leaving.any():
-            self._batch, counts = batch_module.release(self._batch, self._leaving)
+            self._batch, counts = programs.release(self._batch, self._leaving)
             self._leaving = np.zeros_like(self._leaving)
             self._counts = jax.device_get(counts)
         return self._counts
 
     def rows(self, request: Request) -> CachedRows | None:
         """A copy of what a request has in the cache, or will put there; None: it is to be read."""
-        if request.slot is None:
+        if request.seat is None:
             return request.rows
-        return copy_out(self._batch.cache, request.slot)
+        return copy_out(self._batch.cache, request.seat)
 
     def end(self, request: Request, reason: str) -> None:
         """End a request; the next step reports it."""
@@ -131,16 +129,16 @@ class Scheduler:
     def _reset(self) -> None:
         for request in reversed(self.running()):
             self._requeue(request)
-        self._slots = [None] * len(self._slots)
-        self._leaving = np.zeros(len(self._slots), bool)  # slots that are to be emptied
+        self._seats = [None] * len(self._seats)
+        self._leaving = np.zeros(len(self._seats), bool)  # seats that are to be emptied
         self._counts: Tally | None = None  # None: the cache has changed since
         self._batch = self._empty_batch()
 
     def _leave(self, request: Request) -> None:
-        if request.slot is not None:
+        if request.seat is not None:
             # Emptied when the engine next counts: ending a sequence never waits for the device.
-            self._slots[request.slot], self._leaving[request.slot] = None, True
-            request.slot = None
+            self._seats[request.seat], self._leaving[request.seat] = None, True
+            request.seat = None
         elif request in self._queue:
             self._queue.remove(request)
 
@@ -149,13 +147,13 @@ class Scheduler:
         self._queue.appendleft(request)
 
     def _may_take(self) -> int:  # pages, in the next step
-        return int(sum(self.tally().may_take[request.slot] for request in self.running()))
+        return int(sum(self.tally().may_take[request.seat] for request in self.running()))
 
     # ---- one step -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self._queue and None in self._slots and self._fits(self._queue[0]):
-            self._join(self._queue[0], self._slots.index(None))
+        while self._queue and None in self._seats and self._fits(self._queue[0]):
+            self._join(self._queue[0], self._seats.index(None))
 
     def _fits(self, request: Request) -> bool:
         if not self.running():
@@ -165,20 +163,22 @@ class Scheduler:
         tokens = len(request.prompt) + len(request.tokens)
         # Every row begins a page that it does not fill.
         expected = tokens * slots_per_token / self._page_size + self._config.kv_rows
+        _, rows, most = self._batch.cache.page_table.shape
+        expected = min(expected, rows * most)
         return max(expected, request.pages_wanted) + self._may_take() <= counts.free
 
-    def _join(self, request: Request, slot: int) -> None:
+    def _join(self, request: Request, seat: int) -> None:
         free = int(self.tally().free)
         self._queue.popleft()
-        self._slots[slot], request.slot = request, slot
+        self._seats[seat], request.seat = request, seat
         self._counts, token = None, None
         if request.rows is not None:
-            self._batch = batch_module.put_back(self._config, self._batch, request)
+            self._batch = programs.put_back(self._config, self._batch, request)
         else:
-            self._batch, token = batch_module.read_prompt(
+            self._batch, token = programs.read_prompt(
                 self._params, self._config, self._batch, request, **self._options
             )
-        if not self.tally().failed[slot]:
+        if not self.tally().failed[seat]:
             request.rows = None
             if token is not None:
                 self._take(request, int(token))
@@ -192,27 +192,27 @@ class Scheduler:
         """Send the youngest away until the next step cannot run out of pages."""
         while len(running := self.running()) > 1 and self._may_take() > self.tally().free:
             youngest = running[-1]
-            counts, slot = self.tally(), youngest.slot
+            counts, seat = self.tally(), youngest.seat
             # With fewer it would be sent away again at once.
-            youngest.pages_wanted = int(counts.pages[slot] + counts.may_take[slot])
+            youngest.pages_wanted = int(counts.pages[seat] + counts.may_take[seat])
             self._requeue(youngest)
 
     def _decode(self) -> None:
         self.tally()  # which empties the slots of those who left
-        columns = batch_module.columns(self._slots)
-        self._batch, chosen, counts = batch_module.next_tokens(
+        columns = programs.columns(self._seats)
+        self._batch, chosen, counts = programs.next_tokens(
             self._params, self._config, self._batch, *columns, **self._options
         )
         chosen, self._counts = jax.device_get((chosen, counts))
         for request in self.running():
-            if self._counts.failed[request.slot]:
+            if self._counts.failed[request.seat]:
                 # There was room for all but a single sequence, which has the whole pool.
                 self.end(request, "pages")
             else:
-                self._take(request, int(chosen[request.slot]))
+                self._take(request, int(chosen[request.seat]))
 
     def _take(self, request: Request, token: int) -> None:
-        request.usage = batch_module.usage(self._batch.cache, self._counts, request.slot)
+        request.usage = programs.usage(self._batch.cache, self._counts, request.seat)
         self._events.append(take_token(request, token, self._tokenizer))
         if self._events[-1].finish_reason:
             self._leave(request)

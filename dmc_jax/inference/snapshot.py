@@ -1,8 +1,8 @@
 """A sequence taken out of an engine: to put it on disk, or to let it go on twice.
 
 A snapshot has all that the sequence was given and has said, and if it was in the cache, its slots
-and open segments. These do not say which pages they came from: any engine with the same model and
-the same size of pages can take them in, and then goes on as the first would have.
+and what its rows remember beside them. These do not say which pages they came from: any engine with
+the same model, policy and size of pages can take them in, and then goes on as the first would have.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from dmc_jax.core.dmc import OpenSegment
 from dmc_jax.errors import UserError
 from dmc_jax.files import appears_when_complete
-from dmc_jax.inference.cache import PagedCache, pages_of, reserve
+from dmc_jax.inference.paged_cache import PagedCache, pages_of, reserve
+from dmc_jax.inference.pages import Pages
 from dmc_jax.inference.sampling import SamplingParams
 
 
@@ -29,10 +29,9 @@ from dmc_jax.inference.sampling import SamplingParams
 class CachedRows:
     """The rows of one sequence, in NumPy; n is the number of their pages."""
 
-    k_pages: Float[np.ndarray, "n page H"]  # of the first row, then of the second, ...
-    v_pages: Float[np.ndarray, "n page H"]
+    pages: Pages  # n of them: those of the first row, then of the second, ...
     lengths: Int[np.ndarray, " R"]
-    open_segment: OpenSegment | None  # rows (R,)
+    state: Mapping[str, np.ndarray]  # the leaves of the policy's state, of rows (R,)
     position: int  # tokens read
 
 
@@ -94,81 +93,88 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
         raise UserError(f"{path} is not a snapshot of a sequence: {error}") from error
 
 
-def copy_out(cache: PagedCache, slot: int) -> CachedRows:
-    """The rows of one sequence; it stays where it is.
+def copy_out(cache: PagedCache, seat: int) -> CachedRows:
+    """Copy the rows of one sequence; it stays where it is.
 
     Args:
         cache: is only read.
-        slot: of the sequence.
+        seat: of the sequence.
     """
-    table, lengths, segment, position = jax.device_get(
+    table, lengths, state, position = jax.device_get(
         jax.tree.map(
-            lambda x: x[slot],
-            (cache.page_table, cache.lengths, cache.open_segment, cache.position),
+            lambda x: x[seat], (cache.page_table, cache.lengths, cache.state, cache.position)
         )
     )
     ids = _owned(table, lengths, cache)
-    pages = _padded(ids, 0)
+    pages = jax.device_get(cache.pages.take(_padded(ids, 0)))
     return CachedRows(
-        k_pages=np.asarray(cache.k_pages[pages])[: ids.size],
-        v_pages=np.asarray(cache.v_pages[pages])[: ids.size],
+        pages=jax.tree.map(lambda x: x[: ids.size], pages),
         lengths=lengths,
-        open_segment=segment,
+        state={jax.tree_util.keystr(path): leaf for path, leaf in _leaves(state)},
         position=int(position),
     )
 
 
-def copy_in(cache: PagedCache, rows: CachedRows, slot: int) -> PagedCache:
-    """Put rows into a slot, with pages from the free list.
+def copy_in(cache: PagedCache, rows: CachedRows, seat: int) -> PagedCache:
+    """Put rows into a seat, with pages from the free list.
 
     Args:
         cache: given up.
-        rows: of a cache with pages of the same size and dtype.
-        slot: empty.
+        rows: of a cache for an equal policy, with pages of the same size and dtype.
+        seat: empty.
 
     Returns:
-        The cache; without enough pages the sequence is marked as `failed`.
+        The cache; without enough pages the seat is marked as `failed`.
     """
-    slot = np.int32(slot)
-    cache = _reserve(cache, rows.lengths, slot)
+    seat = np.int32(seat)
+    cache = _reserve(cache, rows.lengths, seat)
     table, granted, failed = jax.device_get(
-        (cache.page_table[slot], cache.lengths[slot], cache.failed[slot])
+        (cache.page_table[seat], cache.lengths[seat], cache.failed[seat])
     )
     if failed:
         return cache
     ids = _owned(table, granted, cache)
-    outside = cache.free_pages.size  # a page that does not exist is not written
-    pages = [np.zeros((_bucket(ids.size), *x.shape[1:]), x.dtype) for x in (rows.k_pages,) * 2]
-    for padded, page in zip(pages, (rows.k_pages, rows.v_pages), strict=True):
-        padded[: ids.size] = page
-    return _write(cache, _padded(ids, outside), *pages, rows.open_segment, rows.position, slot)
+    outside = cache.pages.count  # a page that does not exist is not written
+    more = _bucket(ids.size) - ids.size
+
+    def padded(x):
+        return np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1))
+
+    pages = jax.tree.map(padded, rows.pages)
+    return _write(cache, _padded(ids, outside), pages, rows.state, rows.position, seat)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _reserve(cache: PagedCache, lengths: Array, slot: Array) -> PagedCache:
+def _reserve(cache: PagedCache, lengths: Array, seat: Array) -> PagedCache:
     most = cache.page_table.shape[2]
-    return reserve(cache, lengths[None], sequences=slot[None], most=most)[0]
+    return reserve(cache, lengths[None], seats=seat[None], most=most)[0]
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _write(cache, ids, k_pages, v_pages, segment, position, slot) -> PagedCache:
+def _write(cache, ids, pages, state, position, seat) -> PagedCache:
+    def row_written(path, x):
+        return x.at[seat].set(state[jax.tree_util.keystr(path)])
+
     return dataclasses.replace(
         cache,
-        k_pages=cache.k_pages.at[ids].set(k_pages, mode="drop"),
-        v_pages=cache.v_pages.at[ids].set(v_pages, mode="drop"),
-        open_segment=jax.tree.map(lambda x, new: x.at[slot].set(new), cache.open_segment, segment),
-        position=cache.position.at[slot].set(position),
+        pages=cache.pages.put(ids, pages),
+        state=jax.tree_util.tree_map_with_path(row_written, cache.state),
+        position=cache.position.at[seat].set(position),
     )
 
 
+def _leaves(state):
+    return jax.tree_util.tree_flatten_with_path(state)[0]
+
+
 def _owned(table: np.ndarray, lengths: np.ndarray, cache: PagedCache) -> Int[np.ndarray, " n"]:
-    """Pages of a sequence, those of its first row first."""
-    owned = np.arange(table.shape[1]) < pages_of(lengths, cache.k_pages.shape[1])[:, None]
+    """List the pages of a sequence, those of its first row first."""
+    owned = np.arange(table.shape[1]) < pages_of(lengths, cache.pages.page_size)[:, None]
     return table[owned]
 
 
 def _padded(ids: np.ndarray, filler: int) -> np.ndarray:
-    """Padded to a power of two, so that few lengths ever compile."""
+    """Pad to a power of two, so that few lengths ever compile."""
     return np.pad(ids, (0, _bucket(ids.size) - ids.size), constant_values=filler)
 
 
@@ -180,30 +186,35 @@ def _bucket(n: int) -> int:
 
 # NumPy's files know no bfloat16: its bits are kept, and their dtype says what they are.
 _BITS = np.uint16
+_STATE = "state"  # before the names of its leaves
 
 
 def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
-    bfloat16 = rows.k_pages.dtype == jnp.bfloat16
-    segment = {} if rows.open_segment is None else vars(rows.open_segment)
     return {
-        "k_pages": rows.k_pages.view(_BITS) if bfloat16 else rows.k_pages,
-        "v_pages": rows.v_pages.view(_BITS) if bfloat16 else rows.v_pages,
+        "k_pages": _as_bits(rows.pages.k),
+        "v_pages": _as_bits(rows.pages.v),
         "lengths": rows.lengths,
         "position": np.array(rows.position),
-        **{f"open_segment.{name}": np.asarray(value) for name, value in segment.items()},
+        **{_STATE + name: np.asarray(leaf) for name, leaf in rows.state.items()},
     }
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedRows:
-    segment = {
-        name.removeprefix("open_segment."): array
-        for name, array in arrays.items()
-        if name.startswith("open_segment.")
-    }
-    pages = [arrays["k_pages"], arrays["v_pages"]]
     return CachedRows(
-        *(x.view(jnp.bfloat16) if x.dtype == _BITS else x for x in pages),
+        pages=Pages(_as_numbers(arrays["k_pages"]), _as_numbers(arrays["v_pages"])),
         lengths=arrays["lengths"],
-        open_segment=OpenSegment(**segment) if segment else None,
+        state={
+            name.removeprefix(_STATE): array
+            for name, array in arrays.items()
+            if name.startswith(_STATE)
+        },
         position=int(arrays["position"]),
     )
+
+
+def _as_bits(x: np.ndarray) -> np.ndarray:
+    return x.view(_BITS) if x.dtype == jnp.bfloat16 else x
+
+
+def _as_numbers(x: np.ndarray) -> np.ndarray:
+    return x.view(jnp.bfloat16) if x.dtype == _BITS else x

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from dmc_jax.errors import UserError
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.interop.source import Source
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.policy import attend_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +53,16 @@ def logits_of(source: Source, prompts: list[list[int]]) -> list[Float[np.ndarray
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    logits = []
+    policy, logits = policy_for(source.settings, source.threshold), []
     for row, prompt in zip(tokens, prompts, strict=True):
-        padded = _forward(source.config, source.settings, params, source.threshold, row[None])
+        padded = _forward(source.config, params, policy, row[None])
         logits.append(np.asarray(padded[0, : len(prompt)]))
     return logits
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"))
-def _forward(config, settings, params, threshold, tokens):
-    positions = jnp.arange(tokens.shape[1])[None]
-    if settings is None:
-        attend = modes.dense(config, positions)
-    else:
-        attend = modes.compressed(config, settings, positions, threshold=threshold)
+@functools.partial(jax.jit, static_argnames="config")
+def _forward(config, params, policy, tokens):
+    attend = attend_whole(policy, config, jnp.arange(tokens.shape[1])[None])
     return Llama(config).apply({"params": params}, tokens, attend=attend).logits
 
 

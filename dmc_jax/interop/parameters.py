@@ -15,7 +15,7 @@ import numpy as np
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
 from dmc_jax.interop.source import Source, Tensor
-from dmc_jax.model.llama import layer_runs
+from dmc_jax.model.llama import layer_stacks
 
 # Bytes of a part of a tensor that is transposed, converted or written at a time.
 PART_BYTES = 2**24
@@ -76,11 +76,11 @@ def places(config: ModelConfig) -> dict[str, Place]:
         return Place(leaf, layer, shape, foreign, transposed)
 
     table = {"model.embed_tokens.weight": place(*_OF_MODEL["model.embed_tokens.weight"], None)}
-    for run, (first, length, kv_heads) in enumerate(layer_runs(config)):
+    for stack, (first, length, kv_heads) in enumerate(layer_stacks(config)):
         for layer in range(length):
             for name, (leaf, axes) in _OF_LAYER.items():
                 full = f"model.layers.{first + layer}.{name}"
-                table[full] = place(f"run_{run}.{leaf}", axes, layer, kv_heads)
+                table[full] = place(f"run_{stack}.{leaf}", axes, layer, kv_heads)
     table["model.norm.weight"] = place(*_OF_MODEL["model.norm.weight"], None)
     if not config.tied_embeddings:
         table["lm_head.weight"] = place(*_OF_MODEL["lm_head.weight"], None)
@@ -89,7 +89,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of our parameters, by dotted path."""
-    lengths = {f"run_{run}": length for run, (_, length, _) in enumerate(layer_runs(config))}
+    lengths = {f"run_{stack}": length for stack, (_, length, _) in enumerate(layer_stacks(config))}
     return {
         place.leaf: place.shape
         if place.layer is None

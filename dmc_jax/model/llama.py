@@ -1,8 +1,8 @@
 """A Llama in Flax Linen whose attention is an argument.
 
-`Llama.apply(variables, tokens, attend=...)`: the same parameters serve the dense model, the three
-ways of DMC training and evaluation, and decoding from a cache; `dmc_jax.model.modes` has the
-attention functions. Layers of equal shape are stacked [run, ...] and scanned.
+`Llama.apply(variables, tokens, attend=...)`: the same parameters serve every policy in training and
+evaluation (`policies.policy.attend_whole`), and decoding from a cache. Layers of equal shape are a
+stack, which is scanned.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Attend(Protocol):
 
     q [B, T, N, H], k and v [B, T, K, H] come before rotation. `layer` is the index of the layer,
     traced. `state` is threaded from layer to layer (a cache in decoding, None in training);
-    `record` is returned stacked over the layers of a run.
+    `record` is returned stacked over the layers of a stack.
     """
 
     def __call__(
@@ -37,21 +37,21 @@ class Attend(Protocol):
 
 
 class ModelOutput(NamedTuple):
-    """Result of a forward pass; `records` has one entry per run of equal layers."""
+    """Result of a forward pass; `records` has one entry per stack."""
 
     logits: Float[Array, "B T V"]
     state: Any
     records: tuple[Any, ...]
 
 
-def layer_runs(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
-    """Runs of consecutive layers with equal KV heads: (first layer, layers, KV heads) each."""
-    runs, first = [], 0
+def layer_stacks(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
+    """Group consecutive layers with equal KV heads: (first layer, layers, KV heads) each."""
+    stacks, first = [], 0
     for kv_heads, group in itertools.groupby(config.kv_heads_by_layer):
         length = len(list(group))
-        runs.append((first, length, kv_heads))
+        stacks.append((first, length, kv_heads))
         first += length
-    return tuple(runs)
+    return tuple(stacks)
 
 
 def _init(std: float = _INIT_STD) -> Callable:
@@ -193,8 +193,8 @@ class Llama(nn.Module):
             only: index of the token of each sequence whose logits are wanted; None: all.
 
         Returns:
-            Logits in float32 (T is 1 with `only`), the final state, and the records of each run
-            [layers of run, ...], or of each layer where they are not stacked.
+            Logits in float32 (T is 1 with `only`), the final state, and the records of each stack
+            [layers, ...], or of each layer where they are not stacked.
         """
         c = self.config
         embedding = self.param("embedding", _init(), (c.vocab_size, c.width))
@@ -204,11 +204,12 @@ class Llama(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
         records = []
         if self.stacked:
-            for index, (first, length, kv_heads) in enumerate(layer_runs(c)):
-                stack = nn.scan(
+            for index, (first, length, kv_heads) in enumerate(layer_stacks(c)):
+                # The names of the parameters are those of checkpoints, from before "stack".
+                scanned = nn.scan(
                     block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
                 )(c, kv_heads, attend, self.sharding, name=f"run_{index}")
-                (x, state), record = stack((x, state), first + jnp.arange(length))
+                (x, state), record = scanned((x, state), first + jnp.arange(length))
                 records.append(record)
         else:
             for layer, kv_heads in enumerate(c.kv_heads_by_layer):
@@ -254,9 +255,9 @@ def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
         return x if path[-1].key == "scale" else x.astype(dtype)
 
     unstacked = {name: leaf for name, leaf in params.items() if not name.startswith("run_")}
-    for run, (first, length, _) in enumerate(layer_runs(config)):
-        for i in range(length) if f"run_{run}" in params else ():
-            one = jax.tree.map(operator.itemgetter(i), params[f"run_{run}"])
+    for stack, (first, length, _) in enumerate(layer_stacks(config)):
+        for i in range(length) if f"run_{stack}" in params else ():
+            one = jax.tree.map(operator.itemgetter(i), params[f"run_{stack}"])
             unstacked[f"layer_{first + i}"] = one
     return jax.tree_util.tree_map_with_path(narrowed, unstacked)
 

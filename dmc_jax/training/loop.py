@@ -20,7 +20,7 @@ from dmc_jax.data.loader import longest_document, training_batches
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.files import write_text
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.model.sharding import batch_sharding, make_mesh
 from dmc_jax.training import metrics, stages, starts

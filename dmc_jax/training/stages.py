@@ -10,7 +10,8 @@ from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.config import RunConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
-from dmc_jax.model.attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.policies.choice import policy_for
 from dmc_jax.training.optimizer import zero_decision_rows
 from dmc_jax.training.state import TrainState
 
@@ -53,7 +54,7 @@ def assess(
     Returns:
         Fields `threshold` and `validation` of `Metadata`.
     """
-    settings = None if stage == "pretrain" else run.dmc
+    policy = policy_for(None if stage == "pretrain" else run.dmc)
     rows = min(run.data.batch // run.accumulation, run.eval_windows)
     common = {
         "length": run.data.length,
@@ -67,18 +68,18 @@ def assess(
             params,
             run.model,
             data,
-            settings=settings,
+            policy=policy,
             ratio=run.compression.ratio,
             windows=run.compression.calibration_windows,
             **common,
         )
+        policy = policy_for(run.dmc, threshold)
     measured = evaluate(
         params,
         run.model,
         data,
         "validation",
-        settings=settings,
-        threshold=threshold,
+        policy=policy,
         limit=run.eval_windows,
         **common,
     )

@@ -13,10 +13,12 @@ from dmc_jax.config import STAGES, ModelConfig, RunConfig
 from dmc_jax.core.attention import CausalAttention
 from dmc_jax.core.losses import compression_loss, distillation, token_cross_entropy
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
-from dmc_jax.model import modes
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
 from dmc_jax.model.sharding import shardings
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import attend_whole, decision_means
 from dmc_jax.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -30,7 +32,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     teacher: ModelConfig | None = None,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
-    """The jitted step of a stage, `(state, batch, teacher_params) -> (state, metrics)`.
+    """Make the jitted step of a stage, `(state, batch, teacher_params) -> (state, metrics)`.
 
     The state is donated. Everything that changes with time is a function of `state.step`; the noise
     key comes from (seed, stage, step) and, inside the model, the layer. So a resumed run repeats an
@@ -130,7 +132,7 @@ def _loss(
     metrics = {"loss": loss}
     if teacher is not None:
         where = batch["positions"], batch["segment_ids"]
-        attend = modes.dense(teacher, *where, attention=_attention(run, mesh))
+        attend = attend_whole(Dense(), teacher, *where, attention=_attention(run, mesh))
         wanted = _forward(run, teacher, mesh, teacher_params, batch["tokens"], attend).logits
         divergence = jnp.sum(mask * distillation(output.logits, jax.lax.stop_gradient(wanted)))
         metrics["distillation"] = divergence / tokens
@@ -138,11 +140,11 @@ def _loss(
     if stage in ("retrofit", "finetune"):
         at = step if stage == "retrofit" else run.stage(stage).steps
         target, prior = compression_target(at, run.stage(stage).steps, run.compression.ratio)
-        hinge = compression_loss(modes.decision_means(output), prior, run.compression.per_layer)
+        hinge = compression_loss(decision_means(output), prior, run.compression.per_layer)
         metrics["compression_loss"] = hinge / run.accumulation
         metrics["target_ratio"] = target / run.accumulation
-        merged = jnp.concatenate([record.merged.mean(axis=(1, 2, 3)) for record in output.records])
-        metrics["merged"] = merged / run.accumulation  # [L]
+        appended = [record.appends.mean(axis=(1, 2, 3)) for record in output.records]
+        metrics["merged"] = (1.0 - jnp.concatenate(appended)) / run.accumulation  # [L]
         loss += run.compression.weight * metrics["compression_loss"]
     return loss, metrics
 
@@ -152,13 +154,14 @@ def attention_of(
 ) -> Attend:
     """The attention function that a stage trains with."""
     where = batch["positions"], batch["segment_ids"]
-    attention = _attention(run, mesh)
-    if stage in ("retrofit", "finetune"):
-        return modes.compressed(run.model, run.dmc, *where, noise_key=key, attention=attention)
-    scale = None
+    policy, noise_key = Dense(), None
     if stage == "zero_out":
-        scale = decision_channel_scale(step, run.zero_out.steps)
-    return modes.dense(run.model, *where, channel_scale=scale, attention=attention)
+        policy = Dense(decision_channel_scale(step, run.zero_out.steps))
+    elif stage in ("retrofit", "finetune"):
+        policy, noise_key = DMC(run.dmc), key
+    return attend_whole(
+        policy, run.model, *where, noise_key=noise_key, attention=_attention(run, mesh)
+    )
 
 
 def _attention(run: RunConfig, mesh: Mesh) -> CausalAttention:

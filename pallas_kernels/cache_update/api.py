@@ -8,17 +8,19 @@ Plain JAX can do this too, and XLA makes several kernels of it. That form is the
 not repeated here: `choose` says whether to take it.
 """
 
-import importlib
-from types import ModuleType
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import target, tuning
+from pallas_kernels import target
+from pallas_kernels.cache_update import settings
+from pallas_kernels.implementations import XLA, Implementations
 
-XLA = "xla"  # the caller's own form
-IMPLEMENTATIONS = ("reference", "triton")
+__all__ = ["IMPLEMENTATIONS", "XLA", "State", "cache_update", "choose", "unavailable"]
+
+IMPLEMENTATIONS = Implementations("cache_update", ("reference", "triton"))
+unavailable = IMPLEMENTATIONS.unavailable
 
 _STORED = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
@@ -75,7 +77,7 @@ def cache_update(
             float32 too. The last channel speaks of merging: it is zeroed before the rotation, and
             after it.
         window: W; None or 0: unlimited.
-        implementation: a name in `IMPLEMENTATIONS`; it never falls back to another.
+        implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
 
     Returns:
         The state after the token. Averages are float32, rounded to the dtype of `k_t` before the
@@ -85,9 +87,9 @@ def cache_update(
         ValueError: an unknown implementation, or shapes or dtypes that break the contract.
         RuntimeError: an implementation that cannot run on this machine, and why.
     """
-    _require(implementation)
+    module = IMPLEMENTATIONS.load(implementation)
     _validate(state, k_t, v_t, decision, omega, window, page_ids, offsets, frequencies)
-    return _module(implementation).cache_update(
+    return module.cache_update(
         *(state, k_t, v_t, decision.astype(jnp.float32), omega.astype(jnp.float32)),
         first=jnp.asarray(first, jnp.int32),
         active=active,
@@ -100,54 +102,17 @@ def cache_update(
 
 
 def choose(implementation: str | None) -> str:
-    """Names what to update a cache with: `XLA`, or an implementation that can run here.
+    """Name what to update a cache with: `XLA`, or an implementation that can run here.
 
     Args:
-        implementation: `XLA`, a name in `IMPLEMENTATIONS`, or None: the caller's own form, unless
-            the settings measured on this GPU say that a kernel is faster.
+        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: the caller's own form,
+            unless on this GPU a kernel was measured to be faster.
 
     Raises:
         ValueError, RuntimeError: as `cache_update`.
     """
-    if implementation is None:
-        device = target.current()
-        found = tuning.entry("cache_update", device.kind) if device.platform == "gpu" else XLA
-        return XLA if found != XLA and unavailable(found) is not None else found
-    if implementation != XLA:
-        _require(implementation)
-    return implementation
-
-
-def unavailable(implementation: str) -> str | None:
-    """Says why an implementation cannot run on this machine; None where it can.
-
-    Args:
-        implementation: a name in `IMPLEMENTATIONS`.
-    """
-    try:
-        module = _module(implementation)
-    except ImportError as error:
-        return f"its module cannot be imported: {error}"
-    return module.unavailable() if hasattr(module, "unavailable") else None
-
-
-def _require(implementation: str) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no implementation {implementation!r} of cache_update;"
-            f" there is {', '.join(IMPLEMENTATIONS)}"
-        )
-    reason = unavailable(implementation)
-    if reason is not None:
-        raise RuntimeError(
-            f"implementation {implementation!r} of cache_update cannot run here: {reason};"
-            f" take {XLA!r}, or leave the choice to None"
-        )
-
-
-def _module(name: str) -> ModuleType:
-    """Imports an implementation when it is used: what one needs may be missing for others."""
-    return importlib.import_module(f"pallas_kernels.cache_update.{name}")
+    fastest = settings.fastest_form(target.current().kind)
+    return IMPLEMENTATIONS.choose(implementation, on_gpu=(fastest,))
 
 
 def _validate(state, k_t, v_t, decision, omega, window, page_ids, offsets, frequencies) -> None:

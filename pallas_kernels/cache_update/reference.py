@@ -25,7 +25,7 @@ def cache_update(
     frequencies: Float[Array, " H//2"],
     unlimited: bool,
 ) -> State:
-    """Updates row by row; see `api.cache_update` for the contract."""
+    """Update row by row; see `api.cache_update` for the contract."""
     arrays = (k_t, v_t, decision, omega, first, active, position, page_ids, offsets, frequencies)
 
     def update(state, *arrays):
@@ -74,7 +74,7 @@ def _tokens(state, row, sums):
 
 
 def _keep(state, row, new, count, sums):
-    """Puts the token into the ring, or adds it to the sums; a segment's first empties it."""
+    """Put the token into the ring, or add it to the sums; a segment's first empties it."""
     weight, key, value = new
     entry = 0 if sums else (count - 1) % state.weights.shape[-1]
     entries = (state.weights, weight), (state.keys, weight * key.astype(np.float64))

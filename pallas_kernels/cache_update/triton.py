@@ -13,7 +13,7 @@ heads and layers of a step, and exact ones take a kernel a detour through memory
 """
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import target
 from pallas_kernels.cache_update.api import State
+from pallas_kernels.cache_update.settings import SETTINGS, Settings
 from pallas_kernels.triton_call import launch, unavailable_in_place
 
 __all__ = ["cache_update", "unavailable"]
 
 unavailable = unavailable_in_place
 
-# A tile holds this many ring entries; a longer ring takes several, one after another.
-_MOST_ENTRIES = 16
 _LEAST_WIDTH = 16
-# Elements. Up to W = 16 and H = 128 a row is one warp's, whose threads have four channels each: it
-# sums the ring without shared memory.
-_TILE_PER_WARP = 2048
 
 
 @triton.jit
+@no_type_check
 def update_rows(
     k_pages_before,  # these six are the last six: see `launch`
     v_pages_before,
@@ -171,18 +168,24 @@ def cache_update(
     offsets: Int[Array, "slots K"],
     frequencies: Float[Array, " H//2"],
     unlimited: bool,
+    settings: Settings | None = None,
 ) -> State:
-    """Updates all rows at once; see `api.cache_update` for the contract."""
+    """Update all rows at once; see `api.cache_update` for the contract.
+
+    Args:
+        settings: to try others than the usual ones.
+    """
     return _update(
         *(state, k_t, v_t, decision, omega, first, active, position, page_ids, offsets),
         frequencies,
         unlimited=unlimited,
+        settings=settings or SETTINGS,
         capability=target.current().capability,
         launch=launch,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("unlimited", "capability", "launch"))
+@functools.partial(jax.jit, static_argnames=("unlimited", "settings", "capability", "launch"))
 def _update(
     state,
     k_t,
@@ -197,11 +200,12 @@ def _update(
     frequencies,
     *,
     unlimited,
+    settings,
     capability,
     launch,
 ):
     angles = position[:, None].astype(jnp.float32) * frequencies  # [slots, H/2]
-    constants = update_constants(state, k_t, unlimited)
+    constants = update_constants(state, k_t, unlimited, settings)
     after = launch(
         update_rows,
         *(*state, k_t, v_t, decision, omega, page_ids, offsets, active.astype(jnp.int32)),
@@ -209,7 +213,7 @@ def _update(
         out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state),
         in_place={i: i for i in range(len(state))},
         grid=(k_t.shape[0] * k_t.shape[1],),
-        num_warps=warps_for(constants),
+        num_warps=warps_for(constants, settings),
         num_stages=1,
         capability=capability,
         **constants,
@@ -217,7 +221,7 @@ def _update(
     return State(*after)
 
 
-def update_constants(state: State, k_t: Any, unlimited: bool) -> dict[str, Any]:
+def update_constants(state: State, k_t: Any, unlimited: bool, settings: Settings) -> dict[str, Any]:
     """The compile-time arguments of `update_rows` for arrays of these shapes."""
     P, page, H = state.k_pages.shape
     R, W = state.keys.shape[1:3]
@@ -230,10 +234,10 @@ def update_constants(state: State, k_t: Any, unlimited: bool) -> dict[str, Any]:
         "H": H,
         "SUMS": unlimited,
         "HALF": max(triton.next_power_of_2(H), _LEAST_WIDTH) // 2,
-        "ENTRIES": min(triton.next_power_of_2(W), _MOST_ENTRIES),
+        "ENTRIES": min(triton.next_power_of_2(W), settings.entries),
     }
 
 
-def warps_for(constants: dict[str, Any]) -> int:
+def warps_for(constants: dict[str, Any], settings: Settings) -> int:
     """Warps a program, for the size of its tile."""
-    return max(constants["ENTRIES"] * 2 * constants["HALF"] // _TILE_PER_WARP, 1)
+    return max(constants["ENTRIES"] * 2 * constants["HALF"] // settings.tile_per_warp, 1)

@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
-    """Draws a step."""
+    """Draw a step."""
     rng = np.random.default_rng(seed)
     slots, R, K, H = workload.slots, workload.rows, workload.heads, workload.width
     W = workload.window or 1

@@ -1,4 +1,4 @@
-"""How the attention kernels are cut up; `tuning` keeps what was fastest on a device."""
+"""How the kernels of causal attention are cut up; `tuning` keeps what was fastest on a device."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ class Settings:
     """The blocks of all kernels.
 
     Attributes:
-        forward: `kernels.attend`; queries a multiple of keys.
-        key_gradients: `kernels.key_gradients`; keys a multiple of queries.
-        query_gradients: `kernels.query_gradients`; queries a multiple of keys.
+        forward: `triton.attend`; queries a multiple of keys.
+        key_gradients: `triton.key_gradients`; keys a multiple of queries.
+        query_gradients: `triton.query_gradients`; queries a multiple of keys.
     """
 
     forward: Blocks
@@ -63,7 +63,7 @@ CANDIDATES: Mapping[str, tuple[Blocks, ...]] = {
 
 
 def settings_for(device_kind: str) -> Settings:
-    """Reads the settings of a device, or the default ones.
+    """Read the settings of a device, or the default ones.
 
     Args:
         device_kind: as JAX names the device.
@@ -72,5 +72,5 @@ def settings_for(device_kind: str) -> Settings:
 
 
 def from_json(content: Mapping[str, Mapping[str, int]]) -> Settings:
-    """Settings as `tuning` keeps them."""
+    """Read settings as `tuning` keeps them."""
     return Settings(**{kernel: Blocks(**blocks) for kernel, blocks in content.items()})

@@ -1,20 +1,36 @@
 """Causal attention with a key bias in Triton, forward and backward, for training on NVIDIA GPUs.
 
-The contract is that of `reference.causal_attention`; the algorithm stands in `kernels`. Memory is
-linear in the length: what the backward pass keeps is the output and a log-sum-exp per query.
+FlashAttention-2 (Dao 2023, arXiv 2307.08691) with two things of DMC inside: a bias of every key,
+and a diagonal that it spares. With scores to base 2, so that softmax takes one `exp2` a score,
+
+    s_ij = FACTOR q_i . k_j + bias_j [j != i]       p_ij = 2^(s_ij - lse_i)
+
+    dv_j    = sum_i p_ij do_i                       ds_ij = p_ij (do_i . v_j - delta_i)
+    dk_j    = scale sum_i ds_ij q_i                 delta_i = do_i . o_i
+    dq_i    = scale sum_j ds_ij k_j                 dbias_j = sum_{i != j} ds_ij
+
+for j <= i in the document of i: from its first token, `starts[i]`, to the one before `ends[i]`.
+Loops visit such blocks only, those on the diagonal apart: elsewhere j < i needs no mask.
+
+A program adds up what it writes, in one order: nothing is added to by two, and results repeat bit
+for bit. Queries that share a KV head take turns in the program of its keys.
+
+Memory is linear in the length: what the backward pass keeps is the output and a log-sum-exp per
+query.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
+import triton
+import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target
-from pallas_kernels.causal_attention import kernels
-from pallas_kernels.causal_attention.reference import validate
+from pallas_kernels.causal_attention.plan import document_bounds
 from pallas_kernels.causal_attention.settings import FLOAT32, Blocks, Settings, settings_for
 from pallas_kernels.triton_call import launch, unavailable
 
@@ -24,6 +40,237 @@ _LOG2_E = math.log2(math.e)
 
 # The least rows that tensor cores take.
 _LEAST = 16
+
+# A finite stand-in for minus infinity: a block may be masked as a whole, and inf - inf is NaN. What
+# such a block adds to a row's sums is wiped out by the row's own key, which is always visible.
+_MASKED = tl.constexpr(-1e30)
+
+
+@triton.jit
+@no_type_check
+def attend(
+    q_ptr,  # [B, T, N, H]
+    k_ptr,  # [B, T, K, H]
+    v_ptr,
+    bias_ptr,  # [B, K, T], float32, to base 2
+    starts_ptr,  # [B, T]
+    out_ptr,  # [B, T, N, H]
+    lse_ptr,  # [B, N, T], float32, to base 2
+    FACTOR: tl.constexpr,  # scale / ln 2
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,  # H, padded to a power of two
+    QUERIES: tl.constexpr,  # a block: a multiple of KEYS
+    KEYS: tl.constexpr,
+    WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
+):
+    """One program per block of queries and head; the last blocks, which see most, come first."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // N
+    n = tl.program_id(1) % N
+    kv = n // (N // K)
+    dtype: tl.constexpr = tl.float32 if WIDEN else tl.bfloat16
+    # Three products of truncated float32 add up to nearly all of its precision.
+    precision: tl.constexpr = "tf32x3" if WIDEN else "tf32"
+    tokens = tl.cast(b, tl.int64) * T
+    h = tl.arange(0, WIDTH)[None, :]
+    t = block * QUERIES + tl.arange(0, QUERIES)
+    at = (t * N + n)[:, None] * H + h
+    # Not `&`: in interpreted kernels it is wrong for masks that broadcast, in some versions.
+    real = tl.where((t < T)[:, None], h < H, False)
+    q = tl.load(q_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+    first = tl.load(starts_ptr + tokens + t, mask=t < T, other=0)
+    peak = tl.full([QUERIES], _MASKED, tl.float32)
+    total = tl.full([QUERIES], 0.0, tl.float32)
+    weighted = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
+    for diagonal in tl.static_range(2):
+        if diagonal:
+            begin = block * QUERIES
+            end = tl.minimum(begin + QUERIES, T)
+        else:
+            begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
+            end = block * QUERIES
+        for start in tl.range(begin, end, KEYS):
+            s = start + tl.arange(0, KEYS)
+            at_s = (s * K + kv)[:, None] * H + h
+            real_s = tl.where((s < T)[:, None], h < H, False)
+            keys = tl.load(k_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            values = tl.load(v_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            bias = tl.load(bias_ptr + (tokens * K + kv * T) + s, mask=s < T, other=0.0)[None, :]
+            visible = s[None, :] >= first[:, None]
+            if diagonal:
+                own = t[:, None] - s[None, :]
+                bias = tl.where(own == 0, 0.0, bias)
+                visible = tl.where(own >= 0, visible, False)
+            scores = tl.dot(q, tl.trans(keys), input_precision=precision) * FACTOR + bias
+            scores = tl.where(visible, scores, _MASKED)
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            shrink = tl.exp2(peak - higher)
+            weights = tl.exp2(scores - higher[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            weighted = tl.dot(
+                weights.to(dtype), values, weighted * shrink[:, None], input_precision=precision
+            )
+            peak = higher
+    tl.store(lse_ptr + (tokens * N + n * T) + t, peak + tl.log2(total), mask=t < T)
+    out = weighted / total[:, None]
+    tl.store(out_ptr + tokens * N * H + at, out.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+@no_type_check
+def key_gradients(
+    q_ptr,  # [B, T, N, H]
+    k_ptr,  # [B, T, K, H]
+    v_ptr,
+    bias_ptr,  # [B, K, T], float32, to base 2
+    starts_ptr,  # [B, T]
+    ends_ptr,  # [B, T]
+    lse_ptr,  # [B, N, T], float32, to base 2
+    delta_ptr,  # [B, N, T], float32
+    d_out_ptr,  # [B, T, N, H]
+    dk_ptr,  # [B, T, K, H]
+    dv_ptr,
+    dbias_ptr,  # [B, K, T], float32, of the natural bias
+    FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,  # a block: a multiple of QUERIES
+    WIDEN: tl.constexpr,
+):
+    """One program per block of keys and KV head; the first blocks, seen by most, come first."""
+    begin_s = tl.program_id(0) * KEYS
+    b = tl.program_id(1) // K
+    kv = tl.program_id(1) % K
+    dtype: tl.constexpr = tl.float32 if WIDEN else tl.bfloat16
+    precision: tl.constexpr = "tf32x3" if WIDEN else "tf32"
+    tokens = tl.cast(b, tl.int64) * T
+    h = tl.arange(0, WIDTH)[None, :]
+    s = begin_s + tl.arange(0, KEYS)
+    at_s = (s * K + kv)[:, None] * H + h
+    real_s = tl.where((s < T)[:, None], h < H, False)
+    keys = tl.load(k_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+    values = tl.load(v_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+    at_bias = (tokens * K + kv * T) + s
+    bias = tl.load(bias_ptr + at_bias, mask=s < T, other=0.0)[:, None]
+    last = tl.load(ends_ptr + tokens + tl.minimum(begin_s + KEYS, T) - 1)
+    dk = tl.full([KEYS, WIDTH], 0.0, tl.float32)
+    dv = tl.full([KEYS, WIDTH], 0.0, tl.float32)
+    dbias = tl.full([KEYS], 0.0, tl.float32)
+    for n in tl.range(kv * (N // K), (kv + 1) * (N // K), num_stages=1):
+        for diagonal in tl.static_range(2):
+            if diagonal:
+                begin = begin_s
+                end = tl.minimum(begin_s + KEYS, T)
+            else:
+                begin = begin_s + KEYS
+                end = last
+            for start in tl.range(begin, end, QUERIES):
+                t = start + tl.arange(0, QUERIES)
+                at = (t * N + n)[:, None] * H + h
+                real = tl.where((t < T)[:, None], h < H, False)
+                q = tl.load(q_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+                d_out = tl.load(d_out_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+                of_row = (tokens * N + n * T) + t
+                # So queries past the last have weights of 2^-inf.
+                lse = tl.load(lse_ptr + of_row, mask=t < T, other=float("inf"))[None, :]
+                delta = tl.load(delta_ptr + of_row, mask=t < T, other=0.0)[None, :]
+                first = tl.load(starts_ptr + tokens + t, mask=t < T, other=0)
+                visible = s[:, None] >= first[None, :]
+                scores = tl.dot(keys, tl.trans(q), input_precision=precision) * FACTOR - lse
+                if diagonal:
+                    own = t[None, :] - s[:, None]
+                    scores += tl.where(own == 0, 0.0, bias)
+                    visible = tl.where(own >= 0, visible, False)
+                else:
+                    scores += bias
+                weights = tl.where(visible, tl.exp2(scores), 0.0)
+                dv = tl.dot(weights.to(dtype), d_out, dv, input_precision=precision)
+                d_weights = tl.dot(values, tl.trans(d_out), input_precision=precision)
+                d_scores = weights * (d_weights - delta)
+                dk = tl.dot(d_scores.to(dtype), q, dk, input_precision=precision)
+                if diagonal:
+                    d_scores = tl.where(own == 0, 0.0, d_scores)
+                dbias += tl.sum(d_scores, 1)
+    tl.store(dk_ptr + tokens * K * H + at_s, (SCALE * dk).to(dk_ptr.dtype.element_ty), mask=real_s)
+    tl.store(dv_ptr + tokens * K * H + at_s, dv.to(dv_ptr.dtype.element_ty), mask=real_s)
+    tl.store(dbias_ptr + at_bias, dbias, mask=s < T)
+
+
+@triton.jit
+@no_type_check
+def query_gradients(
+    q_ptr,  # [B, T, N, H]
+    k_ptr,  # [B, T, K, H]
+    v_ptr,
+    bias_ptr,  # [B, K, T], float32, to base 2
+    starts_ptr,  # [B, T]
+    lse_ptr,  # [B, N, T], float32, to base 2
+    delta_ptr,  # [B, N, T], float32
+    d_out_ptr,  # [B, T, N, H]
+    dq_ptr,  # [B, T, N, H]
+    FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,  # a block: a multiple of KEYS
+    KEYS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One program per block of queries and head, as in `attend`."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // N
+    n = tl.program_id(1) % N
+    kv = n // (N // K)
+    dtype: tl.constexpr = tl.float32 if WIDEN else tl.bfloat16
+    precision: tl.constexpr = "tf32x3" if WIDEN else "tf32"
+    tokens = tl.cast(b, tl.int64) * T
+    h = tl.arange(0, WIDTH)[None, :]
+    t = block * QUERIES + tl.arange(0, QUERIES)
+    at = (t * N + n)[:, None] * H + h
+    real = tl.where((t < T)[:, None], h < H, False)
+    q = tl.load(q_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+    d_out = tl.load(d_out_ptr + tokens * N * H + at, mask=real, other=0.0).to(dtype)
+    of_row = (tokens * N + n * T) + t
+    lse = tl.load(lse_ptr + of_row, mask=t < T, other=float("inf"))[:, None]
+    delta = tl.load(delta_ptr + of_row, mask=t < T, other=0.0)[:, None]
+    first = tl.load(starts_ptr + tokens + t, mask=t < T, other=0)
+    dq = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
+    for diagonal in tl.static_range(2):
+        if diagonal:
+            begin = block * QUERIES
+            end = tl.minimum(begin + QUERIES, T)
+        else:
+            begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
+            end = block * QUERIES
+        for start in tl.range(begin, end, KEYS):
+            s = start + tl.arange(0, KEYS)
+            at_s = (s * K + kv)[:, None] * H + h
+            real_s = tl.where((s < T)[:, None], h < H, False)
+            keys = tl.load(k_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            values = tl.load(v_ptr + tokens * K * H + at_s, mask=real_s, other=0.0).to(dtype)
+            bias = tl.load(bias_ptr + (tokens * K + kv * T) + s, mask=s < T, other=0.0)[None, :]
+            visible = s[None, :] >= first[:, None]
+            if diagonal:
+                own = t[:, None] - s[None, :]
+                bias = tl.where(own == 0, 0.0, bias)
+                visible = tl.where(own >= 0, visible, False)
+            scores = tl.dot(q, tl.trans(keys), input_precision=precision) * FACTOR + bias
+            weights = tl.where(visible, tl.exp2(scores - lse), 0.0)
+            d_weights = tl.dot(d_out, tl.trans(values), input_precision=precision)
+            d_scores = (weights * (d_weights - delta)).to(dtype)
+            dq = tl.dot(d_scores, keys, dq, input_precision=precision)
+    tl.store(dq_ptr + tokens * N * H + at, (SCALE * dq).to(dq_ptr.dtype.element_ty), mask=real)
 
 
 class _How(NamedTuple):
@@ -45,15 +292,14 @@ def causal_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     settings: Settings | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attends; see `reference.causal_attention` for the contract.
+    """Attend; see `api.causal_attention` for the contract.
 
     Args:
         settings: to try others than the kept ones, which tuning does.
 
     Raises:
-        ValueError: shapes or dtypes that break the contract.
+        ValueError: a sequence of 2**31 elements or more.
     """
-    validate(q, k, v, key_bias, segment_ids)
     B, T, N, H = q.shape
     K = k.shape[2]
     dtype = jnp.promote_types(q.dtype, k.dtype)
@@ -74,25 +320,6 @@ def causal_attention(
     return _attend(q, k, v, bias, starts, ends, how)
 
 
-def document_bounds(
-    segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]
-) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """First token of each token's document, and one past the last.
-
-    Args:
-        segment_ids: documents, each in one piece; None: all is one.
-        shape: (B, T).
-    """
-    B, T = shape
-    if segment_ids is None:
-        return jnp.zeros(shape, jnp.int32), jnp.full(shape, T, jnp.int32)
-    index = jnp.arange(T, dtype=jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]  # [B, T - 1]
-    starts = jnp.pad(jnp.where(changes, index[1:], 0), [(0, 0), (1, 0)])
-    ends = jnp.pad(jnp.where(changes, index[1:], T), [(0, 0), (0, 1)], constant_values=T)
-    return jax.lax.cummax(starts, axis=1), jax.lax.cummin(ends, axis=1, reverse=True)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q, k, v, bias, starts, ends, how):
     return _forward(q, k, v, bias, starts, ends, how)[0]
@@ -103,7 +330,7 @@ def _forward(q, k, v, bias, starts, ends, how):
     B, T, N, H = q.shape
     blocks = how.settings.forward
     out, lse = how.launch(
-        kernels.attend,
+        attend,
         *(q, k, v, bias, starts),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype), _of_rows(q)),
         grid=(-(-T // blocks.queries), B * N),
@@ -122,7 +349,7 @@ def _backward(how, residuals, d_out):
     delta = delta.transpose(0, 2, 1)
     blocks = how.settings.key_gradients
     dk, dv, dbias = how.launch(
-        kernels.key_gradients,
+        key_gradients,
         *(q, k, v, bias, starts, ends, lse, delta, d_out),
         out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v, bias)),
         grid=(-(-T // blocks.keys), B * K),
@@ -132,7 +359,7 @@ def _backward(how, residuals, d_out):
     )
     blocks = how.settings.query_gradients
     (dq,) = how.launch(
-        kernels.query_gradients,
+        query_gradients,
         *(q, k, v, bias, starts, lse, delta, d_out),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         grid=(-(-T // blocks.queries), B * N),
@@ -161,7 +388,7 @@ def _options(blocks: Blocks, how: _How) -> dict:
 
 
 def constants(q, k, scale: float, blocks: Blocks) -> dict:
-    """The compile-time arguments of `kernels.attend`, which the gradients' take too."""
+    """The compile-time arguments of `attend`, which the gradients' take too."""
     _, T, N, H = q.shape
     return {
         "FACTOR": scale * _LOG2_E,

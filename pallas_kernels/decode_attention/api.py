@@ -4,29 +4,23 @@ A row is one KV head of one sequence (of one layer); its G query heads share its
 Every row has its own length and its own list of pages, so a cache whose heads are compressed
 unevenly needs no padding to the longest row.
 
-An implementation is a module of this package with `decode_attention`, which takes the arguments
-after they were validated. One that needs a certain machine has `unavailable`, which says why it
-cannot run on the present one; one that splits its work by a plan has `plan_rows`.
+An implementation takes the arguments after they were validated. One that splits its work by a plan
+has `plan_rows`, one that can give the weights too has `decode_attention_and_weights`.
 """
-
-import importlib
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import target
-from pallas_kernels.plan import Plan
+from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.implementations import Implementations
 
-IMPLEMENTATIONS = ("reference", "xla", "triton", "pallas_gpu")
-
-# What to try on a GPU, in this order; elsewhere there is but one choice.
-_ON_GPU = ("triton", "pallas_gpu", "xla")
+IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton", "pallas_gpu"))
+unavailable = IMPLEMENTATIONS.unavailable
 
 SMALLEST_PAGE = 8
 
-_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def decode_attention(
@@ -54,9 +48,7 @@ def decode_attention(
         lengths: int32, slots in use; a row of length 0 gives zeros. Values outside
             [0, maxp * page] count as the nearest one inside: under jit they cannot be refused.
         scale: factor on the dot products.
-        implementation: a name in `IMPLEMENTATIONS`; None takes the fastest for this machine: on a
-            GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla". A name never
-            falls back to another. The machine is `target.current()`, asked while tracing.
+        implementation: as for `choose`; the machine is asked while tracing.
         plan: of `plan_decode_attention` for these rows, with lengths no less than `lengths`; None:
             an implementation that works by a plan makes its own.
 
@@ -68,12 +60,9 @@ def decode_attention(
             without plans, or shapes or dtypes that break the contract.
         RuntimeError: an implementation that cannot run on this machine, and why.
     """
-    name = _choose(implementation)
-    module = _module(name)
-    _validate(q, k_pages, v_pages, page_table, lengths)
-    capacity = page_table.shape[1] * k_pages.shape[1]
-    lengths = jnp.clip(jnp.asarray(lengths), 0, capacity)
-    arguments = (q, k_pages, v_pages, page_table, lengths, scale)
+    name = choose(implementation)
+    module = IMPLEMENTATIONS.load(name)
+    arguments = _validated(q, k_pages, v_pages, page_table, lengths, scale)
     if plan is None:
         return module.decode_attention(*arguments)
     if not hasattr(module, "plan_rows"):
@@ -86,6 +75,41 @@ def decode_attention(
     return module.decode_attention(*arguments, plan)
 
 
+def decode_attention_and_weights(
+    q: Float[Array, "R G H"],
+    k_pages: Float[Array, "P page H"],
+    v_pages: Float[Array, "P page H"],
+    page_table: Int[Array, "R maxp"],
+    lengths: Int[Array, "R"],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "R G H"], Float[Array, "R G maxp*page"]]:
+    """Attend as `decode_attention` does, and say how much each query attended to each slot.
+
+    Args:
+        q, k_pages, v_pages, page_table, lengths, scale: as for `decode_attention`.
+        implementation: a name in `IMPLEMENTATIONS`; None: "xla".
+
+    Returns:
+        (the attention output, the weights in float32: they add up to 1 over a row's slots, and are
+        0 beyond them).
+
+    Raises:
+        ValueError: as `decode_attention`; or an implementation that cannot give the weights.
+        RuntimeError: an implementation that cannot run on this machine, and why.
+    """
+    name = "xla" if implementation is None else implementation
+    module = IMPLEMENTATIONS.load(name)
+    if not hasattr(module, "decode_attention_and_weights"):
+        raise ValueError(
+            f"implementation {name!r} of decode_attention cannot give the weights: take 'xla'"
+        )
+    return module.decode_attention_and_weights(
+        *_validated(q, k_pages, v_pages, page_table, lengths, scale)
+    )
+
+
 def plan_decode_attention(
     lengths: Int[Array, "*layers R"],
     k_pages: Float[Array, "P page H"],
@@ -93,7 +117,7 @@ def plan_decode_attention(
     longest: int,
     implementation: str | None = None,
 ) -> Plan | None:
-    """Splits the work of `decode_attention` ahead of it, for many layers at once.
+    """Split the work of `decode_attention` ahead of it, for many layers at once.
 
     The arrays of the plan have the leading axes of `lengths`: a layer's plan is its slice.
 
@@ -110,7 +134,7 @@ def plan_decode_attention(
     Raises:
         ValueError, RuntimeError: as `decode_attention`.
     """
-    module = _module(_choose(implementation))
+    module = IMPLEMENTATIONS.load(choose(implementation))
     if not hasattr(module, "plan_rows"):
         return None
 
@@ -122,41 +146,24 @@ def plan_decode_attention(
     return plan(jnp.clip(lengths, 0, longest))
 
 
-def unavailable(implementation: str) -> str | None:
-    """Says why an implementation cannot run on this machine; None where it can.
+def choose(implementation: str | None) -> str:
+    """Name the implementation that runs: the one that is asked for, else the fastest here.
 
     Args:
-        implementation: a name in `IMPLEMENTATIONS`.
+        implementation: one of `IMPLEMENTATIONS.names`, which never falls back to another; None: on
+            a GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla".
+
+    Raises:
+        ValueError, RuntimeError: as `decode_attention`.
     """
-    try:
-        module = _module(implementation)
-    except ImportError as error:
-        return f"its module cannot be imported: {error}"
-    return module.unavailable() if hasattr(module, "unavailable") else None
+    return IMPLEMENTATIONS.choose(implementation, on_gpu=("triton", "pallas_gpu"))
 
 
-def _choose(implementation: str | None) -> str:
-    if implementation is None:
-        if target.current().platform != "gpu":
-            return "xla"
-        return next(name for name in _ON_GPU if unavailable(name) is None)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no implementation {implementation!r} of decode_attention;"
-            f" there is {', '.join(IMPLEMENTATIONS)} (or None for the fastest)"
-        )
-    reason = unavailable(implementation)
-    if reason is not None:
-        raise RuntimeError(
-            f"implementation {implementation!r} of decode_attention cannot run here: {reason};"
-            " leave the choice to None, or name one that can"
-        )
-    return implementation
-
-
-def _module(name: str) -> ModuleType:
-    """Imports an implementation when it is used: what one needs may be missing for others."""
-    return importlib.import_module(f"pallas_kernels.decode_attention.{name}")
+def _validated(q, k_pages, v_pages, page_table, lengths, scale) -> tuple:
+    """Check the arguments of an implementation, and make them so."""
+    _validate(q, k_pages, v_pages, page_table, lengths)
+    capacity = page_table.shape[1] * k_pages.shape[1]
+    return q, k_pages, v_pages, page_table, jnp.clip(jnp.asarray(lengths), 0, capacity), scale
 
 
 def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
@@ -184,7 +191,7 @@ def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
     if page < SMALLEST_PAGE or page & (page - 1):
         raise ValueError(f"page must be a power of two >= {SMALLEST_PAGE}, got {page}")
     for name in ("q", "k_pages", "v_pages"):
-        if arrays[name][0].dtype not in _DTYPES:
+        if arrays[name][0].dtype not in DTYPES:
             raise ValueError(f"{name} must be float32 or bfloat16, got {arrays[name][0].dtype}")
     if k_pages.dtype != v_pages.dtype:
         raise ValueError(f"k_pages is {k_pages.dtype} but v_pages {v_pages.dtype}: must be equal")

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import target, tuning
-from pallas_kernels.decode_attention import split
-from pallas_kernels.plan import Plan
+from pallas_kernels import target
+from pallas_kernels.decode_attention import gpu
+from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.decode_attention.settings import Settings, settings_for
 
 
 def decode_attention(
@@ -26,29 +27,36 @@ def decode_attention(
     lengths: Int[Array, "R"],
     scale: float,
     plan: Plan | None = None,
-    settings: tuning.Settings | None = None,
+    settings: Settings | None = None,
 ) -> Float[Array, "R G H"]:
-    """Attends as planned; see `api.decode_attention` for the contract.
+    """Attend as planned; see `api.decode_attention` for the contract.
 
     Args:
         settings: to try others than the kept ones, which tuning does.
     """
-    settings = settings or split.settings_for("pallas_gpu")
+    settings = settings or settings_for("pallas_gpu", target.current().kind)
     return _attend(
         *(q, k_pages, v_pages, page_table, lengths, jnp.asarray(scale, jnp.float32)),
-        split.plan_rows(settings, lengths, k_pages) if plan is None else plan,
+        gpu.plan_rows(settings, lengths, k_pages) if plan is None else plan,
         settings=settings,
         launch=launch,
     )
 
 
-def plan_rows(lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]) -> Plan:
-    """Makes the plan that suits this pool on this device."""
-    return split.plan_rows(split.settings_for("pallas_gpu"), lengths, k_pages)
+def plan_rows(
+    lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"], settings: Settings | None = None
+) -> Plan:
+    """Make the plan that suits this pool on this device.
+
+    Args:
+        settings: as for `decode_attention`, which must be given the same.
+    """
+    settings = settings or settings_for("pallas_gpu", target.current().kind)
+    return gpu.plan_rows(settings, lengths, k_pages)
 
 
 def unavailable() -> str | None:
-    """Says why this cannot run here; None where it can."""
+    """Say why this cannot run here; None where it can."""
     device = target.current()
     if device.platform != "gpu":
         return f"it needs a GPU, and JAX runs on {device.kind!r} ({device.platform}) here"
@@ -67,7 +75,7 @@ def launch(
     num_warps: int,
     num_stages: int,
 ) -> tuple[Array, ...]:
-    """Calls a Pallas kernel whose references are whole arrays.
+    """Call a Pallas kernel whose references are whole arrays.
 
     Args:
         kernel: takes references to its inputs, then to its outputs.
@@ -188,19 +196,19 @@ def _join_items(partial, lse, of_row, out, *, width: int, queries: int, items: i
 @functools.partial(jax.jit, static_argnames=("settings", "launch"))
 def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, launch):
     R, G, H = q.shape
-    width, items = split.padded_width(H), plan.row.size
-    joined, queries = split.joined_at_a_time(plan, G, H)
+    width, items = gpu.padded_width(H), plan.row.size
+    joined, queries = gpu.joined_at_a_time(plan, G, H)
     partial, lse = launch(
         functools.partial(
             _attend_items,
             block=plan.block,
             page=k_pages.shape[1],
-            queries=split.padded_queries(G),
+            queries=gpu.padded_queries(G),
             width=width,
-            dtype=jnp.dtype(jnp.float32 if split.widens(q, k_pages) else jnp.bfloat16),
+            dtype=jnp.dtype(jnp.float32 if gpu.widens(q, k_pages) else jnp.bfloat16),
         ),
         *(q, k_pages, v_pages, page_table, lengths),
-        (scale * split.LOG2_E).reshape(1),
+        (scale * gpu.LOG2_E).reshape(1),
         *(plan.row, plan.begin, plan.end, plan.of_program),
         out=(
             jax.ShapeDtypeStruct((items, G, H), jnp.float32),
@@ -215,7 +223,7 @@ def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, 
         *(partial, lse, plan.of_row),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         grid=(R, -(-G // queries)),
-        num_warps=split.JOIN_WARPS,
+        num_warps=gpu.JOIN_WARPS,
         num_stages=1,
     )
     return out

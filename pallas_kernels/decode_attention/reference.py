@@ -15,9 +15,22 @@ def decode_attention(
     v_pages: Float[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
-    scale: float,
+    scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
-    """Attends row by row; see `api.decode_attention` for the contract."""
+    """Attend row by row; see `api.decode_attention` for the contract."""
+    return decode_attention_and_weights(q, k_pages, v_pages, page_table, lengths, scale)[0]
+
+
+@jax.jit
+def decode_attention_and_weights(
+    q: Float[Array, "R G H"],
+    k_pages: Float[Array, "P page H"],
+    v_pages: Float[Array, "P page H"],
+    page_table: Int[Array, "R maxp"],
+    lengths: Int[Array, "R"],
+    scale: float | Float[Array, ""],
+) -> tuple[Float[Array, "R G H"], Float[Array, "R G S"]]:
+    """Attend row by row; see `api.decode_attention_and_weights` for the contract."""
     _, page, H = k_pages.shape
 
     def one_row(row):
@@ -29,7 +42,8 @@ def decode_attention(
         scores = scale * jnp.matmul(q_row.astype(jnp.float32), keys.T, precision="highest")
         scores = jnp.where(live, scores, -jnp.inf)
         weights = jnp.where(live, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
-        out = jnp.matmul(weights, values, precision="highest") / weights.sum(axis=-1, keepdims=True)
-        return jnp.where(length > 0, out, 0.0).astype(q_row.dtype)
+        weights = jnp.where(length > 0, weights / weights.sum(axis=-1, keepdims=True), 0.0)
+        out = jnp.matmul(weights, values, precision="highest")
+        return out.astype(q_row.dtype), weights
 
     return jax.lax.map(one_row, (q, page_table, lengths))

@@ -17,7 +17,7 @@ FlashDecoding.
 """
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,17 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import target, tuning
-from pallas_kernels.decode_attention import split
-from pallas_kernels.plan import Plan
+from pallas_kernels import target
+from pallas_kernels.decode_attention import gpu
+from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.decode_attention.settings import Settings, settings_for
 from pallas_kernels.triton_call import launch, unavailable
 
 __all__ = ["decode_attention", "plan_rows", "unavailable"]
 
 
 @triton.jit
+@no_type_check
 def attend_items(
     q_ptr,  # [R, G, H]
     k_ptr,  # [P, PAGE, H]
@@ -106,6 +108,7 @@ def attend_items(
 
 
 @triton.jit
+@no_type_check
 def join_items(
     partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2
@@ -160,26 +163,33 @@ def decode_attention(
     lengths: Int[Array, "R"],
     scale: float,
     plan: Plan | None = None,
-    settings: tuning.Settings | None = None,
+    settings: Settings | None = None,
 ) -> Float[Array, "R G H"]:
-    """Attends as planned; see `api.decode_attention` for the contract.
+    """Attend as planned; see `api.decode_attention` for the contract.
 
     Args:
         settings: to try others than the kept ones, which tuning does.
     """
-    settings = settings or split.settings_for("triton")
+    settings = settings or settings_for("triton", target.current().kind)
     return _attend(
         *(q, k_pages, v_pages, page_table, lengths, jnp.asarray(scale, jnp.float32)),
-        split.plan_rows(settings, lengths, k_pages) if plan is None else plan,
+        gpu.plan_rows(settings, lengths, k_pages) if plan is None else plan,
         settings=settings,
         capability=target.current().capability,
         launch=launch,
     )
 
 
-def plan_rows(lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"]) -> Plan:
-    """Makes the plan that suits this pool on this device."""
-    return split.plan_rows(split.settings_for("triton"), lengths, k_pages)
+def plan_rows(
+    lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"], settings: Settings | None = None
+) -> Plan:
+    """Make the plan that suits this pool on this device.
+
+    Args:
+        settings: as for `decode_attention`, which must be given the same.
+    """
+    settings = settings or settings_for("triton", target.current().kind)
+    return gpu.plan_rows(settings, lengths, k_pages)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "capability", "launch"))
@@ -190,7 +200,7 @@ def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, 
     partial, lse = launch(
         attend_items,
         *(q, k_pages, v_pages, page_table, lengths),
-        (scale * split.LOG2_E).reshape(1),
+        (scale * gpu.LOG2_E).reshape(1),
         *(plan.row, plan.begin, plan.end, plan.of_program),
         out=(
             jax.ShapeDtypeStruct((items, G, H), jnp.float32),
@@ -207,7 +217,7 @@ def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, 
         *(partial, lse, plan.of_row),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         grid=(R, -(-G // joining["QUERIES"])),
-        num_warps=split.JOIN_WARPS,
+        num_warps=gpu.JOIN_WARPS,
         num_stages=1,
         capability=capability,
         **joining,
@@ -223,21 +233,21 @@ def attend_constants(q: Any, k_pages: Any, page_table: Any, block: int) -> dict[
         "H": H,
         "PAGE": k_pages.shape[1],
         "MAXP": page_table.shape[1],
-        "QUERIES": split.padded_queries(G),
-        "WIDTH": split.padded_width(H),
+        "QUERIES": gpu.padded_queries(G),
+        "WIDTH": gpu.padded_width(H),
         "BLOCK": block,
-        "WIDEN": split.widens(q, k_pages),
+        "WIDEN": gpu.widens(q, k_pages),
     }
 
 
 def join_constants(q: Any, plan: Plan) -> dict[str, Any]:
     """The compile-time arguments of `join_items` for these shapes."""
     _, G, H = q.shape
-    items, queries = split.joined_at_a_time(plan, G, H)
+    items, queries = gpu.joined_at_a_time(plan, G, H)
     return {
         "G": G,
         "H": H,
-        "WIDTH": split.padded_width(H),
+        "WIDTH": gpu.padded_width(H),
         "QUERIES": queries,
         "ITEMS": items,
     }

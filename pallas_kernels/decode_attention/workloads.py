@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 def ragged_lengths(
     rows: int, *, mean: int, longest: int, spread: float = 0.6, seed: int = 0
 ) -> tuple[int, ...]:
-    """Draws lengths from a log-normal distribution, cut at 1 and `longest`, with the given mean.
+    """Draw lengths from a log-normal distribution, cut at 1 and `longest`, with the given mean.
 
     Args:
         rows: how many to draw.
@@ -81,7 +81,7 @@ def ragged_lengths(
 
 
 def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
-    """Makes normal queries, keys and values, shuffled pages, and poison wherever nothing lives."""
+    """Make normal queries, keys and values, shuffled pages, and poison wherever nothing lives."""
     rng = np.random.default_rng(seed)
     lengths = np.asarray(workload.lengths, np.int32)
     page, rows = workload.page, lengths.size

@@ -46,9 +46,34 @@ def decode_attention(
     v_pages: Float[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
-    scale: float,
+    scale: float | Float[Array, ""],
 ) -> Float[Array, "R G H"]:
-    """Attends 64 items a step; see `api.decode_attention` for the contract."""
+    """Attend 64 items a step; see `api.decode_attention` for the contract."""
+    return _decode(q, k_pages, v_pages, page_table, lengths, scale, scored=False)[0]
+
+
+@jax.jit
+def decode_attention_and_weights(
+    q: Float[Array, "R G H"],
+    k_pages: Float[Array, "P page H"],
+    v_pages: Float[Array, "P page H"],
+    page_table: Int[Array, "R maxp"],
+    lengths: Int[Array, "R"],
+    scale: float | Float[Array, ""],
+) -> tuple[Float[Array, "R G H"], Float[Array, "R G S"]]:
+    """Keep the scores of all items; see `api.decode_attention_and_weights` for the contract."""
+    out, scores = _decode(q, k_pages, v_pages, page_table, lengths, scale, scored=True)
+    live = scores != _MASKED  # NaN is live
+    peak = scores.max(axis=(1, 3), keepdims=True)
+    weights = jnp.where(live, jnp.exp(scores - peak), 0.0)  # [R, items, G, slots]
+    total = weights.sum(axis=(1, 3), keepdims=True)
+    weights = jnp.where(total > 0, weights / total, 0.0).swapaxes(1, 2)
+    capacity = page_table.shape[1] * k_pages.shape[1]
+    return out, weights.reshape(*q.shape[:2], -1)[..., :capacity]
+
+
+def _decode(q, k_pages, v_pages, page_table, lengths, scale, *, scored: bool):
+    """Attend; where `scored`, keep the scores [R, items, G, slots], which else are None."""
     R, G, H = q.shape
     page = k_pages.shape[1]
     item_pages = max(1, _ITEM_SLOTS // page)
@@ -60,7 +85,7 @@ def decode_attention(
     ends = jnp.cumsum(items)
 
     def step(i, carry):
-        out, unfinished = carry
+        out, scores, unfinished = carry
         item = i * n + jnp.arange(n, dtype=jnp.int32)
         row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)  # R past the last item
         known = jnp.minimum(row, R - 1)
@@ -68,14 +93,17 @@ def decode_attention(
         live = jnp.arange(item_slots) < (lengths[known] - index * item_slots)[:, None]
         pages = table.at[known, index].get(mode="clip")  # [n, item_pages]
         keys, values = (_gather(pool, pages) for pool in (k_pages, v_pages))  # [n, slots, H]
-        partial = _attend(q[known].astype(jnp.float32) * scale, keys, values, live, row)
+        partial, scores_i = _attend(q[known].astype(jnp.float32) * scale, keys, values, live, row)
+        if scored:
+            scores = scores.at[row, index].set(scores_i, mode="drop")
         merged, last = _merge_rows(
             jax.tree.map(lambda *x: jnp.concatenate(x), unfinished, partial), R
         )
         # An unfinished row is written too; the next step writes over it.
         value = merged.weighted / merged.total[..., None]
         out = out.at[merged.row].set(value, mode="drop")
-        return out, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, last, 1), merged)
+        unfinished = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, last, 1), merged)
+        return out, scores, unfinished
 
     nothing = _Partial(
         row=jnp.full(1, R, jnp.int32),
@@ -86,11 +114,13 @@ def decode_attention(
     steps = -(-ends[-1] // n)
     # Float32 until the end: the CPU scatters bfloat16 by widening and narrowing all of `out`.
     out = jnp.zeros(q.shape, jnp.float32)
-    return jax.lax.fori_loop(0, steps, step, (out, nothing))[0].astype(q.dtype)
+    scores = jnp.full((R, table.shape[1], G, item_slots), _MASKED) if scored else None
+    out, scores, _ = jax.lax.fori_loop(0, steps, step, (out, scores, nothing))
+    return out.astype(q.dtype), scores
 
 
 def _gather(pool: Array, pages: Int[Array, "n item_pages"]) -> Float[Array, "n slots H"]:
-    """Reads the pages of every item as float32; "clip" because unused entries may be anything."""
+    """Read the pages of every item as float32; "clip" because unused entries may be anything."""
     # XLA for CPU (seen in jax 0.10.2) widens a bfloat16 operand before it gathers, and as the pool
     # is the same in every step, moves that float32 copy of the whole pool in front of the loop.
     # Behind this barrier the pool seems to change with the step: only what is read gets widened.
@@ -105,7 +135,8 @@ def _attend(
     values: Float[Array, "n slots H"],
     live: Bool[Array, "n slots"],
     row: Int[Array, "n"],
-) -> _Partial:
+) -> tuple[_Partial, Float[Array, "n G slots"]]:
+    """Attend over each item on its own; also its scores."""
     # Dead slots may hold NaN, and 0 * NaN is NaN: a zero weight is no mask.
     values = jnp.where(live[..., None], values, 0.0)
     scores = jnp.einsum("nGH,nSH->nGS", q, keys, precision="highest")
@@ -113,11 +144,11 @@ def _attend(
     peak = scores.max(axis=-1)
     weights = jnp.exp(scores - peak[..., None])
     weighted = jnp.einsum("nGS,nSH->nGH", weights, values, precision="highest")
-    return _Partial(row, peak, weights.sum(axis=-1), weighted)
+    return _Partial(row, peak, weights.sum(axis=-1), weighted), scores
 
 
 def _merge_rows(partial: _Partial, R: int) -> tuple[_Partial, Int[Array, ""]]:
-    """Merges neighbours of one row; returns as many entries, and the index of the last in use.
+    """Merge neighbours of one row; return as many entries, and the index of the last in use.
 
     Sums go by scatter, not by a 0/1 matrix: a NaN in one row must not reach another. Entries not
     in use have row R (and NaN from 0 / 0 later on), and nobody reads them.

@@ -8,8 +8,9 @@ import pytest
 from dmc_jax.baselines.gqa import mean_pool_kv_heads
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
-from dmc_jax.model import modes
-from dmc_jax.model.llama import Llama, init_params, layer_runs
+from dmc_jax.model.llama import Llama, init_params, layer_stacks
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.policy import attend_whole
 
 
 def make_model(kv_heads, layers=2):
@@ -32,7 +33,7 @@ def make_model(kv_heads, layers=2):
 
 
 def layer(params, config, index, name):
-    for run, (first, length, _) in enumerate(layer_runs(config)):
+    for run, (first, length, _) in enumerate(layer_stacks(config)):
         if first <= index < first + length:
             return np.asarray(params[f"run_{run}"][name]["kernel"][index - first])
     raise AssertionError(index)
@@ -40,7 +41,7 @@ def layer(params, config, index, name):
 
 def logits(params, config):
     tokens = jnp.arange(12).reshape(1, 12) * 7 % 20
-    attend = modes.dense(config, jnp.arange(12)[None])
+    attend = attend_whole(Dense(), config, jnp.arange(12)[None])
     apply = jax.jit(lambda p: Llama(config).apply({"params": p}, tokens, attend=attend).logits)
     return apply(params)
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import cache_update
 from benchmarks.cache_update import HEADS, SETTINGS, WIDTH, Case
 from pallas_kernels import timing
-from pallas_kernels.cache_update import api
+from pallas_kernels.cache_update import reference
 
 CASE = Case(rows=64, layers=2, steps=8)
 
@@ -29,24 +29,24 @@ def a_program_reads_a_token_a_step_and_merges_three_of_four_test():
     np.testing.assert_array_equal(after.lengths - before.lengths, appended)
     assert not after.failed.any()
     # Every row has a segment to join, with as much in its ring as its tokens.
-    count = before.open_segment.count
+    count = before.state.count
     assert count.min() >= 1
     used = np.minimum(count, SETTINGS.window)
-    np.testing.assert_array_equal((before.open_segment.weights > 0).sum(axis=-1), used)
+    np.testing.assert_array_equal((before.state.weights > 0).sum(axis=-1), used)
 
 
 def decisions_and_segments_are_those_of_four_tokens_a_slot_test():
     cache, tokens = cache_update.make(CASE)
     assert float(tokens.decisions.mean()) == pytest.approx(0.75, abs=0.05)
-    assert float(cache.open_segment.count.mean()) == pytest.approx(4, abs=1)
+    assert float(cache.state.count.mean()) == pytest.approx(4, abs=1)
 
 
 def layers_that_take_turns_have_more_ring_bytes_than_caches_test():
     for case in cache_update.cases(cache_update.ROWS, cold_bytes=timing.COLD_BYTES, steps=1):
         ring_bytes = 2 * case.rows * SETTINGS.window * WIDTH * 4
         assert case.layers == 32 or case.layers * ring_bytes >= timing.COLD_BYTES
-        slots, R = case.shape
-        assert slots * R == case.rows * case.layers and case.heads <= HEADS
+        seats, R = case.shape
+        assert seats * R == case.rows * case.layers and case.heads <= HEADS
 
 
 def a_form_that_gives_another_cache_gets_no_time_test(monkeypatch):
@@ -56,7 +56,7 @@ def a_form_that_gives_another_cache_gets_no_time_test(monkeypatch):
     def wrong(state, *token, **others):
         return state._replace(count=state.count + 1, weights=state.weights * jnp.nan)
 
-    monkeypatch.setattr(api._module("reference"), "cache_update", wrong)
+    monkeypatch.setattr(reference, "cache_update", wrong)
     cache_update.program.clear_cache()
     result = cache_update.measure(CASE, "reference")
     cache_update.program.clear_cache()

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import end_to_end, end_to_end_step
 from benchmarks.end_to_end_step import Decoder, Run, Setup
-from dmc_jax.inference import cache as cache_module
+from dmc_jax.inference import paged_cache
 from dmc_jax.model.llama import init_params, unstack_layers
 from dmc_jax.model.presets import PRESETS
 
@@ -66,8 +66,8 @@ def a_filled_cache_owns_each_page_once_and_has_the_lengths_that_were_set_test(de
         for page in table[: -(-length // 8)]
     ]
     free = cache.free_pages[: cache.free_count].tolist()
-    assert sorted([*owned, *free]) == list(range(cache.k_pages.shape[0]))
-    assert np.isfinite(np.asarray(cache.k_pages, np.float32)).all()
+    assert sorted([*owned, *free]) == list(range(cache.pages.count))
+    assert np.isfinite(np.asarray(cache.pages.k, np.float32)).all()
 
 
 def steps_read_a_token_and_grow_the_rows_as_the_ratio_says_test(decoder):
@@ -140,7 +140,7 @@ def the_largest_batch_fits_and_one_more_does_not_test(setup, ratio):
             lambda key: end_to_end_step.new_cache(setup, run, batch, key), jax.random.key(0)
         )
         logits = batch * CONFIG.vocab_size * 9
-        return setup.weight_bytes + reserve + cache_module.bytes_reserved(shapes) + logits
+        return setup.weight_bytes + reserve + paged_cache.bytes_reserved(shapes) + logits
 
     assert batch > 1
     assert needed(batch) <= memory < needed(batch + 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dmc_jax.data.prepare import prepare
-from dmc_jax.inference.sampling import begin_text, end_text, extend_text
+from dmc_jax.inference.text import begin_text, end_text, extend_text
 
 WORDS = ["the", "cache", "merges", "a", "token", "into\n\t", "its", "", "newest", "slot", "x+1"]
 

@@ -104,6 +104,15 @@ def decode_prints_the_text_and_what_it_took_test(finished_run):
     assert live % page_bytes == 0 and 4 * page_bytes <= live <= dense
 
 
+def decode_keeps_to_a_budget_of_slots_with_a_policy_that_was_not_trained_test(finished_run):
+    arguments = f"--checkpoint={finished_run}", "--prompt=the cache merges", "--temperature=0"
+    budget = "--policy=tova", "--budget=8", "--page_size=8", "--max_new_tokens=12"
+    result = door("decode", *arguments, *budget)
+    assert (result.returncode, result.stderr) == (0, "")
+    *_, live, dense = (x.replace(",", "") for x in SUMMARY.search(result.stdout).groups())
+    assert int(live) == 4 * 8 * 2 * 8 * 4 < int(dense)  # a page in each of 4 rows
+
+
 def decode_continues_a_file_of_prompts_each_as_it_would_alone_test(finished_run, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output.jsonl"
     prompts.write_text(

@@ -10,9 +10,12 @@ import pytest
 from dmc_jax.core.dmc import DECISION_CHANNEL, DMCSettings
 from dmc_jax.data.loader import windows
 from dmc_jax.errors import UserError
+from dmc_jax.evaluation import perplexity
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import attend_whole
 
 SETTINGS = DMCSettings(window=4, offset=2.0)
 SIZES = {"length": 32, "batch": 4}
@@ -39,7 +42,7 @@ def a_model_without_preference_loses_log_v_and_counts_every_byte_test(
     data, model_config, spread_params
 ):
     uniform = {**spread_params, "embedding": 0 * spread_params["embedding"]}
-    measured = evaluate(uniform, model_config, data, "validation", settings=None, **SIZES)
+    measured = evaluate(uniform, model_config, data, "validation", policy=Dense(), **SIZES)
     facts = data.manifest["splits"]["validation"]
     # Of every document all tokens are predicted but its BOS; together they are its text and EOS.
     predicted = facts["tokens"] - facts["documents"]
@@ -56,24 +59,24 @@ def a_model_without_preference_loses_log_v_and_counts_every_byte_test(
 
 
 def ratios_are_tokens_over_slots_counted_one_by_one_test(data, model_config, spread_params):
-    threshold = -1.5
-    options = {"settings": SETTINGS, "threshold": threshold, **SIZES}
+    policy = DMC(SETTINGS, -1.5)
+    options = {"policy": policy, **SIZES}
     measured = evaluate(spread_params, model_config, data, "validation", **options)
 
     @jax.jit
     def merges(params, window):
         where = window["positions"][None], window["segment_ids"][None]
-        attend = modes.compressed(model_config, SETTINGS, *where, threshold=threshold)
+        attend = attend_whole(policy, model_config, *where)
         output = Llama(model_config).apply(
             {"params": params}, window["tokens"][None], attend=attend
         )
-        return [record.merged for record in output.records]
+        return [1 - record.appends for record in output.records]
 
     tokens, slots = 0, [[0, 0], [0]]
     for window in windows(data, "validation", 32, pad_last=True):
         merged = jax.device_get(
             merges(spread_params, window)
-        )  # one run per layer: their KV heads differ
+        )  # one stack per layer: their KV heads differ
         for t in range(32):
             if window["segment_ids"][t] == 0:
                 continue
@@ -91,17 +94,25 @@ def ratios_are_tokens_over_slots_counted_one_by_one_test(data, model_config, spr
 
 
 def a_calibrated_threshold_gives_the_wanted_ratio_test(data, model_config, spread_params):
-    common = {"settings": SETTINGS, **SIZES}
+    compiled = perplexity._evaluate_batch._cache_size()
     threshold = calibrate_threshold(
-        spread_params, model_config, data, ratio=1.5, windows=12, **common
+        spread_params, model_config, data, policy=DMC(SETTINGS), ratio=1.5, windows=12, **SIZES
     )
     assert -2 < threshold < 2
     ratio = {
         t: evaluate(
-            spread_params, model_config, data, "train", threshold=t, limit=12, **common
+            spread_params,
+            model_config,
+            data,
+            "train",
+            policy=DMC(SETTINGS, t),
+            limit=12,
+            **SIZES,
         ).ratio
         for t in (threshold, threshold + 0.01)
     }
+    # A threshold is a number: sixteen of them are one program.
+    assert perplexity._evaluate_batch._cache_size() <= compiled + 1
     # Equal words merge alike in the first layer, so the ratio moves in small jumps.
     assert ratio[threshold + 0.01] < 1.5 <= ratio[threshold] < 1.6
 
@@ -111,7 +122,7 @@ def a_ratio_out_of_reach_is_said_and_leaves_even_odds_test(
 ):
     with caplog.at_level("WARNING", logger="absl"):
         threshold = calibrate_threshold(
-            spread_params, model_config, data, settings=SETTINGS, ratio=50.0, windows=4, **SIZES
+            spread_params, model_config, data, policy=DMC(SETTINGS), ratio=50.0, windows=4, **SIZES
         )
     assert threshold == 0.0
     assert "no threshold reaches a ratio of 50" in caplog.text
@@ -120,4 +131,4 @@ def a_ratio_out_of_reach_is_said_and_leaves_even_odds_test(
 def data_with_another_vocabulary_is_refused_test(data, model_config, spread_params):
     larger = dataclasses.replace(model_config, vocab_size=400)
     with pytest.raises(UserError, match="320 ids, the model has 400"):
-        evaluate(spread_params, larger, data, "validation", settings=None, **SIZES)
+        evaluate(spread_params, larger, data, "validation", policy=Dense(), **SIZES)

@@ -12,17 +12,20 @@ from dmc_jax.checkpoints import models
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import batch as batch_module
 from dmc_jax.inference import engine as engine_module
+from dmc_jax.inference import programs
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import load_snapshot
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import attend_whole
 
 SETTINGS = DMCSettings(offset=0.0)
-ROWS, PAGE, SLOTS = 4, 8, 4  # of the tiny model
+ROWS, PAGE, SEATS = 4, 8, 4  # of the tiny model
 HALF = 0.0  # a threshold at the middle of the merge logits
 T = 128
 TINY = 3 * ROWS  # pages, so few that sequences get into each other's way
@@ -45,10 +48,9 @@ class Pieces:
 
 def build_engine(model, **changes):
     options = {
-        "settings": SETTINGS,
-        "threshold": HALF,
-        "max_sequences": SLOTS,
-        "pages": 4 * SLOTS * ROWS,
+        "policy": DMC(SETTINGS, HALF),
+        "max_sequences": SEATS,
+        "pages": 4 * SEATS * ROWS,
         "page_size": PAGE,
     }
     return Engine(*model, Pieces(), **options | changes)
@@ -123,10 +125,7 @@ def departures(monkeypatch):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def evaluated(params, config, settings, tokens):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    if settings is None:
-        attend = modes.dense(config, positions)
-    else:
-        attend = modes.compressed(config, settings, positions, threshold=HALF)
+    attend = attend_whole(policy_for(settings, HALF), config, positions)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 
@@ -147,7 +146,7 @@ def greedy_tokens_are_the_most_likely_ones_of_the_whole_sequence_test(
 ):
     settings = SETTINGS if policy == "dmc" else None
     model = tiny_model if policy == "dmc" else build_model(layers=1)
-    engine = build_engine(model, settings=settings, pages=10_000)
+    engine = build_engine(model, policy=policy_for(settings, HALF), pages=10_000)
     prompts, new = some_prompts(6, longest=longest), 16
     results = engine.generate(prompts, greedy(new))
     said = [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)]
@@ -166,7 +165,7 @@ def who_shares_the_engine_does_not_matter_test(roomy, alone, departures):
     together = roomy.generate(prompts, params)
     assert not departures
     assert list(map(what_was_said, together)) == list(map(what_was_said, alone(prompts, params)))
-    # Another order: other neighbours, other slots.
+    # Another order: other neighbours, other seats.
     again = roomy.generate(prompts[::-1], params[::-1])[::-1]
     assert list(map(what_was_said, again)) == list(map(what_was_said, together))
 
@@ -189,7 +188,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
     rng = np.random.default_rng(5)
     prompts, params = some_prompts(200, seed=1, longest=10), some_params(200, seed=2, longest=20)
     engine = build_engine(tiny_model, pages=TINY)
-    compiled = batch_module.next_tokens._cache_size()
+    compiled = programs.next_tokens._cache_size()
     ids, results, texts = [], {}, {}
     while len(results) < len(prompts):
         for _ in range(rng.integers(0, 3)):
@@ -201,7 +200,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
             texts[event.sequence] = texts.get(event.sequence, "") + event.text
             if event.finish_reason:
                 results[event.sequence] = event.result
-        assert len(engine.running) <= SLOTS and engine.unfinished == sorted(engine.unfinished)
+        assert len(engine.running) <= SEATS and engine.unfinished == sorted(engine.unfinished)
     assert len(departures) > 20
     assert sum(results[one].finish_reason == "cancelled" for one in ids) > 10
     for one, expected in zip(ids, alone(prompts, params), strict=True):
@@ -211,13 +210,13 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
         else:
             assert what_was_said(results[one]) == what_was_said(expected)
     assert engine.free_pages == TINY
-    assert batch_module.next_tokens._cache_size() - compiled <= 1
+    assert programs.next_tokens._cache_size() - compiled <= 1
 
 
 def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
     prompts, params = some_prompts(6), some_params(6)
     stream, results = roomy.stream(prompts, params), {}
-    next_tokens, calls = batch_module.next_tokens, 0
+    next_tokens, calls = programs.next_tokens, 0
 
     def interrupted_after(*args, **options):
         nonlocal calls
@@ -228,7 +227,7 @@ def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
         return result
 
     first = roomy.unfinished[0]
-    monkeypatch.setattr(batch_module, "next_tokens", interrupted_after)
+    monkeypatch.setattr(programs, "next_tokens", interrupted_after)
     with pytest.raises(KeyboardInterrupt):
         while True:
             for event in roomy.step():
@@ -248,19 +247,19 @@ def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
 def a_model_that_merges_has_more_sequences_in_the_same_pages_test(tiny_model):
     """Without being told its ratio."""
     together = {}
-    prompts = [[1, *range(3, 18)]] * SLOTS
-    for name, threshold in (("dense", np.inf), ("dmc", -1e3)):
-        engine = build_engine(tiny_model, threshold=threshold, pages=2 * TINY)
+    prompts = [[1, *range(3, 18)]] * SEATS
+    for policy in (Dense(0.0), DMC(SETTINGS, -1e3)):
+        engine = build_engine(tiny_model, policy=policy, pages=2 * TINY)
         for prompt in prompts:
             engine.submit(prompt, greedy(8))
         engine.step()
-        together[name] = len(engine.running)
+        together[policy.name] = len(engine.running)
     # 16 tokens and one more take 3 pages a row; merged to one slot they take 1.
-    assert together == {"dense": 2 * TINY // (3 * ROWS), "dmc": SLOTS}
+    assert together == {"dense": 2 * TINY // (3 * ROWS), "dmc": SEATS}
 
 
 def a_sequence_that_the_whole_pool_cannot_hold_ends_with_what_it_has_test(tiny_model, alone):
-    engine = build_engine(tiny_model, threshold=np.inf, pages=TINY)
+    engine = build_engine(tiny_model, policy=Dense(0.0), pages=TINY)
     prompts = [[1, 5, 9], [1] * 30, [1, 7, 7]]
     long, impossible, short = engine.generate(prompts, [greedy(60), greedy(4), greedy(4)])
     assert long.finish_reason == "pages" and impossible.finish_reason == "pages"
@@ -276,9 +275,9 @@ def a_result_says_what_it_took_test(tiny_model, roomy):
     result = roomy.generate([prompt], greedy(20))[0]
     said = [*prompt, *result.tokens][:-1]  # the last token is never read
     records = what_follows([said], tiny_model).records
-    merged = np.mean([record.merged[:, 0, : len(said)].mean() for record in records])
+    taken = np.mean([record.appends[:, 0, : len(said)].mean() for record in records])
     assert result.new_tokens == len(result.tokens) and result.prompt_tokens == len(prompt)
-    assert result.ratio == pytest.approx(1 / (1 - merged)) and result.ratio > 1.3
+    assert result.ratio == pytest.approx(1 / taken) and result.ratio > 1.3
     read = len(prompt) + result.new_tokens - 1
     assert result.dense_cache_bytes == ROWS * -(-read // PAGE) * PAGE_BYTES
     assert ROWS * PAGE_BYTES <= result.live_cache_bytes < result.dense_cache_bytes
@@ -294,9 +293,9 @@ def bytes_are_as_good_as_pages_test(tiny_model):
 
 
 def a_sequence_can_be_cancelled_wherever_it_is_test(roomy):
-    ids = [roomy.submit([1, 5 + number], greedy(30)) for number in range(SLOTS + 2)]
+    ids = [roomy.submit([1, 5 + number], greedy(30)) for number in range(SEATS + 2)]
     before = roomy.step()
-    assert roomy.running == ids[:SLOTS]
+    assert roomy.running == ids[:SEATS]
     for one in (ids[1], ids[-1]):
         roomy.cancel(one)
         roomy.cancel(one)  # is no mistake
@@ -306,7 +305,7 @@ def a_sequence_can_be_cancelled_wherever_it_is_test(roomy):
     said = [token for event in before if event.sequence == ids[1] for token in event.tokens]
     assert list(ends[0].result.tokens) == said and len(said) == 2
     assert ends[1].result.tokens == () and ends[1].result.ratio is None
-    assert roomy.running == [ids[0], *ids[2 : SLOTS + 1]]
+    assert roomy.running == [ids[0], *ids[2 : SEATS + 1]]
     for one in roomy.unfinished:
         roomy.cancel(one)
     roomy.step()
@@ -404,7 +403,7 @@ def bad_prompts_are_refused_at_once_and_with_all_others_test(roomy, prompts, par
         ({"pages": None}, "one of pages and kv_bytes"),
         ({"pages": 3}, "3 pages cannot hold a token of the 4 rows.*4 pages, 4,096 bytes"),
         ({"page_size": 0}, "page_size must be a power of two"),
-        ({"max_sequences": 0}, "slots must be 1 or more"),
+        ({"max_sequences": 0}, "seats must be 1 or more"),
         ({"max_length": 129}, "made for 128, got 129"),
         ({"dtype": "float16"}, "float32 or bfloat16"),
     ],
@@ -431,12 +430,12 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
     ratios = {}
     for policy in ("dmc", "dense"):
         engine = Engine.from_checkpoint(
-            "run", policy=policy, kv_bytes=TINY * PAGE_BYTES, max_sequences=SLOTS, page_size=PAGE
+            "run", policy=policy, kv_bytes=TINY * PAGE_BYTES, max_sequences=SEATS, page_size=PAGE
         )
         assert engine.free_pages == TINY
         ratios[policy] = engine.generate([[1, *range(3, 18)]], greedy(4))[0].ratio
     assert ratios["dense"] == 1 and ratios["dmc"] > 1.3
-    with pytest.raises(UserError, match="expected dmc or dense, got 'none'"):
+    with pytest.raises(UserError, match="expected dense or dmc, got 'none'"):
         Engine.from_checkpoint("run", policy="none")
     with pytest.raises(UserError, match="other is not the tokenizer that run was trained with"):
         Engine.from_checkpoint("run", tokenizer="other")
@@ -479,7 +478,7 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
     tiny_model, build_model, tmp_path, window, threshold, dtype
 ):
     settings = None if threshold is None else DMCSettings(offset=0.0, window=window)
-    options = {"settings": settings, "threshold": threshold or HALF, "dtype": dtype}
+    options = {"policy": policy_for(settings, HALF), "dtype": dtype}
     model = tiny_model if settings == SETTINGS else build_model(layers=1)
     make = functools.partial(build_engine, model, pages=10_000, **options)
     engine, [first, other] = make(), some_prompts(2, seed=3)
@@ -489,9 +488,9 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
     sequence = engine.submit(first, params)
     run_until(engine, sequence, 11)
     engine.snapshot(sequence).save(tmp_path / "sequence.npz")
-    read = batch_module.read_prompt
+    read = programs.read_prompt
     try:
-        batch_module.read_prompt = None  # what follows must not read a prompt again
+        programs.read_prompt = None  # what follows must not read a prompt again
         fork = engine.fork(sequence)
         assert results_of(engine, sequence, fork) == [expected, expected]
         elsewhere = make()
@@ -499,7 +498,7 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
         restored = elsewhere.resume(load_snapshot(tmp_path / "sequence.npz"))
         assert results_of(elsewhere, restored) == [expected]
     finally:
-        batch_module.read_prompt = read
+        programs.read_prompt = read
     assert elsewhere.free_pages == free
 
 

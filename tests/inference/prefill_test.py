@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import cache as cache_module
-from dmc_jax.inference import paged, prefill
-from dmc_jax.model import modes
+from dmc_jax.inference import decoding, paged_cache, prefill
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Edit, attend_whole
 
 TOLERANCE = 1e-5  # float32 logits and states of size 1
 # Above every merge logit; at the middle of them; below most; below all.
 THRESHOLDS = {"never": 1e3, "half": 0.0, "mostly": -1.5, "always": -1e3}
 T, CHUNK = 40, 16
-CACHE_OPTIONS = ("pages", "slots", "max_length", "dtype")
+CACHE_OPTIONS = ("pages", "seats", "max_length", "dtype")
 
 POLICIES = {
     "window 12": (2, DMCSettings(window=12, offset=0.0)),
@@ -39,20 +40,18 @@ def some_tokens(batch=2, length=T):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=CACHE_OPTIONS)
-def poisoned_cache(config, settings, pages=200, slots=3, max_length=T, dtype=jnp.float32):
+def poisoned_cache(config, settings, pages=200, seats=3, max_length=T, dtype=jnp.float32):
     """An empty cache whose pages are NaN."""
-    cache = cache_module.init(
+    cache = paged_cache.init(
         config,
-        settings,
-        slots=slots,
+        policy_for(settings),
+        seats=seats,
         pages=pages,
         page_size=8,
         max_length=max_length,
         dtype=dtype,
     )
-    return dataclasses.replace(
-        cache, k_pages=cache.k_pages * jnp.nan, v_pages=cache.v_pages * jnp.nan
-    )
+    return dataclasses.replace(cache, pages=jax.tree.map(lambda x: x * jnp.nan, cache.pages))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -62,14 +61,13 @@ def read_one_by_one(params, config, settings, cache, tokens, lengths, threshold)
     def step(cache, now):
         t, column = now
         active = jnp.append(t < lengths, False)
-        return paged.decode_step(
+        return decoding.decode_step(
             params,
             config,
             cache,
             jnp.append(column, 0),
             active,
-            settings=settings,
-            threshold=threshold,
+            policy=policy_for(settings, threshold),
         )
 
     cache, logits = jax.lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T))
@@ -77,9 +75,15 @@ def read_one_by_one(params, config, settings, cache, tokens, lengths, threshold)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def read_chunk(params, config, settings, cache, tokens, counts, sequences, threshold):
+def read_chunk(params, config, settings, cache, tokens, counts, seats, threshold):
     return prefill.prefill_chunk(
-        params, config, cache, tokens, counts, sequences, settings=settings, threshold=threshold
+        params,
+        config,
+        cache,
+        tokens,
+        counts,
+        seats,
+        policy=policy_for(settings, threshold),
     )
 
 
@@ -121,17 +125,17 @@ def rows_of(cache, pool):
 def assert_same_cache(cache, expected):
     for name in ("lengths", "position", "free_count", "failed"):
         np.testing.assert_array_equal(getattr(cache, name), getattr(expected, name), err_msg=name)
-    for name in ("k_pages", "v_pages"):
-        mine, theirs = (rows_of(x, getattr(x, name)) for x in (cache, expected))
+    for name in ("k", "v"):
+        mine, theirs = (rows_of(x, getattr(x.pages, name)) for x in (cache, expected))
         for row, slots in mine.items():
             np.testing.assert_allclose(slots, theirs[row], atol=TOLERANCE, rtol=0)
-    if expected.open_segment is not None:
-        np.testing.assert_array_equal(cache.open_segment.count, expected.open_segment.count)
+    if expected.state:
+        np.testing.assert_array_equal(cache.state.count, expected.state.count)
         # An unlimited window keeps sums, whose error grows with what they sum.
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, atol=TOLERANCE, rtol=TOLERANCE),
-            cache.open_segment,
-            expected.open_segment,
+            cache.state,
+            expected.state,
         )
 
 
@@ -166,7 +170,7 @@ def prefill_in_any_chunks_equals_one_token_at_a_time_test(build_model, policy):
 
     for name, threshold in THRESHOLDS.items():
         cache = check(EDGES, threshold)
-        counts = cache.open_segment.count if settings else jnp.ones(())
+        counts = cache.state.count if settings else jnp.ones(())
         if name == "always" and settings:  # far beyond the window
             assert (counts[:2] == cache.position[:2, None]).all() and counts.max() > 30
 
@@ -202,15 +206,14 @@ def long_prompts_of_different_lengths_then_decoding_give_the_evaluated_logits_te
     params, config = tiny_model
     settings, lengths, after = DMCSettings(offset=0.0), (5, 500, 270), 3
     tokens = some_tokens(3, 503)
-    cache = poisoned_cache(config, settings, pages=450, slots=4, max_length=504)
+    cache = poisoned_cache(config, settings, pages=450, seats=4, max_length=504)
     cache, last = prefill.prefill(
         params,
         config,
         cache,
         [row[:length] for row, length in zip(tokens, lengths, strict=True)],
         (2, 0, 3),
-        settings=settings,
-        threshold=threshold,
+        policy=policy_for(settings, threshold),
         chunk=256,
     )
     assert not cache.failed.any()
@@ -231,7 +234,7 @@ def long_prompts_of_different_lengths_then_decoding_give_the_evaluated_logits_te
 
 def slots_per_token(*of_model_tokens_and_threshold):
     records = evaluated(*of_model_tokens_and_threshold).records
-    return 1 - np.mean([record.merged.mean() for record in records])
+    return np.mean([record.appends.mean() for record in records])
 
 
 def threshold_for(ratio, *model_and_tokens):
@@ -250,10 +253,10 @@ def threshold_for(ratio, *model_and_tokens):
 def prefill_then_decoding_is_full_evaluation_at_every_ratio_and_grouping_test(
     build_model, heads, kv_heads
 ):
-    """Two sequences split at random, and then two others in the pages that they leave."""
+    """Two seats split at random, and then two others in the pages that they leave."""
     params, config = build_model(kv_heads, heads=heads)
     settings, rng = DMCSettings(window=5, offset=0.0), np.random.default_rng(heads * kv_heads)
-    cache = poisoned_cache(config, settings, pages=2 * config.kv_rows * 5, slots=2)
+    cache = poisoned_cache(config, settings, pages=2 * config.kv_rows * 5, seats=2)
     for ratio in (1, 2, 4, 8):
         tokens = rng.integers(0, 50, (2, T)).astype(np.int32)
         of_model = params, config, settings
@@ -271,7 +274,7 @@ def prefill_then_decoding_is_full_evaluation_at_every_ratio_and_grouping_test(
         assert measured == pytest.approx(ratio, rel=0.3)
         if ratio == 8:  # some segment is longer than the window
             assert (cache.lengths.min(axis=1) < T / 5).any()
-        cache = cache_module.free(cache, np.full(2, True))
+        cache = paged_cache.free(cache, np.full(2, True))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -280,8 +283,13 @@ def decode_rest(params, config, settings, cache, tokens, at, threshold):
 
     def step(cache, now):
         t, column = now
-        return paged.decode_step(
-            params, config, cache, column, t >= at, settings=settings, threshold=threshold
+        return decoding.decode_step(
+            params,
+            config,
+            cache,
+            column,
+            t >= at,
+            policy=policy_for(settings, threshold),
         )
 
     cache, logits = jax.lax.scan(step, cache, (jnp.arange(T), tokens.T))
@@ -291,20 +299,25 @@ def decode_rest(params, config, settings, cache, tokens, at, threshold):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def decode(params, config, settings, cache, tokens, threshold):
     active = np.array([True, False, True, True])
-    return paged.decode_step(
-        params, config, cache, tokens, active, settings=settings, threshold=threshold
+    return decoding.decode_step(
+        params,
+        config,
+        cache,
+        tokens,
+        active,
+        policy=policy_for(settings, threshold),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def evaluated(params, config, settings, tokens, threshold):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    attend = modes.compressed(config, settings, positions, threshold=threshold)
+    attend = attend_whole(policy_for(settings, threshold), config, positions)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 
 def read_prompts(tiny_model, prompts, cache, where, **changes):
-    options = {"settings": DMCSettings(offset=0.0), "chunk": CHUNK} | changes
+    options = {"policy": DMC(DMCSettings(offset=0.0)), "chunk": CHUNK} | changes
     return prefill.prefill(*tiny_model, cache, prompts, where, **options)
 
 
@@ -331,7 +344,7 @@ def who_shares_the_batch_does_not_matter_test(tiny_model):
         cache = poisoned_cache(tiny_model[1], settings)
         batch = [prompts[0][:21], prompts[other][:length]]
         cache, last = read_prompts(tiny_model, batch, cache, (mine, 1))
-        held = rows_of(cache, cache.k_pages)
+        held = rows_of(cache, cache.pages.k)
         rows.append([held[mine, row] for row in range(4)])
         logits.append(last[0])
     np.testing.assert_allclose(*logits, atol=TOLERANCE, rtol=0)
@@ -366,7 +379,7 @@ def every_slot_of_a_chunk_is_written_once_test(tiny_model, empty_cache, monkeypa
     """Of two writes to one slot, which one stays would be up to the machine."""
     writes = []
 
-    def note(cache, keys, values, slots, where, first, *, sequences):
+    def note(cache, keys, values, slots, where, first, *, seats):
         writes.append((slots, where))
         return cache
 
@@ -377,7 +390,8 @@ def every_slot_of_a_chunk_is_written_once_test(tiny_model, empty_cache, monkeypa
 
     @jax.jit
     def store(cache):
-        _, slot = prefill._store(cache, states, states, real, opens, 0, np.arange(2))
+        slot = jnp.cumsum(opens, axis=1).swapaxes(1, 2) - 1
+        _, slot = prefill._store(cache, Edit(slot, states, states), real, 0, np.arange(2))
         return slot, writes
 
     slot, [(slots, where)] = store(empty_cache)
@@ -388,7 +402,10 @@ def every_slot_of_a_chunk_is_written_once_test(tiny_model, empty_cache, monkeypa
 
 def prompts_without_enough_pages_are_reported_and_harm_no_other_test(tiny_model):
     config, settings = tiny_model[1], DMCSettings(offset=0.0)
-    prompts, options = some_tokens()[:, :CHUNK], {"threshold": THRESHOLDS["never"]}
+    prompts, options = (
+        some_tokens()[:, :CHUNK],
+        {"policy": DMC(DMCSettings(offset=0.0), THRESHOLDS["never"])},
+    )
     # Without merging, 16 tokens take 2 pages in each of 4 rows, and one token a page in each.
     fitting = [prompts[0], [1]]
     enough, expected = read_prompts(
@@ -399,11 +416,11 @@ def prompts_without_enough_pages_are_reported_and_harm_no_other_test(tiny_model)
     )
     np.testing.assert_array_equal(cache.failed, [False, True, False])
     np.testing.assert_allclose(logits[0], expected[0], atol=TOLERANCE, rtol=0)
-    for name in ("k_pages", "v_pages"):
-        mine, theirs = (rows_of(x, getattr(x, name)) for x in (cache, enough))
+    for name in ("k", "v"):
+        mine, theirs = (rows_of(x, getattr(x.pages, name)) for x in (cache, enough))
         for row in range(config.kv_rows):
             np.testing.assert_allclose(mine[0, row], theirs[0, row], atol=TOLERANCE, rtol=0)
-    cache = cache_module.free(cache, np.array([True, True, False]))
+    cache = paged_cache.free(cache, np.array([True, True, False]))
     assert cache.free_count == 12 and not cache.failed.any()
     cache, logits = read_prompts(tiny_model, fitting, cache, (1, 2), **options)
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
@@ -414,9 +431,9 @@ def prompts_without_enough_pages_are_reported_and_harm_no_other_test(tiny_model)
     [
         ([], (), {}, "needs a token"),
         ([[1], []], (0, 1), {}, "needs a token"),
-        ([[1], [2]], (0,), {}, "2 prompts but 1 slots"),
-        ([[1], [2]], (1, 1), {}, "different slots from 0 to 2, got \\[1, 1\\]"),
-        ([[1]], (3,), {}, "different slots from 0 to 2, got \\[3\\]"),
+        ([[1], [2]], (0,), {}, "2 prompts but 1 seats"),
+        ([[1], [2]], (1, 1), {}, "different seats from 0 to 2, got \\[1, 1\\]"),
+        ([[1]], (3,), {}, "different seats from 0 to 2, got \\[3\\]"),
         ([[1]], (0,), {"chunk": 24}, "chunk must be a power of two, 16 or more, got 24"),
     ],
 )

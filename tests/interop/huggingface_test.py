@@ -21,9 +21,10 @@ from dmc_jax.interop.formats import open_source, recognise
 from dmc_jax.interop.huggingface import open_huggingface
 from dmc_jax.interop.huggingface_config import config_json, model_config
 from dmc_jax.interop.parameters import flatten, leaf_shapes, read_params
-from dmc_jax.model import modes
 from dmc_jax.model.llama import Llama, init_params
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.policy import attend_whole
 from tests.interop.checkpoint_files import (
     RECORDED,
     assert_same_bits,
@@ -186,7 +187,7 @@ def a_converted_checkpoint_is_complete_for_whoever_loads_it_test(tmp_path):
     assert model.metadata.compute_dtype == "bfloat16"
     assert load_tokenizer_of(model).encode("the cache")
     tokens = np.arange(12)[None]
-    attend = modes.dense(model.config, tokens)
+    attend = attend_whole(Dense(), model.config, tokens)
     output = Llama(model.config).apply({"params": model.params}, tokens, attend=attend)
     expected = logits(random_weights(sizes), sizes, tokens[0], base=10_000.0)
     np.testing.assert_allclose(output.logits[0], expected, atol=TOLERANCE)

@@ -15,7 +15,8 @@ from dmc_jax.errors import UserError
 from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.model.llama import Llama
-from dmc_jax.model.modes import compressed
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import attend_whole
 from tests.interop.reference_llama import Sizes, dmc_head, logits, random_weights, with_decisions
 from tests.interop.torch_zip import Call, Global, Ordered, save
 
@@ -322,7 +323,7 @@ def logits_equal_a_loop_over_the_merged_cache_test(tmp_path, kv_heads, ranks, wi
     margins = np.abs(record)
     assert 0.1 < np.mean(np.array(record) > 0) < 0.6 and margins.min() > 1e-3
 
-    attend = compressed(source.config, source.settings, jnp.arange(24)[None])
+    attend = attend_whole(DMC(source.settings), source.config, jnp.arange(24)[None])
     params = {"params": read_params(source)}
     model = Llama(source.config)
     run = jax.jit(lambda params, tokens: model.apply(params, tokens, attend=attend).logits)

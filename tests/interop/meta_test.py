@@ -14,7 +14,8 @@ from dmc_jax.errors import UserError
 from dmc_jax.interop.meta import is_meta, open_meta, to_huggingface_order, to_meta_order
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.model.llama import Llama
-from dmc_jax.model.modes import dense
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.policy import attend_whole
 from tests.interop.reference_llama import Sizes, logits, random_weights
 from tests.interop.torch_zip import Ordered, save
 
@@ -190,7 +191,7 @@ def logits_equal_a_loop_over_the_original_weights_test(tmp_path):
     source = open_meta(write(tmp_path / "model", as_meta(weights, sizes, 2), rope_theta=500.0))
     tokens = np.random.default_rng(2).integers(0, sizes.V, 16)
     expected = logits(weights, sizes, tokens, base=500.0)
-    attend = dense(source.config, jnp.arange(16)[None])
+    attend = attend_whole(Dense(), source.config, jnp.arange(16)[None])
     model = Llama(source.config)
     run = jax.jit(lambda params, tokens: model.apply(params, tokens, attend=attend).logits)
     actual = run({"params": read_params(source)}, tokens[None])[0]

@@ -13,16 +13,18 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
-from dmc_jax.model import modes
 from dmc_jax.model.llama import (
     Llama,
     count_parameters,
     forward,
     init_params,
-    layer_runs,
+    layer_stacks,
     unstack_layers,
 )
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import attend_whole, decision_means
 
 SMALL = ModelConfig(
     vocab_size=17,
@@ -62,7 +64,7 @@ def logits_of(config, attend, params=None, **kwargs):
 
 @functools.cache
 def dense_logits(config=SMALL):
-    return logits_of(config, modes.dense(config, POSITIONS))
+    return logits_of(config, attend_whole(Dense(), config, POSITIONS))
 
 
 def slow_llama(config, params, tokens):
@@ -79,7 +81,7 @@ def slow_llama(config, params, tokens):
         return np.concatenate([turned.real, turned.imag])
 
     x = p["embedding"][tokens]
-    for run, (_, length, kv_heads) in enumerate(layer_runs(config)):
+    for run, (_, length, kv_heads) in enumerate(layer_stacks(config)):
         for i in range(length):
             w = jax.tree.map(lambda a, i=i: a[i], p[f"run_{run}"])
             y = norm(x, w["attention_norm"]["scale"])
@@ -123,21 +125,21 @@ def parameter_counts_are_the_published_ones_test(preset, count):
 
 
 def deci_has_its_own_kv_heads_in_every_layer_test():
-    assert layer_runs(PRESETS["deci_6b"]) == ((0, 1, 4), (1, 9, 2), (10, 20, 1), (30, 2, 4))
+    assert layer_stacks(PRESETS["deci_6b"]) == ((0, 1, 4), (1, 9, 2), (10, 20, 1), (30, 2, 4))
     assert PRESETS["deci_6b"].kv_rows == 4 + 18 + 20 + 8
 
 
 def every_mode_is_the_same_model_test():
     """Channel faded out, or merging impossible: the modes agree where their formulas do."""
     settings = DMCSettings(offset=1e4)  # nobody merges
-    faded = logits_of(SMALL, modes.dense(SMALL, POSITIONS, channel_scale=0.0))
-    hard = logits_of(SMALL, modes.compressed(SMALL, settings, POSITIONS))
+    faded = logits_of(SMALL, attend_whole(Dense(0.0), SMALL, POSITIONS))
+    hard = logits_of(SMALL, attend_whole(DMC(settings), SMALL, POSITIONS))
     relaxed = logits_of(
-        SMALL, modes.compressed(SMALL, settings, POSITIONS, noise_key=jax.random.key(0))
+        SMALL, attend_whole(DMC(settings), SMALL, POSITIONS, noise_key=jax.random.key(0))
     )
     np.testing.assert_allclose(hard, faded, atol=1e-4)
     np.testing.assert_allclose(relaxed, faded, atol=1e-4)
-    untouched = logits_of(SMALL, modes.dense(SMALL, POSITIONS, channel_scale=1.0))
+    untouched = logits_of(SMALL, attend_whole(Dense(1.0), SMALL, POSITIONS))
     np.testing.assert_allclose(untouched, dense_logits(), atol=1e-5)
     assert np.abs(untouched - faded).max() > 0.01
 
@@ -147,9 +149,9 @@ def noise_depends_on_key_and_layer_test():
 
     @jax.jit
     def run(key):
-        attend = modes.compressed(SMALL, settings, POSITIONS, noise_key=key)
+        attend = attend_whole(DMC(settings), SMALL, POSITIONS, noise_key=key)
         output = Llama(SMALL).apply({"params": small_params()}, TOKENS, attend=attend)
-        return [record.decisions for record in output.records], modes.decision_means(output)
+        return [record.decisions for record in output.records], decision_means(output)
 
     first, means = run(jax.random.key(0))
     again, other = run(jax.random.key(0))[0], run(jax.random.key(1))[0]
@@ -163,8 +165,8 @@ def noise_depends_on_key_and_layer_test():
 def recomputation_changes_no_gradient_test():
     def gradient(remat):
         def loss(params):
-            attend = modes.compressed(
-                TWO_LAYERS, DMCSettings(offset=0.0), POSITIONS, noise_key=jax.random.key(0)
+            attend = attend_whole(
+                DMC(DMCSettings(offset=0.0)), TWO_LAYERS, POSITIONS, noise_key=jax.random.key(0)
             )
             return jnp.sum(jnp.sin(logits_of(TWO_LAYERS, attend, params, remat=remat)))
 
@@ -183,7 +185,7 @@ def gradients_equal_finite_differences_test():
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        return jnp.sum(jnp.sin(logits_of(SMALL, modes.dense(SMALL, POSITIONS), params)))
+        return jnp.sum(jnp.sin(logits_of(SMALL, attend_whole(Dense(), SMALL, POSITIONS), params)))
 
     params, rng = small_params(), np.random.default_rng(9)
     direction = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
@@ -203,10 +205,10 @@ def tied_head_is_the_embedding_test():
     tied = dataclasses.replace(ONE_LAYER, tied_embeddings=True)
     params = dict(small_params(ONE_LAYER))
     params["head"] = params["embedding"].T
-    untied = logits_of(ONE_LAYER, modes.dense(ONE_LAYER, POSITIONS), params)
+    untied = logits_of(ONE_LAYER, attend_whole(Dense(), ONE_LAYER, POSITIONS), params)
     del params["head"]
     assert jax.tree.structure(params) == jax.tree.structure(small_params(tied))
-    actual = logits_of(tied, modes.dense(tied, POSITIONS), params)
+    actual = logits_of(tied, attend_whole(Dense(), tied, POSITIONS), params)
     np.testing.assert_allclose(actual, untied, atol=1e-5)
 
 
@@ -218,14 +220,14 @@ def theta_and_scaling_reach_the_attention_test():
     settings = DMCSettings(offset=1e4)
     for config in (theta, scaled):
         for attend in (
-            modes.dense(config, POSITIONS),
-            modes.compressed(config, settings, POSITIONS),
+            attend_whole(Dense(), config, POSITIONS),
+            attend_whole(DMC(settings), config, POSITIONS),
         ):
             assert np.abs(logits_of(ONE_LAYER, attend) - base).max() > 1e-3
 
 
 def bfloat16_compute_keeps_float32_logits_and_parameters_test():
-    narrow = logits_of(SMALL, modes.dense(SMALL, POSITIONS), dtype=jnp.bfloat16)
+    narrow = logits_of(SMALL, attend_whole(Dense(), SMALL, POSITIONS), dtype=jnp.bfloat16)
     assert narrow.dtype == jnp.float32
     wide = dense_logits()
     assert 0 < np.abs(narrow - wide).max() < 0.1 * np.abs(wide).max()
@@ -254,24 +256,24 @@ def unstacked_layers_give_the_same_logits_and_records_test(config):
     assert jax.tree.map(jnp.shape, unstack_layers(unstacked, config, jnp.float32)) == jax.tree.map(
         jnp.shape, unstacked
     )
-    attend = modes.compressed(config, DMCSettings(offset=0.0), POSITIONS)
+    attend = attend_whole(DMC(DMCSettings(offset=0.0)), config, POSITIONS)
     both = [
         jax.jit(lambda p: forward(p, config, TOKENS, dtype="float32", attend=attend))(p)
         for p in (params, unstacked)
     ]
     np.testing.assert_allclose(both[0].logits, both[1].logits, atol=1e-5, rtol=0)
-    merged = [
-        np.concatenate([np.moveaxis(r.merged, -1, 0).ravel() for r in records])
+    appends = [
+        np.concatenate([np.moveaxis(r.appends, -1, 0).ravel() for r in records])
         for records in (
             [
-                jax.tree.map(operator.itemgetter(layer), run)
-                for run in both[0].records
-                for layer in range(len(run.merged))
+                jax.tree.map(operator.itemgetter(layer), stack)
+                for stack in both[0].records
+                for layer in range(len(stack.appends))
             ],
             both[1].records,
         )
     ]
-    np.testing.assert_array_equal(*merged)
+    np.testing.assert_array_equal(*appends)
     assert len(both[1].records) == config.layers
 
 
@@ -281,7 +283,7 @@ def unstacked_matrices_are_narrowed_as_the_forward_pass_would_and_norms_are_not_
     for path, leaf in jax.tree_util.tree_leaves_with_path(narrow):
         expected = jnp.float32 if path[-1].key == "scale" else jnp.bfloat16
         assert leaf.dtype == expected, path
-    attend = modes.dense(SMALL, POSITIONS)
+    attend = attend_whole(Dense(), SMALL, POSITIONS)
     wide, narrow = (
         jax.jit(lambda p: forward(p, SMALL, TOKENS, dtype="bfloat16", attend=attend).logits)(p)
         for p in (params, narrow)
@@ -291,7 +293,7 @@ def unstacked_matrices_are_narrowed_as_the_forward_pass_would_and_norms_are_not_
 
 
 def logits_of_one_token_a_sequence_are_those_of_all_test():
-    attend, params = modes.dense(SMALL, POSITIONS), small_params()
+    attend, params = attend_whole(Dense(), SMALL, POSITIONS), small_params()
     inputs = {"dtype": "float32", "attend": attend}
     everything = dense_logits()
     some = jax.jit(lambda p: forward(p, SMALL, TOKENS, only=jnp.array([4, 8]), **inputs).logits)(

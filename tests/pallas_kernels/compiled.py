@@ -41,7 +41,7 @@ def compile_kernel(kernel, dtypes, constants, *, warps, stages, capability, **op
         kernel: decorated with `triton.jit`.
         dtypes: of the arrays, by parameter.
         constants: values of the other parameters.
-        warps, stages: as in `tuning.Settings`.
+        warps, stages: as in the settings of the kernels.
         capability: 80 or 90.
         options: other options of the compiler.
     """

@@ -1,18 +1,15 @@
-"""Without a GPU, tests that are parametrised by `implementation` run GPU kernels interpreted.
+"""Without a GPU, tests that are parametrised by an implementation run GPU kernels interpreted.
 
 With one, they run on it.
 """
 
-import importlib
-
 import jax
 import pytest
 
-from pallas_kernels import target
-from pallas_kernels.decode_attention import api
 from tests.pallas_kernels import interpreted
 
-LAUNCH = {"triton": interpreted.launch_triton, "pallas_gpu": interpreted.launch_pallas}
+# What a test calls the parameter that names an implementation.
+KERNELS = {"implementation": "decode_attention", "update": "cache_update"}
 
 
 @pytest.fixture
@@ -26,17 +23,6 @@ def exact_products():
 def interpreted_without_a_gpu(request, monkeypatch):
     """Does nothing for other tests."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    name = parameters.get("implementation")
-    if name not in LAUNCH:
-        return
-    if jax.default_backend() == "gpu":
-        reason = api.unavailable(name)
-        if reason is not None:
-            pytest.skip(f"{name}: {reason}")
-        return
-    if name == "triton":
-        pytest.importorskip("triton", reason="triton is not installed")
-    module = importlib.import_module(f"pallas_kernels.decode_attention.{name}")
-    monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
-    monkeypatch.setattr(module, "unavailable", lambda: None)
-    monkeypatch.setattr(module, "launch", LAUNCH[name])
+    for parameter, kernel in KERNELS.items():
+        if parameters.get(parameter) in interpreted.LAUNCH:
+            interpreted.let_run(kernel, parameters[parameter], monkeypatch)

@@ -6,15 +6,18 @@ also compile it. Triton's interpreter expects torch tensors, but of what these c
 enough for `_Tensor`.
 """
 
+import importlib
 import threading
 from unittest import mock
 
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import target
+from pallas_kernels.implementations import Implementations
 
 # Few cores, so that programs have several items each, and items several blocks.
 GPU = target.Target(platform="gpu", kind="interpreted", cores=2, capability=90)
@@ -23,6 +26,21 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "int32": "i32"}
 
 # Triton's interpreter keeps the index of the program that it is running in a global.
 _one_at_a_time = threading.Lock()
+
+
+def let_run(kernel, name, monkeypatch):
+    """Lets a test run an implementation: on a GPU as it is, or it is skipped; else interpreted."""
+    if jax.default_backend() == "gpu":
+        reason = Implementations(kernel, (name,)).unavailable(name)
+        if reason is not None:
+            pytest.skip(f"{name}: {reason}")
+        return
+    if name == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    module = importlib.import_module(f"pallas_kernels.{kernel}.{name}")
+    monkeypatch.setattr(target, "current", lambda: GPU)
+    monkeypatch.setattr(module, "unavailable", lambda: None)
+    monkeypatch.setattr(module, "launch", LAUNCH[name])
 
 
 def launch_pallas(kernel, *inputs, out, grid, num_warps, num_stages):
@@ -42,6 +60,9 @@ def launch_triton(
         return _interpret(kernel, arrays, out, grid, in_place or {}, constants)
 
     return jax.pure_callback(run, out, *inputs)
+
+
+LAUNCH = {"triton": launch_triton, "pallas_gpu": launch_pallas}
 
 
 def _interpret(kernel, inputs, out, grid, in_place, constants):

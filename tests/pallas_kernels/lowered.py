@@ -6,10 +6,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import cache as cache_module
+from dmc_jax.inference import paged_cache
 from dmc_jax.model.llama import init_params, unstack_layers
+from dmc_jax.policies.dmc import DMC
 
-PAGES, PAGE, SLOTS = 96, 16, 4
+PAGES, PAGE, SEATS = 96, 16, 4
 CONFIG = ModelConfig(
     vocab_size=50,
     width=64,
@@ -39,9 +40,9 @@ def on(kind):
 
 
 def empty_cache():
-    return cache_module.init(
-        *(CONFIG, DMCSettings()),
-        slots=SLOTS,
+    return paged_cache.init(
+        *(CONFIG, DMC(DMCSettings())),
+        seats=SEATS,
         pages=PAGES,
         page_size=PAGE,
         max_length=512,
@@ -52,6 +53,6 @@ def empty_cache():
 def shapes_of_a_step():
     def make():
         params = unstack_layers(init_params(CONFIG, jax.random.key(0)), CONFIG, jnp.bfloat16)
-        return params, empty_cache(), jnp.zeros(SLOTS, jnp.int32), jnp.ones(SLOTS, bool)
+        return params, empty_cache(), jnp.zeros(SEATS, jnp.int32), jnp.ones(SEATS, bool)
 
     return jax.eval_shape(make)

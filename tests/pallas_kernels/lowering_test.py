@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import use_abstract_mesh
 
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import paged
-from dmc_jax.model import modes
-from dmc_jax.model.attention import choose_attention
+from dmc_jax.inference import decoding
+from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Llama, init_params
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import attend_whole
 from pallas_kernels import target
 from pallas_kernels.decode_attention import api
 from pallas_kernels.triton_call import unavailable
@@ -22,7 +23,7 @@ from tests.pallas_kernels.lowered import (
     CONFIG,
     PAGE,
     PAGES,
-    SLOTS,
+    SEATS,
     empty_cache,
     mesh_of,
     on,
@@ -41,9 +42,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:Deprec
 
 def step_by(implementation, dtype):
     def step(params, cache, tokens, active):
-        return paged.decode_step(
+        return decoding.decode_step(
             *(params, CONFIG, cache, tokens, active),
-            settings=DMCSettings(),
+            policy=DMC(DMCSettings()),
             dtype=dtype,
             implementation=implementation,
         )
@@ -75,18 +76,20 @@ def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kernels, kind
 def the_gradient_of_a_model_calls_the_attention_kernels_test(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     T = 200
-    where = jnp.broadcast_to(jnp.arange(T), (SLOTS, T)), jnp.zeros((SLOTS, T), jnp.int32)
+    where = jnp.broadcast_to(jnp.arange(T), (SEATS, T)), jnp.zeros((SEATS, T), jnp.int32)
     key = jax.random.key(0)
 
     def loss(params, tokens):
-        attend = modes.compressed(
-            *(CONFIG, DMCSettings(), *where), noise_key=key, attention=choose_attention("triton")
+        attend = attend_whole(
+            *(DMC(DMCSettings()), CONFIG, *where),
+            noise_key=key,
+            attention=choose_attention("triton"),
         )
         model = Llama(CONFIG, dtype=jnp.bfloat16, remat="full")
         return model.apply({"params": params}, tokens, attend=attend).logits.sum()
 
     params = jax.eval_shape(lambda: init_params(CONFIG, key))
-    tokens = jax.ShapeDtypeStruct((SLOTS, T), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((SEATS, T), jnp.int32)
     with on("NVIDIA H200"):
         reason = unavailable()
         if reason is not None:
@@ -131,10 +134,10 @@ def a_decoding_step_gives_what_it_gives_by_xla_test(implementation):
     shapes, *_ = shapes_of_a_step()
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
     cache = jax.jit(empty_cache)()
-    active = jnp.arange(SLOTS) != 3
+    active = jnp.arange(SEATS) != 3
     by = {name: jax.jit(step_by(name, "float32")) for name in ("xla", implementation)}
-    cache, _ = by["xla"](params, cache, jnp.arange(SLOTS), active)
-    arguments = (params, cache, jnp.arange(SLOTS) + 9, active)
+    cache, _ = by["xla"](params, cache, jnp.arange(SEATS), active)
+    arguments = (params, cache, jnp.arange(SEATS) + 9, active)
     (after, logits), (expected_after, expected) = (
         by[implementation](*arguments),
         by["xla"](*arguments),
@@ -165,4 +168,4 @@ def what_the_gpu_lacks_is_said_test(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with on("NVIDIA H200"):
         assert "jax_triton cannot be imported" in api.unavailable("triton")
-        assert api._choose(None) == "pallas_gpu"
+        assert api.choose(None) == "pallas_gpu"

@@ -1,4 +1,4 @@
-"""Settings: where they come from, what they mean, and how the fastest is found and kept."""
+"""Settings: where they come from, and how the fastest is found and kept."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.causal_attention import settings as attention_settings
-from pallas_kernels.tuning import Settings
+from pallas_kernels.decode_attention.settings import Settings, settings_for
 
 SETTINGS = Settings(block_bytes=16384, warps=4, stages=5, programs_per_core=2)
 
@@ -20,14 +20,6 @@ def empty_folder(tmp_path, monkeypatch):
     tuning._read.cache_clear()
     yield tmp_path
     tuning._read.cache_clear()
-
-
-@pytest.mark.parametrize(
-    "width, itemsize, block",
-    [(128, 2, 64), (64, 2, 128), (32, 2, 128), (128, 4, 32), (1024, 4, 16)],
-)
-def a_block_has_the_bytes_it_should_within_limits_test(width, itemsize, block):
-    assert SETTINGS.block(width, itemsize) == block
 
 
 def every_kept_entry_can_be_read_and_says_its_source_test():
@@ -47,13 +39,13 @@ def every_kept_entry_can_be_read_and_says_its_source_test():
 
 def a_device_takes_its_own_settings_once_they_are_saved_test(empty_folder):
     device = "NVIDIA H200 (test)"
-    assert tuning.settings_for("triton", device) == SETTINGS
+    assert settings_for("triton", device) == SETTINGS
     mine = dataclasses.replace(SETTINGS, stages=7)
     file = tuning.save(device, "measured", {"triton": mine})
     assert file == empty_folder / "nvidia_h200_test.json"
-    assert tuning.settings_for("triton", device) == mine
-    assert tuning.settings_for("pallas_gpu", device) == SETTINGS
-    assert tuning.settings_for("triton", "another") == SETTINGS
+    assert settings_for("triton", device) == mine
+    assert settings_for("pallas_gpu", device) == SETTINGS
+    assert settings_for("triton", "another") == SETTINGS
 
 
 def what_was_saved_before_stays_with_its_source_test(empty_folder):

@@ -1,0 +1,275 @@
+"""What the engine keeps on the device, and the two programs that it runs there."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.errors import UserError
+from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.paged_cache import PagedCache, pages_for_one_token, pages_of
+from dmc_jax.inference.prefill import prefill
+from dmc_jax.inference.requests import Request, Usage
+from dmc_jax.inference.sampling import (
+    SamplingArrays,
+    SamplingParams,
+    sample,
+    stack_params,
+    token_keys,
+)
+from dmc_jax.inference.snapshot import copy_in
+from dmc_jax.policies.policy import Policy
+
+_NOBODY = SamplingParams(temperature=0.0)  # fills the places of seats that are empty
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Sequences in the cache, one per seat."""
+
+    cache: PagedCache
+    seen: Bool[Array, "seats V"]  # tokens that each sequence has; that of an empty seat is void
+
+
+class Tally(NamedTuple):
+    """What the host needs to know of a cache; NumPy once it was read."""
+
+    free: Int[Array, ""]  # pages
+    failed: Bool[Array, " seats"]
+    may_take: Int[Array, " seats"]  # pages that the next token of each sequence takes at most
+    position: Int[Array, " seats"]
+    slots: Int[Array, " seats"]  # in use, over all rows of each sequence
+    pages: Int[Array, " seats"]  # likewise
+
+
+def init(
+    config: ModelConfig,
+    policy: Policy,
+    *,
+    seats: int,
+    pages: int | None,
+    kv_bytes: int | None,
+    page_size: int,
+    max_length: int,
+    dtype: str,
+) -> Batch:
+    """Allocate a batch without sequences.
+
+    Args:
+        config: of the model.
+        policy: of the cache.
+        seats: sequences at a time.
+        pages: in the pool. More than all sequences could fill are not allocated.
+        kv_bytes: the pool's size instead of pages.
+        page_size: slots per page.
+        max_length: tokens of a sequence.
+        dtype: of keys and values.
+
+    Raises:
+        UserError: not one of `pages` and `kv_bytes`, fewer pages than a token takes, or as in
+            `paged_cache.init`.
+    """
+    if (pages is None) == (kv_bytes is None):
+        raise UserError("engine: give one of pages and kv_bytes")
+    sizes = {"page_size": page_size, "max_length": max_length, "dtype": jnp.dtype(dtype)}
+    of_cache = functools.partial(paged_cache.init, config, policy, seats=seats, **sizes)
+    rows = config.kv_rows
+    # Without a pool yet: it refuses sizes that the next lines could not divide by.
+    page_bytes = jax.eval_shape(lambda: of_cache(pages=1)).pages.page_bytes
+    pages = kv_bytes // page_bytes if pages is None else pages
+    if pages < rows:
+        raise UserError(
+            f"engine: a pool of {pages} pages cannot hold a token of the {rows} rows of one "
+            f"sequence: give {rows} pages, {rows * page_bytes:,} bytes, or more"
+        )
+    most = seats * rows * pages_of(policy.most_slots(max_length), page_size)
+    pages = min(pages, most)
+    return Batch(of_cache(pages=pages), jnp.zeros((seats, config.vocab_size), bool))
+
+
+def read_prompt(
+    params: Any,
+    config: ModelConfig,
+    batch: Batch,
+    request: Request,
+    *,
+    policy: Policy,
+    dtype: str,
+) -> tuple[Batch, Int[Array, ""]]:
+    """Read a sequence, what it has said included, and choose the token after it.
+
+    One at a time, so that what a prompt gives does not depend on the others' lengths.
+
+    Args:
+        params: of the model.
+        config: its sizes.
+        batch: given up.
+        request: its seat is empty.
+        policy: that the batch was made for.
+        dtype: of the forward pass.
+
+    Returns:
+        (the batch, the token, which means nothing if the sequence `failed`).
+    """
+    tokens = [*request.prompt, *request.tokens]
+    cache, logits = prefill(
+        params,
+        config,
+        batch.cache,
+        [tokens],
+        [request.seat],
+        policy=policy,
+        dtype=dtype,
+    )
+    numbers = stack_params([request.params]), np.array([len(request.tokens)], np.int32)
+    seen = _mark(config, tokens)
+    seen, chosen = _first_token(batch.seen, np.int32(request.seat), seen, logits, *numbers)
+    return Batch(cache, seen), chosen
+
+
+def put_back(config: ModelConfig, batch: Batch, request: Request) -> Batch:
+    """Put a sequence that was resumed from a snapshot into its seat, without reading it.
+
+    Args:
+        config: of the model.
+        batch: given up.
+        request: its seat is empty, and its rows are those of the snapshot.
+
+    Returns:
+        The batch; the sequence may have `failed`.
+    """
+    cache = copy_in(batch.cache, request.rows, request.seat)
+    seen = _mark(config, [*request.prompt, *request.tokens])
+    return Batch(cache, batch.seen.at[request.seat].set(seen))
+
+
+def _mark(config: ModelConfig, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
+    seen = np.zeros(config.vocab_size, bool)
+    seen[list(tokens)] = True
+    return seen
+
+
+@functools.partial(jax.jit, donate_argnames="all_seen")
+def _first_token(all_seen, seat, seen, logits, sampling, index):
+    chosen = sample(logits, sampling, token_keys(sampling.seed, index), seen[None])[0]
+    return all_seen.at[seat].set(seen.at[chosen].set(True)), chosen
+
+
+def columns(
+    seats: Sequence[Request | None],
+) -> tuple[
+    Int[np.ndarray, " seats"],
+    Bool[np.ndarray, " seats"],
+    SamplingArrays,
+    Int[np.ndarray, " seats"],
+]:
+    """Collect what `next_tokens` asks of the host.
+
+    Args:
+        seats: the sequence in each, if any.
+
+    Returns:
+        (tokens, active, sampling, index).
+    """
+    return (
+        np.array([request.tokens[-1] if request else 0 for request in seats], np.int32),
+        np.array([request is not None for request in seats]),
+        stack_params([request.params if request else _NOBODY for request in seats]),
+        np.array([len(request.tokens) if request else 0 for request in seats], np.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="batch")
+def next_tokens(
+    params: Any,
+    config: ModelConfig,
+    batch: Batch,
+    tokens: Int[Array, " seats"],
+    active: Bool[Array, " seats"],
+    sampling: SamplingArrays,
+    index: Int[Array, " seats"],
+    *,
+    policy: Policy,
+    dtype: str,
+) -> tuple[Batch, Int[Array, " seats"], Tally]:
+    """Read one token of every active sequence and choose the one after it.
+
+    Args:
+        params: of the model.
+        config: its sizes.
+        batch: given up.
+        tokens: the newest of each sequence, which the cache does not hold yet.
+        active: seats with a sequence.
+        sampling: how to choose.
+        index: of the token that is chosen, among the new ones of its sequence.
+        policy: that the batch was made for.
+        dtype: of the forward pass.
+
+    Returns:
+        (the batch, the chosen tokens, the tally). The tokens of inactive and failed sequences mean
+        nothing.
+    """
+    cache, logits = decoding.decode_step(
+        params,
+        config,
+        batch.cache,
+        tokens,
+        active,
+        policy=policy,
+        dtype=dtype,
+    )
+    chosen = sample(logits, sampling, token_keys(sampling.seed, index), batch.seen)
+    seen = batch.seen.at[jnp.arange(chosen.size), chosen].set(True)
+    return Batch(cache, seen), chosen, tally(cache)
+
+
+@functools.partial(jax.jit, donate_argnames="batch")
+def release(batch: Batch, leaving: Bool[Array, " seats"]) -> tuple[Batch, Tally]:
+    """Empty some seats; none is fine.
+
+    Args:
+        batch: given up.
+        leaving: seats to empty.
+
+    Returns:
+        (the batch, the tally).
+    """
+    batch = dataclasses.replace(batch, cache=paged_cache.free(batch.cache, leaving))
+    return batch, tally(batch.cache)
+
+
+def tally(cache: PagedCache) -> Tally:
+    """Count, on the device."""
+    page = cache.pages.page_size
+    return Tally(
+        free=cache.free_count,
+        failed=cache.failed,
+        may_take=pages_for_one_token(cache),
+        position=cache.position,
+        slots=cache.lengths.sum(axis=1),
+        pages=pages_of(cache.lengths, page).sum(axis=1),
+    )
+
+
+def usage(cache: PagedCache, counts: Tally, seat: int) -> Usage:
+    """Say what the sequence in a seat holds.
+
+    Args:
+        cache: gives the sizes.
+        counts: of the cache, in NumPy.
+        seat: not empty.
+    """
+    position, rows = int(counts.position[seat]), cache.lengths.shape[1]
+    page_bytes = cache.pages.page_bytes
+    return Usage(
+        ratio=position * rows / int(counts.slots[seat]),
+        live_bytes=int(counts.pages[seat]) * page_bytes,
+        dense_bytes=rows * pages_of(position, cache.pages.page_size) * page_bytes,
+    )

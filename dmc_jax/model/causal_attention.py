@@ -1,0 +1,85 @@
+"""What computes causal attention: `core.attention`, or a kernel where one can run."""
+
+import functools
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from dmc_jax.core.attention import CausalAttention, causal_attention
+from dmc_jax.errors import UserError
+from pallas_kernels.causal_attention import api as kernels
+
+
+def choose_attention(
+    implementation: str = "auto", *, block: int = 256, mesh: Mesh | None = None
+) -> CausalAttention:
+    """Picks who attends; equal arguments give the same function, so that jit knows it again.
+
+    Args:
+        implementation: "xla", the one of `core.attention`; "triton", the kernels of
+            `pallas_kernels.causal_attention`; "auto", the kernels where they can run.
+        block: tokens per block of "xla".
+        mesh: devices that share the work, with batches over `data` and `fsdp` and heads over
+            `tensor`. Without it "auto" takes the kernels on one device only: XLA does not know how
+            to split them.
+
+    Raises:
+        UserError: the kernels are asked for and cannot run here.
+    """
+    if implementation == "triton" and (reason := kernels.unavailable("triton")) is not None:
+        raise UserError(f"attention is 'triton', which cannot run here: {reason}; choose auto")
+    if implementation == "auto":
+        alone = mesh is None and jax.device_count() > 1
+        implementation = kernels.XLA if alone else kernels.choose(None)
+    if implementation == kernels.XLA:
+        return _in_blocks(block)
+    attend = _by_kernels(implementation)
+    return attend if mesh is None or mesh.size == 1 else _split_over(mesh, attend)
+
+
+def evaluation_attention(trained_with: str, block: int) -> CausalAttention:
+    """Picks who attends where windows are not split over a mesh.
+
+    Args:
+        trained_with: the implementation that training was told to take: its "triton" is "auto"
+            here, since the kernels may run on one device only.
+        block: tokens per block of "xla".
+    """
+    return choose_attention("xla" if trained_with == "xla" else "auto", block=block)
+
+
+@functools.cache
+def _in_blocks(block: int) -> CausalAttention:
+    return functools.partial(causal_attention, block=block)
+
+
+@functools.cache
+def _by_kernels(implementation: str) -> CausalAttention:
+    return functools.partial(kernels.causal_attention, implementation=implementation)
+
+
+@functools.cache
+def _split_over(mesh: Mesh, attention: CausalAttention) -> CausalAttention:
+    """The same attention, every device with its own sequences and heads."""
+
+    def attend(q, k, v, key_bias=None, *, scale, segment_ids=None):
+        # As in `model.sharding`: heads that do not divide are everywhere.
+        heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
+        batch = ("data", "fsdp")
+        given = {"key_bias": key_bias, "segment_ids": segment_ids}
+        specs = {
+            "key_bias": PartitionSpec(batch, None, heads),
+            "segment_ids": PartitionSpec(batch),
+        }
+        given = {name: x for name, x in given.items() if x is not None}
+        of_heads = PartitionSpec(batch, None, heads)
+        split = jax.shard_map(
+            lambda q, k, v, given: attention(q, k, v, scale=scale, **given),
+            mesh=mesh,
+            in_specs=(of_heads, of_heads, of_heads, {name: specs[name] for name in given}),
+            out_specs=of_heads,
+            check_vma=False,  # the kernel's outputs do not say over which axes they vary
+        )
+        return split(q, k, v, given)
+
+    return attend

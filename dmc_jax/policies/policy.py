@@ -1,0 +1,319 @@
+"""What a row keeps of its tokens: what every method is asked, and how a model attends with one.
+
+A row is one KV head of one layer of one sequence; its slots hold a key and a value each. A method
+says which slots there are after every token, three times over: for whole sequences at once, in
+training and evaluation (`whole`); for one token of every row, in decoding (`step`); and for many of
+them, in prefill (`chunk`). All three mean the same, and the tests of every policy prove it. Whoever
+decodes applies the edits and knows no method.
+"""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.attention import CausalAttention, causal_attention
+from dmc_jax.core.dmc import segment_starts
+from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies
+from dmc_jax.model.llama import Attend, ModelOutput
+
+State = Any  # a pytree of arrays [*rows, ...]: what a row remembers beside its slots
+
+
+class Where(NamedTuple):
+    """Where the tokens of whole sequences stand."""
+
+    positions: Int[Array, "B T"]  # in their documents
+    segment_ids: Int[Array, "B T"] | None  # documents of packed windows
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None
+
+
+class Record(NamedTuple):
+    """What the rows of a layer did with their tokens; in a `ModelOutput`, those of a stack."""
+
+    appends: Float[Array, "*L B T K"]  # 1 where a token took one slot more, else 0
+    decisions: Float[Array, "*L B T K"] | None  # what a compression loss counts, where one can
+
+
+class Attended(NamedTuple):
+    """Result of `Policy.whole`."""
+
+    out: Float[Array, "B T N H"]
+    record: Record
+
+
+class Tokens(NamedTuple):
+    """One token of every sequence in one layer, axes [B, ...]; or a chunk of them, [B, T, ...]."""
+
+    q: Float[Array, "B *T N H"]
+    k: Float[Array, "B *T K H"]  # unrotated, as q
+    v: Float[Array, "B *T K H"]
+    positions: Int[Array, "B *T"]
+    frequencies: Float[Array, " H//2"]  # rotary, radians per token
+
+
+class Edit(NamedTuple):
+    """Write a key and a value to a slot of every row, which grows where that is its length.
+
+    Of a chunk the axes are [B, K, T] and [B, T, K, H]; what is written to one slot several times
+    is there for the queries of its own tokens, and the last of it stays.
+    """
+
+    slot: Int[Array, "B K *T"]
+    key: Float[Array, "B *T K H"]  # rotated
+    value: Float[Array, "B *T K H"]
+
+
+class Policy(abc.ABC):
+    """A method. Frozen dataclasses registered as pytrees: sizes are static, numbers are leaves."""
+
+    name: ClassVar[str]
+    chunked: ClassVar[bool] = (
+        False  # it has a `chunk`; else a prompt is read by steps, in each layer
+    )
+    watches: ClassVar[bool] = False  # it has an `observe`, which is told the weights of attention
+
+    def most_slots(self, tokens: int) -> int:
+        """Say how many slots a row may come to, which is what memory is for.
+
+        Args:
+            tokens: of a sequence, at most.
+        """
+        return tokens
+
+    @abc.abstractmethod
+    def rotate(
+        self,
+        x: Float[Array, "B T heads H"],
+        positions: Int[Array, "B T"],
+        frequencies: Float[Array, " H//2"],
+    ) -> Float[Array, "B T heads H"]:
+        """Rotate queries or keys for attention."""
+
+    @abc.abstractmethod
+    def whole(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        where: Where,
+        *,
+        noise: Float[Array, "B T K"] | None = None,
+        attention: CausalAttention = causal_attention,
+    ) -> Attended:
+        """Attend over whole sequences, every token to the slots that there are after it.
+
+        Args:
+            q, k, v: projections before rotation.
+            where: the tokens stand; no document sees another.
+            noise: logistic noise, for relaxed decisions in training; None: as in decoding.
+            attention: what computes the attention itself; see `model.causal_attention`.
+        """
+
+    @abc.abstractmethod
+    def start(self, rows: tuple[int, ...], head_dim: int) -> State:
+        """Make what empty rows remember: arrays [*rows, ...] of zeros.
+
+        Args:
+            rows: shape of all rows.
+            head_dim: H.
+        """
+
+    @abc.abstractmethod
+    def step(self, state: State, token: Tokens, lengths: Int[Array, "B K"]) -> tuple[State, Edit]:
+        """Read one token of every row.
+
+        Args:
+            state: of the rows [B, K, ...], before the token.
+            token: of every sequence.
+            lengths: slots that the rows have before it.
+
+        Returns:
+            (the state after it, what to write).
+        """
+
+    def observe(
+        self,
+        state: State,
+        weights: Float[Array, "B K G S"],
+        lengths: Int[Array, "B K"],
+    ) -> State:
+        """Look at what the query of a step attended to.
+
+        Args:
+            state: of the rows [B, K, ...], after the step.
+            weights: of every query head, 0 beyond the row's slots.
+            lengths: slots that the rows have after the step.
+        """
+        raise NotImplementedError(f"{self.name} does not watch attention")
+
+    def chunk(
+        self, state: State, tokens: Tokens, lengths: Int[Array, "B K"], counts: Int[Array, " B"]
+    ) -> tuple[State, Edit]:
+        """Read many tokens of every row at once: `step` for each of them.
+
+        Every token must go to the newest slot of its row or to a new one. Its query then sees what
+        the slots before hold when the chunk ends, and of its own what the token itself wrote.
+
+        Args:
+            state: of the rows [B, K, ...], before the chunk.
+            tokens: of every sequence.
+            lengths: slots that the rows have before it.
+            counts: tokens of each sequence that are not padding, at the front.
+
+        Returns:
+            (the state after the last real token, what to write); edits of padding mean nothing.
+        """
+        raise NotImplementedError(f"{self.name} reads a token at a time")
+
+    # ---- a step in one launch -----------------------------------------------------------------
+
+    def kernel(self, implementation: str | None) -> str | None:
+        """Name the kernel that does a step, pages and all; None: `step` does, by XLA.
+
+        Args:
+            implementation: that is asked for; None: the fastest here.
+        """
+        return None
+
+    def slot(self, state: State, token: Tokens, lengths: Int[Array, "B K"]) -> Int[Array, "B K"]:
+        """Choose the slot of `step`'s edit, for a kernel that does the rest."""
+        raise NotImplementedError(f"{self.name} has no kernel")
+
+    def launch(
+        self,
+        k_pages: Float[Array, "P page H"],
+        v_pages: Float[Array, "P page H"],
+        state: State,
+        token: Tokens,
+        *,
+        first: int | Array,
+        active: Bool[Array, " B"],
+        at: tuple[Int[Array, "B K"], Int[Array, "B K"]],
+        implementation: str,
+    ) -> tuple[Array, Array, State]:
+        """Do a step of all sequences by a kernel.
+
+        Args:
+            k_pages, v_pages: the pool.
+            state: of the rows of all layers [seats, R, ...].
+            token: of every seat.
+            first: row of the layer's first KV head.
+            active: seats that read a token; the rows of the others stay as they are.
+            at: pages of the slots from `slot`, and the places in them; page P is that of the rows
+                that write nowhere.
+            implementation: from `kernel`.
+
+        Returns:
+            (keys and values of the pool, the state), after the token.
+        """
+        raise NotImplementedError(f"{self.name} has no kernel")
+
+
+def whole_by_steps(
+    policy: Policy,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    where: Where,
+) -> Attended:
+    """Attend over whole sequences by a policy's steps: `Policy.whole` of one with no other form.
+
+    Args:
+        policy: one that `watches`.
+        q, k, v, where: as for `Policy.whole`.
+    """
+    B, T, K, H = k.shape
+    G, slots = q.shape[2] // K, policy.most_slots(T)
+    frequencies = rotary_frequencies(H, where.rope_theta, where.rope_scaling)
+    begins = jnp.broadcast_to(segment_starts(B, T, where.segment_ids), (B, T, K)) > 0
+    nothing = policy.start((B, K), H)
+
+    def read(carry, now):
+        keys, values, lengths, state = carry
+        q, k, v, positions, begins = now  # of one token; where a document begins, a row does
+        lengths = jnp.where(begins, 0, lengths)
+
+        def renewed(x, fresh):
+            return jnp.where(begins[(..., *(None,) * (x.ndim - 2))], fresh, x)
+
+        token = Tokens(q, k, v, positions, frequencies)
+        state, edit = policy.step(jax.tree.map(renewed, state, nothing), token, lengths)
+        written = (jnp.arange(slots) == edit.slot[..., None])[..., None]  # [B, K, S, 1]
+        keys = jnp.where(written, edit.key[:, :, None], keys)
+        values = jnp.where(written, edit.value[:, :, None], values)
+        grown = jnp.maximum(lengths, edit.slot + 1)
+
+        q = policy.rotate(q[:, None], positions[:, None], frequencies).reshape(B, K, G, H)
+        live = (jnp.arange(slots) < grown[..., None])[:, :, None]
+        scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(live, H**-0.5 * scores, -jnp.inf), axis=-1)
+        out = jnp.einsum(
+            "BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32
+        ).astype(q.dtype)
+        state = policy.observe(state, weights, grown)
+        appends = (grown > lengths).astype(jnp.float32)
+        return (keys, values, grown, state), (out.reshape(B, K * G, H), appends)
+
+    rows = jnp.zeros((B, K, slots, H), k.dtype)
+    empty = rows, rows, jnp.zeros((B, K), jnp.int32), nothing
+    by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, where.positions, begins))
+    _, (out, appends) = jax.lax.scan(read, empty, by_token)
+    return Attended(out.swapaxes(0, 1), Record(appends.swapaxes(0, 1), decisions=None))
+
+
+# ---- a model that attends with a policy -------------------------------------------------------
+
+
+def attend_whole(
+    policy: Policy,
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    noise_key: Array | None = None,
+    attention: CausalAttention = causal_attention,
+) -> Attend:
+    """Make the attention function of whole sequences, whose records are of `Record`.
+
+    Args:
+        policy: what the rows keep.
+        config: gives the rotary base and scaling.
+        positions: of the tokens in their document.
+        segment_ids: documents of packed windows, which keep apart.
+        noise_key: of a training step's noise, into which layers fold their index; None: the
+            decisions of inference.
+        attention: what computes the attention itself; see `model.causal_attention`.
+    """
+    where = Where(positions, segment_ids, config.rope_theta, config.rope_scaling)
+
+    def attend(q, k, v, layer, state):
+        noise = None
+        if noise_key is not None:
+            # The difference of two Gumbel draws is logistic.
+            noise = jax.random.logistic(jax.random.fold_in(noise_key, layer), k.shape[:3])
+        attended = policy.whole(q, k, v, where, noise=noise, attention=attention)
+        return attended.out, state, attended.record
+
+    return attend
+
+
+def decision_means(output: ModelOutput) -> Float[Array, "L B"]:
+    """Average the decisions of every layer and sample, over tokens and KV heads."""
+    return jnp.concatenate([record.decisions.mean(axis=(2, 3)) for record in output.records])
+
+
+def slots_taken(
+    output: ModelOutput, real: Float[Array, "B T"]
+) -> tuple[Float[Array, "stack K"], ...]:
+    """Count the slots that real tokens took in every KV head, one array [layers, K] per stack.
+
+    Args:
+        output: of a model that attends by `attend_whole`.
+        real: 1 for tokens, 0 for padding.
+    """
+    return tuple(jnp.einsum("LBTK,BT->LK", record.appends, real) for record in output.records)

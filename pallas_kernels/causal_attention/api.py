@@ -1,0 +1,91 @@
+"""One contract for attention over whole sequences, with a bias of every key and an open diagonal.
+
+Plain JAX can do this too, in blocks, with a gradient of its own. That form is the caller's and is
+not repeated here: `choose` says whether to take it.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.implementations import XLA, Implementations
+
+__all__ = ["IMPLEMENTATIONS", "XLA", "causal_attention", "choose", "unavailable"]
+
+IMPLEMENTATIONS = Implementations("causal_attention", ("reference", "triton"))
+unavailable = IMPLEMENTATIONS.unavailable
+
+_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    key_bias: Float[Array, "B T K"] | None = None,
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query causal attention; query head n reads KV head n // (N / K).
+
+        score(i, j) = scale * q_i . k_j + bias_j [j != i]      for j <= i in the same document
+        out_i       = sum_j softmax_j(score(i, j)) v_j
+
+    Args:
+        q, k, v: float32 or bfloat16, of the same T tokens, rotated where positions matter.
+        key_bias: added to the scores of a key for every query but its own token's; finite.
+        scale: factor on the dot products.
+        segment_ids: document of every token; attention stays inside a document. The tokens of a
+            document follow one another.
+        implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
+
+    Returns:
+        The attention output in the dtype of `q`; softmax and sums are float32.
+
+    Raises:
+        ValueError: an unknown implementation, or shapes or dtypes that break the contract.
+        RuntimeError: an implementation that cannot run on this machine, and why.
+    """
+    module = IMPLEMENTATIONS.load(implementation)
+    _validate(q, k, v, key_bias, segment_ids)
+    return module.causal_attention(q, k, v, key_bias, scale=scale, segment_ids=segment_ids)
+
+
+def choose(implementation: str | None) -> str:
+    """Name who attends: `XLA`, or an implementation that can run here.
+
+    Args:
+        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: "triton" where it can run,
+            elsewhere the caller's own form.
+
+    Raises:
+        ValueError, RuntimeError: as `causal_attention`.
+    """
+    return IMPLEMENTATIONS.choose(implementation, on_gpu=("triton",))
+
+
+def _validate(q, k, v, key_bias, segment_ids) -> None:
+    arrays = {"q": (q, "B T N H"), "k": (k, "B T K H"), "v": (v, "B T K H")}
+    if key_bias is not None:
+        arrays["key_bias"] = key_bias, "B T K"
+    if segment_ids is not None:
+        arrays["segment_ids"] = segment_ids, "B T"
+    sizes: dict[str, int] = {}
+    for name, (array, axes) in arrays.items():
+        shape = tuple(array.shape)
+        if len(shape) != len(axes.split()):
+            raise ValueError(f"{name} must be [{axes}], got shape {shape}")
+        for axis, size in zip(axes.split(), shape, strict=True):
+            if size != sizes.setdefault(axis, size):
+                raise ValueError(
+                    f"{name} must be [{axes}] with {axis} = {sizes[axis]}, got shape {shape}"
+                )
+    for name in ("q", "k", "v"):
+        if arrays[name][0].dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float32 or bfloat16, got {arrays[name][0].dtype}")
+    if sizes["N"] % sizes["K"]:
+        raise ValueError(
+            f"{sizes['N']} query heads cannot share {sizes['K']} KV heads:"
+            f" {sizes['N']} % {sizes['K']} != 0"
+        )

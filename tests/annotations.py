@@ -1,0 +1,24 @@
+"""Runs the product's annotations while it is tested: of arguments and of results."""
+
+from beartype import BeartypeConf, beartype
+from jaxtyping import config, install_import_hook
+
+CHECKED = ("pallas_kernels",)
+
+# An int where a float is expected is no mistake (PEP 484).
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def run():
+    """Has every function of `CHECKED` that is imported from now on run its annotations."""
+    install_import_hook(CHECKED, f"{__name__}.checked")
+
+
+def checked(function):
+    """Fields of dataclasses are not looked at: JAX puts shapes, axes and anything into pytrees."""
+    return function if function.__name__ == "__init__" else _check(function)
+
+
+def look_away(yes):
+    """Whether to let everything pass."""
+    config.update("jaxtyping_disable", yes)

@@ -1,0 +1,47 @@
+"""Annotations are run, where they should be and nowhere else."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxtyping import TypeCheckError
+
+from pallas_kernels.decode_attention import xla
+from pallas_kernels.decode_attention.plan import Plan, make_plan
+
+
+@pytest.mark.parametrize(
+    "lengths, block",
+    [(jnp.zeros((2, 3), jnp.int32), 8), (jnp.zeros(2), 8), (jnp.zeros(2, jnp.int32), "8")],
+    ids=["shape", "dtype", "type"],
+)
+def what_an_annotation_does_not_allow_is_refused_test(lengths, block):
+    with pytest.raises(TypeCheckError, match="parameter 'lengths'|parameter 'block'"):
+        make_plan(lengths, block=block, programs=1)
+
+
+def a_size_must_be_the_same_in_all_arguments_test():
+    pool, table = jnp.zeros((5, 8, 16)), jnp.zeros((2, 4), jnp.int32)
+    with pytest.raises(TypeCheckError, match="parameter 'v_pages'"):
+        xla.decode_attention(
+            jnp.zeros((2, 4, 16)), pool, pool[:, :4], table, jnp.zeros(2, jnp.int32), 1.0
+        )
+
+
+@pytest.mark.usefixtures("annotations_aside")
+def they_can_be_put_aside_test():
+    with pytest.raises(ValueError, match="lengths must be"):
+        make_plan(jnp.zeros((2, 3), jnp.int32), block=8, programs=1)
+
+
+def pytrees_may_hold_anything_test():
+    plan = make_plan(jnp.ones(3, jnp.int32), block=8, programs=2)
+    shapes = jax.tree.map(jnp.shape, plan, is_leaf=lambda x: not isinstance(x, Plan))
+    assert isinstance(shapes, Plan) and shapes.of_row == (4,)
+
+
+def triton_compiles_what_was_written_test():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from pallas_kernels.decode_attention import triton
+
+    assert not hasattr(triton.attend_items.fn, "__wrapped__")
+    assert hasattr(triton.decode_attention, "__wrapped__")

@@ -1,0 +1,429 @@
+"""The kernel against the reference, against numbers worked out by hand, and against XLA's form.
+
+Without a GPU the kernel runs interpreted.
+"""
+
+import dataclasses
+import functools
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.rope import rotary_frequencies
+from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference.pages import Pages
+from dmc_jax.model.llama import init_params, unstack_layers
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import Tokens
+from pallas_kernels import target, tuning
+from pallas_kernels.cache_update import api
+from pallas_kernels.cache_update.api import IMPLEMENTATIONS, State, cache_update
+from pallas_kernels.cache_update.settings import Settings
+from pallas_kernels.cache_update.workloads import CORRECTNESS, make_inputs
+from pallas_kernels.implementations import Implementations
+from tests.pallas_kernels import interpreted
+
+# Of averages of tokens of size 1. A bfloat16 key is rounded before the rotation and after it; where
+# sums differ in their last bit, either may go the other way, though seldom.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-5}
+EQUAL_BITS = 0.98  # of bfloat16 numbers
+
+every_update = pytest.mark.parametrize("update", IMPLEMENTATIONS.names)
+
+
+def bits(x):
+    x = np.asarray(x)
+    return x.view(f"uint{8 * x.itemsize}")
+
+
+def assert_close(actual, expected, dtype):
+    """NaN where NaN is, and nowhere else."""
+    assert actual.dtype == expected.dtype
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+# ---- the meaning, by hand -----------------------------------------------------------------------
+
+
+@every_update
+@pytest.mark.parametrize("window", [2, None])
+def a_segment_of_three_tokens_is_their_weighted_mean_within_the_window_test(update, window):
+    pages, ring = jnp.full((1, 8, 4), jnp.nan), (1, 1, window or 1)
+    state = State(
+        *(pages, pages, jnp.zeros((*ring, 4)), jnp.zeros((*ring, 4))),
+        *(jnp.zeros(ring), jnp.zeros((1, 1), jnp.int32)),
+    )
+    # Row's tokens 8, 16, 24 with weights 1, 1, 3; the first says "merge" and must not.
+    for token, weight in ((8.0, 1.0), (16.0, 1.0), (24.0, 3.0)):
+        state = cache_update(
+            state,
+            jnp.full((1, 1, 4), token),
+            jnp.full((1, 1, 4), -token),
+            jnp.ones((1, 1)),
+            jnp.full((1, 1), weight),
+            first=0,
+            active=jnp.ones(1, bool),
+            position=jnp.zeros(1, jnp.int32),
+            page_ids=jnp.zeros((1, 1), jnp.int32),
+            offsets=jnp.full((1, 1), 5, jnp.int32),
+            frequencies=jnp.ones(2),
+            window=window,
+            implementation=update,
+        )
+    mean = (16 + 3 * 24) / 4 if window else (8 + 16 + 3 * 24) / 5
+    np.testing.assert_allclose(state.v_pages[0, 5], -mean, rtol=1e-6)
+    # Position 0 does not rotate, and the last channel takes no part.
+    np.testing.assert_allclose(state.k_pages[0, 5], [mean, mean, mean, 0], rtol=1e-6)
+    assert np.isnan(np.delete(state.k_pages[0], 5, axis=0)).all()
+    assert state.count[0, 0] == 3
+    # Token 2 took the place of token 0.
+    expected = [3, 1] if window else [5]
+    np.testing.assert_array_equal(state.weights[0, 0], expected)
+
+
+@every_update
+def a_key_is_rotated_at_the_position_without_its_last_channel_test(update):
+    workload = dataclasses.replace(CORRECTNESS[1], slots=1, rows=1, heads=1, width=4)
+    inputs = make_inputs(workload)
+    key = jnp.array([3.0, 5.0, 4.0, 100.0])
+    others = inputs.others | {
+        "active": jnp.ones(1, bool),
+        "position": jnp.array([2], jnp.int32),
+        "page_ids": jnp.zeros((1, 1), jnp.int32),
+        "frequencies": jnp.array([np.pi / 4, 0.0], jnp.float32),
+    }
+    token = key[None, None], *inputs.token[1:]
+    after = cache_update(inputs.state, *token, **others, implementation=update)
+    # A quarter turn takes (3, 4) to (-4, 3); (5, 0) stays.
+    offset = int(others["offsets"][0, 0])
+    np.testing.assert_allclose(after.k_pages[0, offset], [-4, 5, 3, 0], atol=2e-6)
+
+
+# ---- the kernel against the reference -----------------------------------------------------------
+
+
+@functools.cache
+def inputs_and_expected(workload):
+    state, token, others = inputs = make_inputs(workload)
+    return inputs, cache_update(state, *token, **others, implementation="reference")
+
+
+@pytest.mark.parametrize("update", ["triton"])
+@pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
+def the_kernel_gives_what_the_reference_gives_test(update, workload):
+    (state, token, others), expected = inputs_and_expected(workload)
+    after = cache_update(state, *token, **others, implementation=update)
+    np.testing.assert_array_equal(after.count, expected.count)
+    for name in ("keys", "values", "weights"):
+        assert_close(getattr(after, name), getattr(expected, name), "float32")
+    # The coarser of the two dtypes rounds last.
+    coarse = "bfloat16" if "bfloat16" in (workload.pages, workload.tokens) else "float32"
+    assert_close(after.k_pages, expected.k_pages, coarse)
+    assert_close(after.v_pages, expected.v_pages, workload.pages)
+
+
+@pytest.mark.parametrize("update", ["triton"])
+@pytest.mark.parametrize("entries", [1, 4])
+def results_do_not_depend_on_the_settings_test(update, entries):
+    """A ring of 12 in tiles of 1 and of 4."""
+    (state, token, others), expected = inputs_and_expected(CORRECTNESS[0])
+    others = dict(others, first=jnp.asarray(others["first"], jnp.int32))
+    unlimited = not others.pop("window")
+    after = IMPLEMENTATIONS.load(update).cache_update(
+        state, *token, **others, unlimited=unlimited, settings=Settings(entries, 256)
+    )
+    for name in State._fields:
+        assert_close(getattr(after, name), getattr(expected, name), "float32")
+
+
+@every_update
+@pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
+def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
+    (state, token, others), expected = inputs_and_expected(workload)
+    first, active = others["first"], np.asarray(others["active"])
+    after = expected
+    if update != "reference":
+        after = cache_update(state, *token, **others, implementation=update)
+    kept = np.ones((workload.slots, workload.rows), bool)
+    kept[active, first : first + workload.heads] = False
+    assert kept.any() or workload.rows == workload.heads
+    for name in ("keys", "values", "weights", "count"):
+        before, now = (bits(getattr(x, name)) for x in (state, after))
+        np.testing.assert_array_equal(now[kept], before[kept])
+    ids = np.asarray(others["page_ids"])
+    writes = (ids >= 0) & (ids < state.k_pages.shape[0]) & active[:, None]
+    assert writes.any() and not writes[active].all()
+    untouched = np.ones(state.k_pages.shape[:2], bool)
+    untouched[ids[writes], np.asarray(others["offsets"])[writes]] = False
+    for name in ("k_pages", "v_pages"):
+        before, now = getattr(state, name), getattr(after, name)
+        np.testing.assert_array_equal(bits(now)[untouched], bits(before)[untouched])
+        assert np.isfinite(np.asarray(now, np.float32)[~untouched]).all()
+
+
+@every_update
+def entries_that_no_token_of_the_segment_is_in_are_zero_test(update):
+    workload = CORRECTNESS[0]
+    (state, token, others), after = inputs_and_expected(workload)
+    if update != "reference":
+        after = cache_update(state, *token, **others, implementation=update)
+    unused = np.arange(workload.window) >= np.asarray(after.count)[..., None]
+    appended = (np.asarray(after.count) == 1) & (np.asarray(state.count) > 1)
+    assert appended.any()  # so there was something to clear
+    for ring in (after.keys, after.values, after.weights):
+        assert not np.asarray(ring)[unused].any()
+
+
+# ---- in the cache, against XLA's form -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Many steps of a cache whose pool is too small for all."""
+
+    seats: int
+    kv_heads: tuple[int, ...]
+    window: int | None
+    width: int
+    dtype: str
+    steps: int
+
+    @property
+    def config(self):
+        return ModelConfig(
+            vocab_size=5,
+            width=8,
+            layers=len(self.kv_heads),
+            heads=6,
+            kv_heads=self.kv_heads,
+            head_dim=self.width,
+            mlp_width=8,
+            rope_theta=100.0,
+            norm_eps=1e-5,
+            max_length=64,
+            tied_embeddings=True,
+        )
+
+
+DECODING = (
+    Decoding(3, (2, 1), 2, 16, "float32", 14),
+    Decoding(2, (1, 2), 12, 64, "bfloat16", 30),
+    Decoding(2, (2,), None, 80, "bfloat16", 14),
+    Decoding(2, (3,), 1, 16, "float32", 12),
+    Decoding(1, (2,), 16, 16, "float32", 36),
+)
+
+
+@functools.cache
+def decoded_by_xla(case):
+    return decoded(case, "xla")
+
+
+def decoded(case, implementation):
+    """The cache after all steps, and the sequences that failed in each of them."""
+    config, settings = case.config, DMCSettings(window=case.window)
+    policy = DMC(settings)
+    rng = np.random.default_rng(0)
+    cache = paged_cache.init(
+        *(config, policy),
+        seats=case.seats,
+        pages=case.seats * config.kv_rows + 1,
+        page_size=8,
+        max_length=64,
+        dtype=jnp.dtype(case.dtype),
+    )
+    nan = jnp.full_like(cache.pages.k, jnp.nan)
+    cache = dataclasses.replace(cache, pages=Pages(nan, nan))
+    frequencies = rotary_frequencies(case.width, config.rope_theta)
+
+    @jax.jit
+    def step(cache, k, v, decision, omega, active):
+        # The last channels say what the rows decide.
+        k = k.at[..., -1].set(jnp.where(decision > 0, 100, -100).astype(k.dtype))
+        weight = omega - settings.eps
+        q = jnp.zeros(k.shape).at[..., -1].set(jnp.log(weight / (1 - weight)) - settings.offset)
+        row = 0
+        for heads in case.kv_heads:
+            rows = slice(row, row + heads)
+            token = Tokens(
+                jnp.repeat(q[:, rows], config.heads // heads, axis=1),
+                *(k[:, rows], v[:, rows], cache.position, frequencies),
+            )
+            cache = decoding.read_token(
+                *(cache, policy, row, token), active=active, implementation=implementation
+            )
+            row += heads
+        return dataclasses.replace(cache, position=cache.position + active)
+
+    rows, failed = (case.seats, config.kv_rows), []
+    # Heads differ in how much they merge: the last one soon needs more pages than there are.
+    rate = np.linspace(0.9, 0.3, rows[1])
+    for _ in range(case.steps):
+        k, v = (jnp.asarray(x, case.dtype) for x in rng.normal(size=(2, *rows, case.width)))
+        decision = (rng.random(rows) < rate).astype(np.float32)
+        omega = rng.uniform(0.1, 1, rows).astype(np.float32)
+        active = rng.random(case.seats) < 0.9
+        cache = step(cache, k, v, decision, omega, active)
+        failed.append(np.asarray(cache.failed))
+    return jax.device_get(cache), np.array(failed)
+
+
+@pytest.mark.parametrize(
+    "update, case",
+    [
+        *(("triton", case) for case in DECODING[:3]),
+        *(pytest.param("triton", x, marks=pytest.mark.slow) for x in DECODING[3:]),
+        ("reference", DECODING[0]),
+    ],
+    ids=str,
+)
+def many_steps_give_the_cache_that_they_give_by_xla_test(update, case):
+    expected, failed = decoded_by_xla(case)
+    after, failed_too = decoded(case, update)
+    np.testing.assert_array_equal(failed_too, failed)
+    for name in ("page_table", "lengths", "position", "free_pages", "free_count"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(expected, name))
+    np.testing.assert_array_equal(after.state.count, expected.state.count)
+    for name in ("keys", "values", "weights"):
+        assert_close(*(getattr(x.state, name) for x in (after, expected)), "float32")
+    for name in ("k", "v"):
+        pages, expected_pages = getattr(after.pages, name), getattr(expected.pages, name)
+        assert_close(pages, expected_pages, case.dtype)
+        if case.dtype == "bfloat16":  # rounded in the same places, then
+            live = ~np.isnan(np.asarray(expected_pages, np.float32))
+            assert (bits(pages) == bits(expected_pages))[live].mean() >= EQUAL_BITS
+
+
+def those_steps_run_out_of_pages_and_wrap_their_rings_test():
+    caches = [decoded_by_xla(case) for case in DECODING[:2]]
+    assert any(failed[-1].any() and not failed[0].any() for _, failed in caches)
+    assert any((cache.lengths < cache.position[:, None]).any() for cache, _ in caches)
+    longest = DECODING[0]
+    assert (caches[0][0].state.count > longest.window).any()
+
+
+def tiny_model():
+    config = dataclasses.replace(
+        DECODING[0].config, vocab_size=20, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24
+    )
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        lambda: unstack_layers(init_params(config, jax.random.key(0)), config, jnp.float32)
+    )
+    return config, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
+
+
+def logits_of_steps(update):
+    config, params = tiny_model()
+    policy = DMC(DMCSettings(window=3, offset=0.0))
+    cache = paged_cache.init(
+        *(config, policy), seats=3, pages=40, page_size=8, max_length=32, dtype=jnp.float32
+    )
+    step = jax.jit(
+        functools.partial(
+            decoding.decode_step,
+            config=config,
+            policy=policy,
+            implementation="xla",
+            update=update,
+        )
+    )
+    active, logits = jnp.array([True, True, False]), []
+    for tokens in np.random.default_rng(1).integers(0, 20, (8, 3)):
+        cache, out = step(params, cache=cache, tokens=tokens, active=active)
+        logits.append(out[:2])
+    return np.stack(logits), np.asarray(cache.lengths)
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("update", ["triton"])
+def a_model_decodes_as_by_xla_test(update):
+    expected, lengths = logits_of_steps("xla")
+    assert 7 > lengths[:2].mean() > 2  # some merge, some do not
+    logits, lengths_too = logits_of_steps(update)
+    np.testing.assert_array_equal(lengths_too, lengths)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- who is chosen ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_gpu(tmp_path, monkeypatch):
+    """A GPU on which every kernel can run; nothing was measured on it."""
+    module = types.ModuleType("any")
+    module.unavailable = lambda: None
+    monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
+    monkeypatch.setattr(Implementations, "_module", lambda self, name: module)
+    return module
+
+
+def xla_is_chosen_unless_the_kernel_was_measured_to_be_faster_test(on_a_gpu, monkeypatch):
+    assert api.choose(None) == "xla"
+    monkeypatch.setattr(tuning, "entry", lambda name, kind: "triton")
+    assert api.choose(None) == "triton"
+    on_a_gpu.unavailable = lambda: "it is gone"
+    assert api.choose(None) == "xla"
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def without_a_gpu_xla_is_chosen_whatever_was_measured_test(monkeypatch):
+    monkeypatch.setattr(tuning, "entry", lambda name, kind: "triton")
+    assert api.choose(None) == "xla"
+
+
+@pytest.mark.parametrize("version, runs", [((0, 3, 1), True), ((0, 4, 0), False)])
+def another_way_of_working_in_place_is_refused_test(monkeypatch, version, runs):
+    from pallas_kernels import triton_call
+
+    there = types.SimpleNamespace(__version_info__=version, __version__=".".join(map(str, version)))
+    monkeypatch.setitem(sys.modules, "jax_triton", there)
+    monkeypatch.setattr(target, "current", lambda: interpreted.GPU)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    assert triton_call.unavailable() is None
+    reason = triton_call.unavailable_in_place()
+    assert reason is None if runs else "written for jax-triton 0.3" in reason
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("annotations_aside")
+@pytest.mark.parametrize(
+    "field, change, complaint",
+    [
+        ("v_pages", lambda x: x.astype(jnp.bfloat16), "v_pages must be float32, got bfloat16"),
+        ("keys", lambda x: x[:, :, :-1], r"keys must be of shape \(3, 5, 12, 64\), got .*11, 64"),
+        ("weights", lambda x: x[:, 1:], r"weights must be of shape \(3, 5, 12\)"),
+        ("count", lambda x: x.astype(jnp.float32), "count must be int32, got float32"),
+        ("k_pages", lambda x: x[0], r"k_pages \[P page H\]; got shapes"),
+    ],
+)
+def a_state_that_breaks_the_contract_is_refused_test(field, change, complaint):
+    (state, token, others), _ = inputs_and_expected(CORRECTNESS[0])
+    state = state._replace(**{field: change(getattr(state, field))})
+    with pytest.raises(ValueError, match=complaint):
+        cache_update(state, *token, **others, implementation="reference")
+
+
+@pytest.mark.usefixtures("annotations_aside")
+@pytest.mark.parametrize(
+    "index, change, complaint",
+    [
+        (0, lambda x: x.astype(jnp.float16), "k_t must be float32 or bfloat16, got float16"),
+        (1, lambda x: x[:, :1], r"v_t must be of shape \(3, 2, 64\), got \(3, 1, 64\)"),
+        (2, lambda x: x[0], r"decision must be of shape \(3, 2\), got \(2,\)"),
+    ],
+)
+def a_token_that_breaks_the_contract_is_refused_test(index, change, complaint):
+    (state, token, others), _ = inputs_and_expected(CORRECTNESS[0])
+    token = [change(x) if i == index else x for i, x in enumerate(token)]
+    with pytest.raises(ValueError, match=complaint):
+        cache_update(state, *token, **others, implementation="reference")

@@ -1,0 +1,441 @@
+"""Every implementation against the reference; the reference against numbers worked out by hand.
+
+Without a GPU, its implementations run interpreted (see conftest), all through the same interface.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import target
+from pallas_kernels.decode_attention.api import (
+    IMPLEMENTATIONS,
+    choose,
+    decode_attention,
+    decode_attention_and_weights,
+    plan_decode_attention,
+)
+from pallas_kernels.decode_attention.plan import make_plan
+from pallas_kernels.decode_attention.settings import CANDIDATES
+from pallas_kernels.decode_attention.workloads import (
+    CORRECTNESS,
+    Workload,
+    make_inputs,
+    ragged_lengths,
+)
+from pallas_kernels.implementations import Implementations
+from tests.pallas_kernels.interpreted import GPU
+
+# Relative and absolute. Both sides compute in float32, so bfloat16 only rounds the result.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+FAST = [name for name in IMPLEMENTATIONS.names if name != "reference"]
+PLANNED = ["triton", "pallas_gpu"]
+RAGGED = CORRECTNESS[0]
+
+# Each is compiled or interpreted for seconds. The others, too, have every G, dtype and page, and
+# every H but 32, which is that of most of the smaller tests.
+SLOW = {
+    *("one_long-G4-H64-page16-float32", "one_long-G1-H32-page64-float32"),
+    *("ragged-G8-H32-page8-float32", "boundaries-G8-H64-page64-float32"),
+    *("many_short-G1-H32-page16-float32", "boundaries-G4-H32-page8-float32"),
+}
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.names)
+# XLA takes seconds to compile an interpreted Pallas kernel, and shapes differ from test to test.
+pallas_is_slow = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "pallas_gpu" else [])
+        for name in IMPLEMENTATIONS.names
+    ],
+)
+without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+fast_implementation = pytest.mark.parametrize("implementation", FAST)
+
+
+@functools.cache
+def inputs_of(workload):
+    return make_inputs(workload)
+
+
+@functools.cache
+def expected_of(workload):
+    scale = workload.width**-0.5
+    return decode_attention(*inputs_of(workload), scale=scale, implementation="reference")
+
+
+def assert_close(actual, expected):
+    assert actual.dtype == expected.dtype
+    tolerance = TOLERANCE[str(expected.dtype)]
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# ---- the meaning, by hand -----------------------------------------------------------------------
+
+
+def numbered_pages(pages, page, width=4):
+    """Values that name their place: slot i of page p holds 100 p + i."""
+    places = 100.0 * jnp.arange(pages)[:, None] + jnp.arange(page)
+    return jnp.broadcast_to(places[..., None], (pages, page, width))
+
+
+@every_implementation
+def equal_scores_give_the_mean_of_the_live_values_test(implementation):
+    values = numbered_pages(4, 8)
+    table = jnp.array([[3, 1], [0, 2], [2, 0]], jnp.int32)
+    out = decode_attention(
+        jnp.zeros((3, 2, 4)),
+        jnp.ones((4, 8, 4)),
+        values,
+        table,
+        jnp.array([10, 3, 0], jnp.int32),
+        scale=1.0,
+        implementation=implementation,
+    )
+    # Row 0: slots 300..307, 100, 101. Row 1: slots 0, 1, 2. Row 2: none.
+    np.testing.assert_allclose(out[0], (sum(range(300, 308)) + 100 + 101) / 10, rtol=1e-6)
+    np.testing.assert_allclose(out[1], 1.0, rtol=1e-6)
+    assert np.all(out[2] == 0)
+
+
+@every_implementation
+def scores_are_dot_products_times_the_scale_test(implementation):
+    # Scores 0 and log 3: weights 1/4 and 3/4. The second query's score is negated: 3/4 and 1/4.
+    keys = jnp.zeros((1, 8, 4)).at[0, 1, 2].set(2.0)
+    values = jnp.zeros((1, 8, 4)).at[0, 0].set(4.0).at[0, 1].set(8.0)
+    q = jnp.zeros((1, 2, 4)).at[0, :, 2].set(jnp.array([0.5, -0.5]) * np.log(3.0))
+    out = decode_attention(
+        *(q, keys, values, jnp.zeros((1, 1), jnp.int32), jnp.array([2], jnp.int32)),
+        scale=1.0,
+        implementation=implementation,
+    )
+    np.testing.assert_allclose(out[0, 0], 7.0, rtol=1e-6)
+    np.testing.assert_allclose(out[0, 1], 5.0, rtol=1e-6)
+    halved = decode_attention(
+        *(2 * q, keys, values, jnp.zeros((1, 1), jnp.int32), jnp.array([2], jnp.int32)),
+        scale=0.5,
+        implementation=implementation,
+    )
+    np.testing.assert_allclose(halved, out, rtol=1e-6)
+
+
+@pallas_is_slow
+def huge_scores_do_not_overflow_test(implementation):
+    inputs = make_inputs(Workload("huge", (70, 3), 2, 32, 8))
+    out = decode_attention(inputs.q * 1e3, *inputs[1:], scale=1e3, implementation=implementation)
+    assert np.all(np.isfinite(out))
+
+
+# ---- every implementation against the reference -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "implementation, workload",
+    [
+        pytest.param(
+            *(name, workload),
+            id=f"{name}-{workload}",
+            marks=[pytest.mark.slow] if str(workload) in SLOW else [],
+        )
+        for name in FAST
+        for workload in CORRECTNESS
+    ],
+)
+def output_equals_the_reference_test(implementation, workload):
+    # Pages are shuffled and all that is unused is NaN: a stray read would show.
+    actual = decode_attention(
+        *inputs_of(workload), scale=workload.width**-0.5, implementation=implementation
+    )
+    expected = expected_of(workload)
+    assert np.all(np.isfinite(expected))
+    assert_close(actual, expected)
+
+
+def the_workloads_cover_the_contract_test():
+    assert {str(w) for w in CORRECTNESS} >= SLOW
+    fast = [w for w in CORRECTNESS if str(w) not in SLOW]
+    for workloads, widths in ((CORRECTNESS, {32, 64, 128}), (fast, {64, 128})):
+        assert {w.page for w in workloads} >= {8, 16, 32, 64}
+        assert {w.queries for w in workloads} >= {1, 4, 8}
+        assert {w.width for w in workloads} >= widths
+        assert {w.dtype for w in workloads} == {"float32", "bfloat16"}
+
+
+@every_implementation
+def rows_of_length_zero_give_zeros_test(implementation):
+    workload = Workload("holes", (0, 30, 0, 0, 200, 0), 4, 32, 16)
+    out = decode_attention(*inputs_of(workload), scale=0.2, implementation=implementation)
+    empty = np.array(workload.lengths) == 0
+    assert np.all(out[empty] == 0)
+    assert np.all(np.any(out[~empty] != 0, axis=-1))
+
+
+@every_implementation
+def float32_queries_may_meet_a_bfloat16_pool_test(implementation):
+    inputs = inputs_of(Workload("mixed", (100, 17), 4, 32, 16, dtype="bfloat16"))
+    q = inputs.q.astype(jnp.float32)
+    out = decode_attention(q, *inputs[1:], scale=0.2, implementation=implementation)
+    k, v = (x.astype(jnp.float32) for x in inputs[1:3])
+    expected = decode_attention(q, k, v, *inputs[3:], scale=0.2, implementation="reference")
+    assert_close(out, expected)
+
+
+@every_implementation
+def a_nan_in_a_live_slot_stays_in_its_row_test(implementation):
+    inputs = inputs_of(Workload("live_nan", (100, 200, 3, 40), 4, 32, 16))
+    poisoned = inputs.v_pages.at[inputs.page_table[1, 0], 0].set(jnp.nan)
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    out = attend(inputs.q, inputs.k_pages, poisoned, *inputs[3:])
+    assert np.all(np.isnan(out[1]))
+    others = np.array([0, 2, 3])
+    np.testing.assert_array_equal(out[others], attend(*inputs)[others])
+
+
+@pallas_is_slow
+def permuting_the_pool_changes_nothing_test(implementation):
+    inputs = inputs_of(RAGGED)
+    pages = inputs.k_pages.shape[0]
+    order = jax.random.permutation(jax.random.key(1), pages)
+    table = jnp.argsort(order)[jnp.clip(inputs.page_table, 0, pages - 1)]
+    attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
+    moved = attend(inputs.q, inputs.k_pages[order], inputs.v_pages[order], table, inputs.lengths)
+    np.testing.assert_array_equal(moved, attend(*inputs))
+
+
+@pallas_is_slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def the_same_inputs_give_the_same_bits_test(implementation, dtype):
+    workload = Workload("again", ragged_lengths(20, mean=150, longest=600), 2, 64, 16, dtype)
+    attend = functools.partial(decode_attention, scale=0.125, implementation=implementation)
+    first, second = (np.asarray(attend(*inputs_of(workload))).tobytes() for _ in range(2))
+    assert first == second
+
+
+@pallas_is_slow
+def one_compilation_serves_every_length_test(implementation):
+    traced = []
+
+    @jax.jit
+    def attend(*inputs):
+        traced.append(None)
+        return decode_attention(*inputs, scale=0.2, implementation=implementation)
+
+    inputs = inputs_of(Workload("growing", (200, 200, 200), 4, 32, 16))
+    for lengths in ([200, 200, 200], [0, 1, 130], [0, 0, 0]):
+        inputs = inputs._replace(lengths=jnp.array(lengths, jnp.int32))
+        expected = decode_attention(*inputs, scale=0.2, implementation="reference")
+        assert_close(attend(*inputs), expected)
+    assert len(traced) == 1
+
+
+@every_implementation
+def lengths_beyond_the_table_count_as_full_test(implementation):
+    inputs = inputs_of(Workload("full", (64, 64), 1, 32, 16))
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    wild = inputs._replace(lengths=jnp.array([1000, -5], jnp.int32))
+    full = inputs._replace(lengths=jnp.array([64, 0], jnp.int32))
+    np.testing.assert_array_equal(attend(*wild), attend(*full))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def temporaries_do_not_grow_with_the_pool_test(dtype):
+    def temporary_bytes(pages):
+        shapes = [
+            jax.ShapeDtypeStruct(shape, kind)
+            for shape, kind in (
+                ((32, 4, 64), dtype),
+                ((pages, 16, 64), dtype),
+                ((pages, 16, 64), dtype),
+                ((32, 64), "int32"),
+                ((32,), "int32"),
+            )
+        ]
+        attend = functools.partial(decode_attention, scale=0.125, implementation="xla")
+        return jax.jit(attend).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(2_000), temporary_bytes(200_000)
+    assert large <= small + 4096
+
+
+@without_a_gpu
+def no_name_takes_the_fastest_implementation_of_a_cpu_test():
+    attend = functools.partial(decode_attention, *inputs_of(RAGGED), scale=0.125)
+    np.testing.assert_array_equal(attend(), attend(implementation="xla"))
+
+
+# ---- plans made ahead ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def a_plan_made_ahead_for_longer_rows_changes_nothing_test(implementation):
+    workload = Workload("ahead", (0, 15, 16, 128, 127, 256), 2, 32, 16, longest=300)
+    inputs = inputs_of(workload)
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    plan = plan_decode_attention(
+        inputs.lengths + 1, inputs.k_pages, longest=304, implementation=implementation
+    )
+    expected = decode_attention(*inputs, scale=0.2, implementation="reference")
+    assert_close(attend(*inputs, plan=plan), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", PLANNED)
+@pytest.mark.parametrize("settings", CANDIDATES, ids=str)
+def settings_to_tune_from_change_nothing_but_rounding_test(implementation, settings):
+    module = IMPLEMENTATIONS.load(implementation)
+    inputs = inputs_of(RAGGED)
+    out = module.decode_attention(*inputs, RAGGED.width**-0.5, settings=settings)
+    assert_close(out, expected_of(RAGGED))
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def layers_may_be_planned_at_once_test(implementation):
+    inputs = inputs_of(Workload("layers", (100, 3, 40), 2, 32, 16))
+    lengths = jnp.stack([inputs.lengths, inputs.lengths // 2])
+    plans = plan_decode_attention(
+        lengths, inputs.k_pages, longest=112, implementation=implementation
+    )
+    attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
+    for layer in range(2):
+        now = inputs._replace(lengths=lengths[layer])
+        plan = jax.tree.map(lambda x: x[layer], plans)  # noqa: B023
+        np.testing.assert_array_equal(attend(*now, plan=plan), attend(*now))
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def a_plan_for_other_rows_is_refused_test(implementation):
+    inputs = inputs_of(Workload("other", (100, 3, 40), 2, 32, 16))
+    plan = plan_decode_attention(
+        jnp.array([100, 3], jnp.int32), inputs.k_pages, longest=112, implementation=implementation
+    )
+    with pytest.raises(ValueError, match=r"the plan must be for R = 3 rows as in q, .*\(3,\)"):
+        decode_attention(*inputs, scale=0.2, implementation=implementation, plan=plan)
+
+
+GIVE_WEIGHTS = ("reference", "xla")
+
+
+@pytest.mark.parametrize("workload", [RAGGED, Workload("holes", (0, 30, 200), 4, 32, 8)], ids=str)
+@pytest.mark.parametrize("implementation", GIVE_WEIGHTS)
+def weights_are_a_softmax_over_the_live_slots_and_make_the_output_test(implementation, workload):
+    inputs = inputs_of(workload)
+    out, weights = decode_attention_and_weights(*inputs, scale=0.2, implementation=implementation)
+    assert_close(out, decode_attention(*inputs, scale=0.2, implementation="reference"))
+    weights = np.asarray(weights, np.float64)
+    assert weights.shape == (*out.shape[:2], inputs.page_table.shape[1] * workload.page)
+    for row, length in enumerate(workload.lengths):
+        pages = np.asarray(inputs.page_table[row, : -(-length // workload.page)])
+        keys = np.asarray(inputs.k_pages, np.float64)[pages].reshape(-1, workload.width)[:length]
+        scores = np.exp(0.2 * np.asarray(inputs.q[row], np.float64) @ keys.T)
+        expected = scores / scores.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(weights[row, :, :length], expected, atol=1e-5)
+        assert (weights[row, :, length:] == 0).all()
+
+
+def an_implementation_that_cannot_give_the_weights_says_so_test(monkeypatch):
+    module = importlib.import_module("pallas_kernels.decode_attention.xla")
+    monkeypatch.delattr(module, "decode_attention_and_weights")
+    with pytest.raises(ValueError, match="'xla' of decode_attention cannot give the weights"):
+        decode_attention_and_weights(*inputs_of(RAGGED), scale=0.2, implementation="xla")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def an_implementation_without_plans_makes_none_and_takes_none_test(implementation):
+    inputs = inputs_of(Workload("planless", (100, 3, 40), 2, 32, 16))
+    options = {"longest": 112, "implementation": implementation}
+    assert plan_decode_attention(inputs.lengths, inputs.k_pages, **options) is None
+    plan = make_plan(inputs.lengths, block=16, programs=2)
+    with pytest.raises(ValueError, match=f"'{implementation}' .* works without a plan"):
+        decode_attention(*inputs, scale=0.2, implementation=implementation, plan=plan)
+
+
+# ---- workloads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean, longest", [(512, 4096), (1024, 4096), (1, 9), (300, 310)])
+def ragged_lengths_have_the_mean_and_the_limit_they_state_test(mean, longest):
+    lengths = ragged_lengths(32, mean=mean, longest=longest)
+    assert abs(np.mean(lengths) - mean) < 1
+    assert min(lengths) >= 1 and max(lengths) <= longest
+
+
+def a_mean_above_the_longest_is_refused_test():
+    with pytest.raises(ValueError, match=r"must be in \[1, 8\], got 9"):
+        ragged_lengths(4, mean=9, longest=8)
+
+
+def all_that_is_not_live_is_poisoned_test():
+    inputs = inputs_of(RAGGED)
+    live = np.isfinite(np.asarray(inputs.k_pages)).all(axis=-1)
+    np.testing.assert_array_equal(live, np.isfinite(np.asarray(inputs.v_pages)).all(axis=-1))
+    assert live.sum() == inputs.lengths.sum()
+    assert np.any(inputs.page_table < 0) and np.any(inputs.page_table >= live.shape[0])
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("annotations_aside")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": jnp.zeros((2, 4))}, r"q must be \[R G H\], got shape \(2, 4\)"),
+        ({"k_pages": jnp.zeros((5, 8, 16))}, r"k_pages must be \[P page H\] with H = 32 as in q"),
+        ({"v_pages": jnp.zeros((6, 8, 32))}, "v_pages must .* with P = 5 as in k_pages"),
+        ({"page_table": jnp.zeros((3, 4), jnp.int32)}, "page_table must .* with R = 2 as in q"),
+        ({"lengths": jnp.zeros(3, jnp.int32)}, "lengths must .* with R = 2 as in q"),
+        ({"page_table": jnp.zeros((2, 0), jnp.int32)}, "page_table is empty: maxp = 0"),
+        (
+            {"k_pages": jnp.zeros((5, 4, 32)), "v_pages": jnp.zeros((5, 4, 32))},
+            "page must be a power of two >= 8, got 4",
+        ),
+        (
+            {"k_pages": jnp.zeros((5, 24, 32)), "v_pages": jnp.zeros((5, 24, 32))},
+            "page must be a power of two >= 8, got 24",
+        ),
+        ({"q": jnp.zeros((2, 4, 32), jnp.int32)}, "q must be float32 or bfloat16, got int32"),
+        ({"k_pages": jnp.zeros((5, 8, 32), jnp.bfloat16)}, "k_pages is bfloat16 but v_pages float"),
+        ({"page_table": jnp.zeros((2, 4))}, "page_table must be int32, got float32"),
+        ({"lengths": jnp.zeros(2, jnp.uint32)}, "lengths must be int32, got uint32"),
+    ],
+)
+def inputs_that_break_the_contract_are_named_test(change, message):
+    inputs = {
+        "q": jnp.zeros((2, 4, 32)),
+        "k_pages": jnp.zeros((5, 8, 32)),
+        "v_pages": jnp.zeros((5, 8, 32)),
+        "page_table": jnp.zeros((2, 4), jnp.int32),
+        "lengths": jnp.zeros(2, jnp.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**(inputs | change), scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["XLA", "pallas", ""])
+def an_unknown_implementation_is_refused_and_never_replaced_test(name):
+    with pytest.raises(ValueError, match="there is reference, xla, triton, pallas_gpu"):
+        decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)
+
+
+@without_a_gpu
+@pytest.mark.parametrize("name", ["triton", "pallas_gpu"])
+def a_gpu_implementation_without_a_gpu_says_what_it_lacks_test(name):
+    with pytest.raises(RuntimeError, match=f"'{name}' .* cannot run here: .*(GPU|imported)"):
+        decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)
+
+
+def on_a_gpu_the_best_that_can_run_is_taken_test(monkeypatch):
+    here = set(IMPLEMENTATIONS.names)
+    monkeypatch.setattr(target, "current", lambda: GPU)
+    monkeypatch.setattr(
+        Implementations, "unavailable", lambda self, name: None if name in here else "no"
+    )
+    for name in ("triton", "pallas_gpu", "xla"):
+        assert choose(None) == name
+        here.remove(name)

@@ -1,0 +1,235 @@
+"""Every policy: whole sequences, one token at a time and any chunks are one thing, alone or not."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.errors import UserError
+from dmc_jax.inference import decoding, paged_cache, prefill
+from dmc_jax.inference.engine import Engine
+from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.model.llama import Llama
+from dmc_jax.policies.choice import POLICIES, describe, policy_for
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.policy import attend_whole
+from dmc_jax.policies.tova import TOVA
+from tests.tiny_llama import build
+
+TABLE = {
+    "dense": Dense(),
+    "dense without the channel": Dense(0.0),
+    "dmc, window 12": DMC(DMCSettings(window=12, offset=0.0), -1.0),
+    "dmc, window 3": DMC(DMCSettings(window=3, offset=0.0)),
+    "dmc, unlimited": DMC(DMCSettings(window=None, offset=0.0), -0.5),
+    "tova, 11 slots": TOVA(11),
+    "tova, 8 slots, without the channel": TOVA(8, 0.0),
+}
+T, CHUNK, PAGE = 40, 16, 8
+TOLERANCE = 2e-5  # float32 logits of size 1
+
+every_policy = pytest.mark.parametrize("policy", TABLE.values(), ids=TABLE)
+
+
+def every_method_is_in_the_table_test():
+    assert {policy.name for policy in TABLE.values()} == set(POLICIES)
+
+
+@functools.cache
+def model():
+    return build(kv_heads=(4, 2))
+
+
+def some_tokens(seed=1, batch=2, length=T):
+    return np.random.default_rng(seed).integers(0, 50, (batch, length)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def whole(params, config, policy, tokens, positions, segment_ids=None):
+    attend = attend_whole(policy, config, positions, segment_ids)
+    return Llama(config).apply({"params": params}, tokens, attend=attend)
+
+
+def positions_of(tokens):
+    return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def empty_cache(config, policy):
+    """Three seats, in pages of NaN."""
+    cache = paged_cache.init(
+        *(config, policy), seats=3, pages=90, page_size=PAGE, max_length=T, dtype=jnp.float32
+    )
+    return dataclasses.replace(cache, pages=jax.tree.map(lambda x: x * jnp.nan, cache.pages))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read_chunk(params, config, policy, cache, tokens, counts, seats):
+    return prefill.prefill_chunk(params, config, cache, tokens, counts, seats, policy=policy)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read_rest(params, config, policy, cache, tokens, at):
+    """One token at a time from where each sequence is; logits [B, T, V]."""
+
+    def step(cache, now):
+        t, column = now
+        column, active = jnp.append(column, 0), jnp.append(t >= at, False)
+        return decoding.decode_step(params, config, cache, column, active, policy=policy)
+
+    cache, logits = jax.lax.scan(step, cache, (jnp.arange(T), tokens.T))
+    return cache, logits.swapaxes(0, 1)[:2]
+
+
+def read_chunks_then_rest(policy, tokens, splits):
+    """Read both sequences; `splits` has (tokens of the first, of the second) of every chunk."""
+    params, config = model()
+    cache, logits = empty_cache(config, policy), np.zeros((2, T, 50), np.float32)
+    at, seats = np.zeros(2, np.int32), np.array([1, 0], np.int32)
+    for counts in splits:
+        counts, chunk = np.array(counts, np.int32), np.full((2, CHUNK), 49, np.int32)
+        for row in range(2):
+            chunk[row, : counts[row]] = tokens[row, at[row] : at[row] + counts[row]]
+        cache, new = read_chunk(params, config, policy, cache, chunk, counts, seats)
+        for row in range(2):
+            logits[row, at[row] : at[row] + counts[row]] = new[row, : counts[row]]
+        at += counts
+    cache, rest = read_rest(params, config, policy, cache, tokens[seats], at[seats])
+    rest = np.asarray(rest)[seats]
+    for row in range(2):
+        logits[row, at[row] :] = rest[row, at[row] :]
+    return cache, logits
+
+
+def slots_of(output):
+    """Of every row of both sequences at their ends, [B, R]."""
+    taken = [np.asarray(record.appends).sum(axis=2) for record in output.records]  # [L, B, K]
+    return np.concatenate([layer for stack in taken for layer in stack], axis=1)
+
+
+@every_policy
+def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
+    params, config = model()
+    tokens = some_tokens()
+    expected = whole(params, config, policy, tokens, positions_of(tokens))
+
+    def check(splits):
+        cache, logits = read_chunks_then_rest(policy, tokens, splits)
+        np.testing.assert_allclose(logits, expected.logits, atol=TOLERANCE, rtol=0)
+        np.testing.assert_array_equal(cache.lengths[:2][::-1], slots_of(expected))
+        np.testing.assert_array_equal(cache.position, [T, T, 0])
+        assert not cache.failed.any()
+
+    check([])
+    check([(1, 16), (0, 3), (13, 0), (16, 16)])
+
+    chunk = st.tuples(st.integers(0, CHUNK), st.integers(0, CHUNK))
+    fitting = st.lists(chunk, max_size=4).filter(
+        lambda x: max(map(sum, zip(*x, strict=True)), default=0) <= T
+    )
+
+    @settings(max_examples=4, deadline=None)
+    @given(fitting)
+    def any_chunks(splits):
+        check(splits)
+
+    any_chunks()
+
+
+@every_policy
+def documents_of_a_packed_window_are_as_if_each_were_alone_test(policy):
+    params, config = model()
+    tokens, lengths = some_tokens(), (13, 27)
+    segment_ids = np.repeat([1, 2], lengths)[None].repeat(2, axis=0)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].repeat(2, axis=0)
+    packed = whole(params, config, policy, tokens, positions, segment_ids)
+    alone = [np.pad(x, [(0, 0), (0, T - x.shape[1])]) for x in np.split(tokens, [13], axis=1)]
+    for part, document in zip(
+        np.split(np.asarray(packed.logits), [13], axis=1), alone, strict=True
+    ):
+        expected = whole(params, config, policy, document, positions_of(document)).logits
+        np.testing.assert_allclose(part, expected[:, : part.shape[1]], atol=TOLERANCE, rtol=0)
+
+
+class Ids:
+    """A tokenizer for prompts that are ids; no token ends a sequence."""
+
+    vocab_size, bos_id, eos_id, pad_id = 50, 1, -1, 0
+
+    def encode(self, text):
+        raise NotImplementedError
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+@every_policy
+def what_a_sequence_gets_in_the_engine_does_not_depend_on_who_is_there_test(policy):
+    """With pages for a few: sequences wait, and give theirs back to go on later."""
+    engine = Engine(
+        *model(), Ids(), policy=policy, max_sequences=3, pages=40, page_size=PAGE, max_length=60
+    )
+    free = engine.free_pages
+    prompts = [[1, *row[: 3 + 4 * i]] for i, row in enumerate(some_tokens(7, 5).tolist())]
+    params = [SamplingParams(24, temperature=0.5 * (i % 2), seed=i) for i in range(5)]
+    together = [result.tokens for result in engine.generate(prompts, params)]
+    alone = [
+        engine.generate([prompt], one)[0].tokens
+        for prompt, one in zip(prompts, params, strict=True)
+    ]
+    assert together == alone and len(set(together)) == 5
+    assert engine.free_pages == free
+
+
+@every_policy
+def a_policy_is_a_pytree_whose_numbers_compile_nothing_anew_test(policy):
+    counted = jax.jit(lambda policy: [x + 1 for x in jax.tree.leaves(policy)])
+    for number in (0.0, 0.5, -3.0):
+        counted(jax.tree.map(lambda _, number=number: number, policy))
+    assert counted._cache_size() == 1
+
+
+def thresholds_of_many_values_are_one_program_test():
+    params, config = model()
+    tokens, policy = some_tokens(), TABLE["dmc, window 3"]
+    whole.clear_cache()
+    slots = [
+        slots_of(whole(params, config, DMC(policy.settings, x), tokens, positions_of(tokens))).sum()
+        for x in (-3.0, -1.0, 0.0, 1.0, 3.0)
+    ]
+    assert slots == sorted(slots) and len(set(slots)) == 5
+    assert whole._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "trained, options, complaint",
+    [
+        (DMCSettings(), {"name": "none"}, "policy: expected dense or dmc or tova, got 'none'"),
+        (None, {"name": "dmc"}, "dmc needs a model that was trained for it"),
+        (DMCSettings(), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
+        (None, {"name": "tova"}, "budget: give the slots of a row with tova"),
+        (DMCSettings(), {"budget": 9}, "budget: .* with no other policy"),
+        (None, {"name": "tova", "budget": 0}, "budget: expected a slot or more for a row, got 0"),
+        (DMCSettings(), {"name": "dense", "window": 3}, "window: .* dense does not"),
+    ],
+)
+def a_policy_that_cannot_be_is_refused_test(trained, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        policy_for(trained, **options)
+
+
+def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
+    trained = DMCSettings(window=7)
+    assert policy_for(None) == Dense()
+    assert policy_for(trained, 0.5) == DMC(trained, 0.5)
+    assert policy_for(trained, 0.5, name="dense") == Dense(0.0)
+    assert policy_for(trained, 0.5, name="tova", budget=9) == TOVA(9, 0.0)
+    assert policy_for(trained, window=0) == DMC(DMCSettings(window=None))
+    assert describe(DMC(trained, np.float32(0.5)))["threshold"] == 0.5
