@@ -14,12 +14,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo test test-all gpu lint clean
+.PHONY: venv demo test test-all notebooks gpu gpu-quick lint clean
 
 venv: $(STAMP)
 
 demo: $(STAMP)
 	$(VENV_PYTHON) experiments/demo.py
+
+# What can run outside of a checkout. Cells that did not change keep their ids, so a second `make
+# notebooks` changes nothing; outputs are not kept.
+notebooks: $(STAMP)
+	$(VENV_PYTHON) -m jupytext --quiet --update --to notebook --update-metadata \
+	  '{"jupytext": null, "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}' \
+	  experiments/demo.py experiments/quickstart.py
 
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"
@@ -54,6 +61,12 @@ gpu: $(if $(PYTHON_GPU),,$(STAMP))
 	$(GPU_RUN) -m benchmarks.end_to_end
 	$(GPU_RUN) -m benchmarks.training_attention --tune
 	$(GPU_RUN) -m benchmarks.training_attention
+
+# The figures that matter most in ten minutes, into OUT; a second call goes on.
+gpu-quick: $(if $(PYTHON_GPU),,$(STAMP))
+	@test -n "$(OUT)" || { echo "make: name a folder for the results: make gpu-quick OUT=DIR" >&2; exit 1; }
+	PYTHON="$(abspath $(or $(PYTHON_GPU),$(VENV_PYTHON)))" \
+	  PYTHONPATH="$(if $(PACKAGES),$(abspath $(PACKAGES)))" benchmarks/gpu_quick.sh "$(OUT)" $(PARTS)
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff format --check .

@@ -2,9 +2,10 @@
 
     python -m benchmarks.end_to_end                              # --resume goes on after a cut
     python -m benchmarks.end_to_end --quick --model=tiny         # on any device: whether it works
+    python -m benchmarks.end_to_end --compile 2/8                # only fills JAX's program cache
 
-What is timed is the engine's own program for a step, `inference.programs.next_tokens`: forward
-pass, merging or appending, pages, attention, the most likely token. Left out: prompts, the host's
+What is timed is the engine's own step, `inference.programs.next_tokens`: forward pass, merging or
+appending, pages, attention, the most likely token. Left out: prompts, the host's
 bookkeeping between steps, waiting for a place.
 
 The weights are random, made on the device in bfloat16 a matrix at a time. What they would decide
@@ -28,6 +29,7 @@ copying measured in the same run. No step can be faster unless it reads less.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -36,7 +38,15 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.end_to_end_step import DTYPE, Run, Setup, largest_batch, measure, random_params
+from benchmarks.end_to_end_step import (
+    DTYPE,
+    Run,
+    Setup,
+    compile_step,
+    largest_batch,
+    measure,
+    random_params,
+)
 from dmc_jax.model.presets import PRESETS
 from pallas_kernels import timing
 from pallas_kernels.decode_attention import api
@@ -45,6 +55,11 @@ RATIOS = (1, 4, 8)
 LENGTHS = ((1024, 2048), (4096, 1024))  # prompt and new tokens
 SMALLER_BATCHES = (1, 8, 32, 128)
 PAPER_BYTES = 80 * 10**9
+# Products of matrices take batches in tiles of so many. A batch that is rounded down to whole ones
+# is measured too, where that costs little of it.
+_TILE, _LITTLE = 64, 0.08
+# What JAX may take of a device differs by what else runs. Rounded, the batches do not.
+_GRAIN = 8 * 10**9
 _SAME = 1.1  # a device with less than so many times the paper's memory is measured with that alone
 
 
@@ -52,32 +67,44 @@ _SAME = 1.1  # a device with less than so many times the paper's memory is measu
 
 
 def plan_runs(setup: Setup, memories: dict[str, int], reserve: int, lengths, smaller) -> list[Run]:
-    """What matters most first: the largest batches, then smaller ones.
+    """What matters most first: the largest batches, one sequence, dense's batch, then others.
 
     Args:
         setup: shared by all.
         memories: bytes, by name, the most important first.
         reserve: bytes of them for activations.
         lengths: prompt and new tokens.
-        smaller: batches.
+        smaller: batches, the most important first.
     """
     runs = {}  # by what is measured: a batch that was chosen twice is measured once
-    for name, memory in memories.items():
+
+    def add(run: Run) -> None:
+        runs.setdefault((run.prompt, run.new, run.ratio, run.batch), run)
+
+    dense = {}  # the largest batch by lengths and memory
+    for index, (name, memory) in enumerate(memories.items()):
         for prompt, new in lengths:
             for ratio in RATIOS:
                 run = Run(prompt, new, ratio, 0, name)
                 batch = largest_batch(setup, run, memory, reserve)
-                if batch:
-                    run = dataclasses.replace(run, batch=batch)
-                    runs.setdefault((prompt, new, ratio, batch), run)
-    largest = {}
+                tiles = batch // _TILE * _TILE
+                for size in (batch, tiles) if tiles >= (1 - _LITTLE) * batch else (batch,):
+                    if size:
+                        add(dataclasses.replace(run, batch=size))
+                if ratio == 1:
+                    dense[prompt, new, name] = batch
+        if index == 0:  # the paper's: alone, and as many sequences as fit without compression
+            for (prompt, new), ratio in itertools.product(lengths, RATIOS):
+                for batch in (*smaller[:1], dense[prompt, new, name]):
+                    if batch:
+                        add(Run(prompt, new, ratio, batch, None))
+    most = {}
     for prompt, new, ratio, batch in runs:
-        largest[prompt, new, ratio] = max(batch, largest.get((prompt, new, ratio), 0))
-    for batch in sorted(smaller, reverse=True):
-        for (prompt, new, ratio), most in largest.items():
-            if batch < most:
-                run = Run(prompt, new, ratio, batch, None)
-                runs.setdefault((prompt, new, ratio, batch), run)
+        most[prompt, new, ratio] = max(batch, most.get((prompt, new, ratio), 0))
+    for batch in smaller[1:]:
+        for (prompt, new, ratio), largest in most.items():
+            if batch < largest:
+                add(Run(prompt, new, ratio, batch, None))
     return list(runs.values())
 
 
@@ -85,18 +112,23 @@ def memories_of(device_bytes: int) -> dict[str, int]:
     """What batches shall fit into: the paper's memory where there is as much, and the whole."""
     memories = {"80 GB": PAPER_BYTES} if device_bytes >= PAPER_BYTES else {}
     if not memories or device_bytes > _SAME * PAPER_BYTES:
-        memories["device"] = device_bytes
+        memories["device"] = device_bytes // _GRAIN * _GRAIN
     return memories
 
 
+def largest(results: list[dict]) -> dict[tuple, dict]:
+    """The fastest of the largest batches, by memory, prompt, new tokens and ratio."""
+    best: dict[tuple, dict] = {}
+    for one in results:
+        if "tokens_per_second" in one and one["memory"]:
+            key = one["memory"], one["prompt"], one["new"], one["ratio"]
+            best[key] = max(one, best.get(key, one), key=lambda x: x["tokens_per_second"])
+    return best
+
+
 def compare(results: list[dict]) -> list[dict]:
-    """Largest batches against dense, at equal memory."""
-    best = {
-        (one["memory"], one["prompt"], one["new"], one["ratio"]): one
-        for one in results
-        if "tokens_per_second" in one and one["memory"]
-    }
-    found = []
+    """The largest batches against dense's, at equal memory."""
+    best, found = largest(results), []
     for (memory, prompt, new, ratio), one in best.items():
         dense = best.get((memory, prompt, new, 1))
         if ratio > 1 and dense:
@@ -159,35 +191,61 @@ def _print_row(result: dict) -> None:
 
 
 def plot(report: dict, file: Path) -> None:
-    """Tokens a second against batch; dashed, what reading weights and cache alone would allow."""
+    """Tokens a second at equal memory, and how many times dense's that is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    results = [one for one in report["results"] if "tokens_per_second" in one]
-    lengths = sorted({(one["prompt"], one["new"]) for one in results})
-    if not lengths:
+    best = largest(report["results"])
+    shown = next(iter(best), None)
+    if shown is None:
         return
-    figure = Figure(figsize=(5 * len(lengths), 4), dpi=120, layout="constrained")
+    lengths = sorted({(prompt, new) for memory, prompt, new, _ in best if memory == shown[0]})
+    figure = Figure(figsize=(4 * len(lengths), 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, length in zip(
         figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
     ):
-        for ratio, colour in zip(RATIOS, ("#8A8A8A", "#0072B2", "#D55E00"), strict=True):
-            of = [x for x in results if (x["prompt"], x["new"], x["ratio"]) == (*length, ratio)]
-            of.sort(key=lambda one: one["batch"])
-            label = "dense" if ratio == 1 else f"{ratio}x"
-            batches = [one["batch"] for one in of]
-            axes.plot(
-                batches, [x["tokens_per_second"] for x in of], "o-", color=colour, label=label
-            )
-            floor = [x["floor_weights_and_cache"] for x in of]
-            axes.plot(batches, floor, "--", color=colour, linewidth=0.9)
-        axes.set(xscale="log", yscale="log", xlabel="sequences", ylabel="tokens a second")
+        dense = best.get((shown[0], *length, 1))
+        for at, (ratio, colour) in enumerate(
+            zip(RATIOS, ("#8A8A8A", "#0072B2", "#D55E00"), strict=True)
+        ):
+            one = best.get((shown[0], *length, ratio))
+            if one is None:
+                continue
+            speed = one["tokens_per_second"]
+            bar = axes.bar(at, speed, 0.7, color=colour)
+            more = f"{speed / dense['tokens_per_second']:.1f}x\n" if dense else ""
+            axes.bar_label(bar, [f"{more}{speed:,.0f}\n{one['batch']} sequences"], padding=3)
+        axes.set_xticks(range(len(RATIOS)), ["dense", *(f"DMC {ratio}x" for ratio in RATIOS[1:])])
         axes.set_title(f"prompt {length[0]:,}, {length[1]:,} new tokens", fontsize=10)
-        axes.grid(color="#E6E6E6")
-        axes.legend(frameon=False)
-    figure.suptitle(f"{report['model']}, {report['machine']['device']}", fontweight="bold")
+        axes.set_ylabel("new tokens a second")
+        axes.margins(y=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    what = f"{report['model']} shape on one {report['machine']['device']}, {shown[0]} for each"
+    figure.suptitle(f"{what}; decoding, random weights", fontsize=11)
     figure.savefig(file)
+
+
+def compile_runs(setup: Setup, runs: list[Run], until: float) -> None:
+    """Compiles the programs of some runs, for JAX's compilation cache; begins none after `until`.
+
+    Most of a measurement is compilation, which several processes can do at a time.
+    """
+    for run in runs:
+        if time.perf_counter() < until:
+            started = time.perf_counter()
+            compile_step(setup, run)
+            seconds = time.perf_counter() - started
+            print(f"{run.prompt} {run.new} {run.ratio}x {run.batch}: compiled in {seconds:.1f} s")
+
+
+def _planned(setup: Setup, options, device: jax.Device) -> tuple[dict[str, int], list[Run]]:
+    """Memories by name, and what is measured."""
+    if options.quick:
+        memories = {"5 MB": setup.weight_bytes + 5 * 10**6}
+        return memories, plan_runs(setup, memories, 0, ((48, 32),), ())
+    memories = memories_of(device.memory_stats()["bytes_limit"])
+    return memories, plan_runs(setup, memories, int(options.reserve), LENGTHS, SMALLER_BATCHES)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -199,6 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--reserve", type=float, default=4e9, help="bytes for activations")
     parser.add_argument("--seconds", type=float, default=540, help="begin none that may end later")
     parser.add_argument("--resume", action="store_true", help="keep what the file has")
+    parser.add_argument(
+        "--compile", metavar="I/N", help="measure nothing: compile every N-th, from the I-th"
+    )
     parser.add_argument("--quick", action="store_true", help="short and few, on any device")
     parser.add_argument("--output", type=Path, help="benchmarks/<device>/end_to_end.json")
     options = parser.parse_args(arguments)
@@ -213,15 +274,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
     name = "end_to_end_quick.json" if options.quick else "end_to_end.json"
     file = options.output or timing.result_file(name)
+    config, steps = PRESETS[options.model], 4 if options.quick else 16
+    if options.compile:
+        setup = Setup(config, jax.eval_shape(random_params, config), options.page, steps, 1.0)
+        part, parts = map(int, options.compile.split("/"))
+        return compile_runs(setup, _planned(setup, options, device)[1][part::parts], until)
     rate = max(timing.copy_rates(2**22 if options.quick else 2**30).values())
-    config = PRESETS[options.model]
-    setup = Setup(config, random_params(config), options.page, 4 if options.quick else 16, rate)
-    if options.quick:
-        memories = {"5 MB": setup.weight_bytes + 5 * 10**6}
-        runs = plan_runs(setup, memories, 0, ((48, 32),), ())
-    else:
-        memories = memories_of(device.memory_stats()["bytes_limit"])
-        runs = plan_runs(setup, memories, int(options.reserve), LENGTHS, SMALLER_BATCHES)
+    setup = Setup(config, random_params(config), options.page, steps, rate)
+    memories, runs = _planned(setup, options, device)
     command = " ".join(["python -m benchmarks.end_to_end", *arguments])
     report = {
         "measures": __doc__,

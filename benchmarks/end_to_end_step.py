@@ -20,7 +20,6 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.inference import paged_cache, programs
 from dmc_jax.inference.paged_cache import PagedCache
 from dmc_jax.inference.pages import Pages
-from dmc_jax.inference.programs import Batch
 from dmc_jax.inference.sampling import SamplingParams, stack_params
 from dmc_jax.model.llama import init_params, unstack_layers
 from dmc_jax.policies.dense import Dense
@@ -61,7 +60,7 @@ class Setup:
     """What all runs share."""
 
     config: ModelConfig
-    params: Any
+    params: Any  # arrays, or their shapes where nothing is measured
     page: int
     steps: int  # timed at a point
     rate: float  # bytes a second of copying
@@ -69,8 +68,12 @@ class Setup:
     @property
     def weight_bytes(self) -> int:
         """Of all parameters that a step reads, which of the embedding are but a few rows."""
-        embedding = 0 if self.config.tied_embeddings else self.params["embedding"].nbytes
-        return sum(x.nbytes for x in jax.tree.leaves(self.params)) - embedding
+        embedding = 0 if self.config.tied_embeddings else _bytes(self.params["embedding"])
+        return _bytes(self.params) - embedding
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 # ---- the model --------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def largest_batch(setup: Setup, run: Run, memory: int, reserve: int) -> int:
         shapes = jax.eval_shape(lambda key: new_cache(setup, run, batch, key), jax.random.key(0))
         return paged_cache.bytes_reserved(shapes)
 
-    weights = sum(x.nbytes for x in jax.tree.leaves(setup.params))
+    weights = _bytes(setup.params)
     one = size(2) - size(1)
     one += setup.config.vocab_size * 9  # logits twice and tokens seen
     return max(0, (memory - weights - reserve - (size(1) - one)) // one)
@@ -200,6 +203,35 @@ def filled(cache: PagedCache, lengths, tokens, order) -> PagedCache:
 # ---- one measurement --------------------------------------------------------------------------
 
 
+def compile_step(setup: Setup, run: Run) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """The two programs of the engine's step for one batch size, compiled from shapes alone.
+
+    So a process that only fills JAX's compilation cache finds what one that measures asks for.
+    """
+
+    def arguments():
+        cache = new_cache(setup, run, run.batch, jax.random.key(0))
+        logits = jnp.zeros((run.batch, setup.config.vocab_size), jnp.float32)
+        of_model = setup.params, policy_of(run), cache, logits
+        return of_model, _of_sequences(setup, run)
+
+    (params, policy, cache, logits), (tokens, active, sampling, index) = jax.eval_shape(arguments)
+    read = programs.read_tokens.lower(
+        *(params, setup.config, cache, tokens, active), policy=policy, dtype=DTYPE
+    )
+    seen = jax.ShapeDtypeStruct(logits.shape, bool)
+    choose = programs.choose_tokens.lower(seen, logits, sampling, index)
+    return read.compile(), choose.compile()
+
+
+def _of_sequences(setup: Setup, run: Run):
+    """Tokens, which of them count, how to sample, and the index of what is sampled."""
+    tokens = jnp.arange(run.batch, dtype=jnp.int32) % setup.config.vocab_size
+    sampling = stack_params([SamplingParams(temperature=0.0)] * run.batch)
+    index = jnp.zeros(run.batch, jnp.int32)
+    return tokens, jnp.ones(run.batch, bool), jax.tree.map(jnp.asarray, sampling), index
+
+
 class Decoder:
     """The engine's step for one batch size, compiled, and the batch that it works on."""
 
@@ -207,55 +239,41 @@ class Decoder:
         self.setup, self.run = setup, run
         B, config = run.batch, setup.config
         self.rows = slots_per_token(config, run.ratio)
-        self.active, self.index = jnp.ones(B, bool), jnp.zeros(B, jnp.int32)
-        self.sampling = jax.tree.map(
-            jnp.asarray, stack_params([SamplingParams(temperature=0.0)] * B)
-        )
+        self.tokens, self.active, self.sampling, self.index = _of_sequences(setup, run)
         self.policy = policy_of(run)
-        self.tokens = jnp.arange(B, dtype=jnp.int32) % config.vocab_size
-        # Made inside a program, so that the pool of zeros in it never takes memory.
-        cache = jax.jit(lambda key: new_cache(setup, run, B, key))(jax.random.key(2))
-        self.batch = Batch(cache, jnp.zeros((B, config.vocab_size), bool))
-        pages = cache.free_pages.size
-        self.order = jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32)
         started = time.perf_counter()
-        self.program = self._compiled()
+        self.read, self.choose = compile_step(setup, run)
         self.compile_seconds = time.perf_counter() - started
-
-    def _compiled(self):
-        return programs.next_tokens.lower(
-            *(self.setup.params, self.setup.config, self.batch, self.tokens, self.active),
-            *(self.sampling, self.index),
-            policy=self.policy,
-            dtype=DTYPE,
-        ).compile()
+        # Made inside a program, so that the pool of zeros in it never takes memory.
+        self.cache = jax.jit(lambda key: new_cache(setup, run, B, key))(jax.random.key(2))
+        self.seen = jnp.zeros((B, config.vocab_size), bool)
+        pages = self.cache.free_pages.size
+        self.order = jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32)
 
     def fill(self, tokens: int) -> int:
         """Sets every sequence to so many tokens; returns the slots of one."""
         lengths = np.maximum(np.round(self.rows * tokens), 1).astype(np.int32)
-        cache = filled(self.batch.cache, lengths, np.int32(tokens), self.order)
-        self.batch = dataclasses.replace(self.batch, cache=cache)
+        self.cache = filled(self.cache, lengths, np.int32(tokens), self.order)
         return int(lengths.sum())
 
     def step(self):
         """A token more for every sequence; returns what the engine reads of the cache."""
-        self.batch, self.tokens, tally = self.program(
-            self.setup.params,
-            *(self.batch, self.tokens, self.active, self.sampling, self.index),
-            policy=self.policy,
+        self.cache, logits, tally = self.read(
+            *(self.setup.params, self.cache, self.tokens, self.active), policy=self.policy
         )
+        self.seen, self.tokens = self.choose(self.seen, logits, self.sampling, self.index)
         return tally
 
     def set_threshold(self) -> float:
         """By bisection, on steps; returns the slots that a row then takes for a token."""
         low, high = -4.0, 4.0  # merges nearly all, nearly nothing
         self.fill(self.run.prompt)
-        before, grown = int(self.batch.cache.lengths.sum()), 1.0
+        before, grown = int(self.cache.lengths.sum()), 1.0
         for _ in range(_BISECTIONS if self.run.ratio > 1 else 0):
             middle = (low + high) / 2
             self.policy = dataclasses.replace(self.policy, threshold=jnp.float32(middle))
             after = int(self.step().slots.sum())
-            grown, before = (after - before) / self.batch.cache.lengths.size, after
+            grown, before = (after - before) / self.cache.lengths.size, after
             low, high = (middle, high) if grown < 1 / self.run.ratio else (low, middle)
         return grown
 
@@ -268,11 +286,11 @@ class Decoder:
         slots = self.fill(tokens)
         for _ in range(_WARM_UP):
             self.step()
-        jax.block_until_ready(self.batch)
+        jax.block_until_ready(self.tokens)
         started = time.perf_counter()
         for _ in range(self.setup.steps):  # nothing is read: the device does one after another
             tally = self.step()
-        jax.block_until_ready((self.batch, tally))
+        jax.block_until_ready((self.tokens, tally))
         seconds = (time.perf_counter() - started) / self.setup.steps
         if bool(tally.failed.any()):
             raise RuntimeError("a sequence had no page left")
@@ -306,7 +324,7 @@ def measure(setup: Setup, run: Run) -> dict:
     def mean(name):  # over the generation
         return sum(w * point[name] for w, point in zip(WEIGHTS, points, strict=True))
 
-    memory = decoder.program.memory_analysis()
+    memory = decoder.read.memory_analysis()
     return vars(run) | {
         "tokens_per_second": round(1e3 * run.batch / mean("milliseconds"), 1),
         "floor_weights": round(run.batch * setup.rate / setup.weight_bytes, 1),
@@ -315,7 +333,7 @@ def measure(setup: Setup, run: Run) -> dict:
         "points": points,
         "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
         "slots_per_token_in_the_steps": round(grown, 4),
-        "cache_bytes": paged_cache.bytes_reserved(decoder.batch.cache),
+        "cache_bytes": paged_cache.bytes_reserved(decoder.cache),
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
         "compile_seconds": round(decoder.compile_seconds, 1),
     }

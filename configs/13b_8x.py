@@ -6,17 +6,9 @@ Time      about 7 days at 40 % of peak: an estimate by the FLOP count, not a mea
 Expected  None published with figures at hand.
 """
 
-from configs.common import retrofit
-from dmc_jax.config import MeshConfig
+from dmc_jax.config import load_config
 
 
 def get_config():
     """The run."""
-    return retrofit(
-        "13b",
-        ratio=8.0,
-        rate=3e-05,
-        mesh=MeshConfig(data=-1, fsdp=64, tensor=1),
-        accumulation=8,
-        data="data/llama2",
-    )
+    return load_config("paper:13b,ratio=8")

@@ -6,17 +6,9 @@ Time      about 4 days at 40 % of peak: an estimate by the FLOP count, not a mea
 Expected  The paper reports that grouped-query attention (8x on its own) and DMC compose.
 """
 
-from configs.common import retrofit
-from dmc_jax.config import MeshConfig
+from dmc_jax.config import load_config
 
 
 def get_config():
     """The run."""
-    return retrofit(
-        "70b",
-        ratio=4.0,
-        rate=1.5e-05,
-        mesh=MeshConfig(data=-1, fsdp=32, tensor=8),
-        accumulation=16,
-        data="data/llama2",
-    )
+    return load_config("paper:70b,ratio=4")

@@ -6,17 +6,9 @@ Time      about 15 hours at 40 % of peak: an estimate by the FLOP count, not a m
 Expected  The paper reports quality kept at 2x.
 """
 
-from configs.common import retrofit
-from dmc_jax.config import MeshConfig
+from dmc_jax.config import load_config
 
 
 def get_config():
     """The run."""
-    return retrofit(
-        "7b",
-        ratio=2.0,
-        rate=3e-05,
-        mesh=MeshConfig(data=-1, fsdp=64, tensor=1),
-        accumulation=4,
-        data="data/llama2",
-    )
+    return load_config("paper:7b,ratio=2")

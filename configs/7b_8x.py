@@ -7,17 +7,9 @@ Expected  NVIDIA's Llama-2-7B-DMC-8x card: MMLU 5-shot 46.7 -> 41.8, GSM8K 5-sho
 HellaSwag 10-shot 78.8 -> 78.2, PIQA 0-shot 78.2 -> 79.8.
 """
 
-from configs.common import retrofit
-from dmc_jax.config import MeshConfig
+from dmc_jax.config import load_config
 
 
 def get_config():
     """The run."""
-    return retrofit(
-        "7b",
-        ratio=8.0,
-        rate=3e-05,
-        mesh=MeshConfig(data=-1, fsdp=64, tensor=1),
-        accumulation=4,
-        data="data/llama2",
-    )
+    return load_config("paper:7b,ratio=8")

@@ -6,17 +6,9 @@ Time      about 45 hours at 40 % of peak: an estimate by the FLOP count, not a m
 Expected  None: the paper retrofits Llama 2. Rate and schedule are those of the 7B.
 """
 
-from configs.common import retrofit
-from dmc_jax.config import MeshConfig
+from dmc_jax.config import load_config
 
 
 def get_config():
     """The run."""
-    return retrofit(
-        "llama3_8b",
-        ratio=4.0,
-        rate=3e-05,
-        mesh=MeshConfig(data=-1, fsdp=64, tensor=1),
-        accumulation=8,
-        data="data/llama3",
-    )
+    return load_config("paper:llama3_8b,ratio=4")

@@ -86,8 +86,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """Parse absl flags; unlike absl's own parser it does not print a usage page or exit 1."""
     try:
         left = flags.FLAGS(argv)
-    except (KeyError, AttributeError, TypeError, OSError) as error:
-        # ml_collections' way of saying that a field or a config file does not exist
+    except SystemExit:  # once absl has printed the help that was asked for; its code says 1
+        raise SystemExit(0) from None
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        # ml_collections' ways of saying that a field does not exist, or cannot be set
         raise UserError(str(error.args[-1]).strip("'\"")) from error
     if len(left) > 1:
         raise UserError(

@@ -1,14 +1,18 @@
 """Everything that a run needs, as frozen dataclasses; the one place that validates and rejects.
 
-Field comments are the reference documentation of `--config.FIELD`. A file in `configs/` builds a
-`RunConfig`; `to_config_dict` turns it into what the command line can override, `from_dict` turns
-that back, checked.
+Field comments are the reference documentation of `--config.FIELD`; `train --help` prints them. A
+file in `configs/` builds a `RunConfig`; `to_config_dict` turns it into what the command line can
+override, `from_dict` turns that back, checked. `load_config` runs such a file, by path or name.
 """
 
 import dataclasses
+import importlib.util
+import inspect
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +21,9 @@ from ml_collections import config_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
+
+# The named configs: in an installed package they lie in it, in a checkout beside it.
+_PLACES = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 # In the order in which a model passes them.
 STAGES = ("pretrain", "zero_out", "retrofit", "finetune")
@@ -160,10 +167,10 @@ class RunConfig:
     model: ModelConfig
     dmc: DMCSettings
     compression: CompressionConfig
-    pretrain: StageConfig
     zero_out: StageConfig
     retrofit: StageConfig
     finetune: StageConfig
+    pretrain: StageConfig | None = None  # where a run starts from nothing
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -195,6 +202,13 @@ class RunConfig:
             f"stages must be some of {','.join(STAGES)}, each once and in this order; got "
             f"{self.stages!r}",
         )
+        for stage in names:
+            _require(
+                self.stage(stage) is not None,
+                f"stages names {stage}, and the config has no settings of that stage: leave it out "
+                f"of --config.stages, or set --config.{stage}=\"{{'steps': 100, 'learning_rate': "
+                '3e-4}"',
+            )
         _require(
             self.compute_dtype in ("float32", "bfloat16"),
             f"compute_dtype is {self.compute_dtype!r}; expected float32 or bfloat16",
@@ -225,6 +239,11 @@ class RunConfig:
         """Settings of one stage."""
         return getattr(self, name)
 
+    @classmethod
+    def named(cls, name: str) -> "RunConfig":
+        """Build the run that `--config=NAME` names; see `load_config`."""
+        return from_dict(cls, load_config(name).to_dict())
+
 
 def to_dict(config: Any) -> dict:
     """A config dataclass as plain JSON-able dictionaries."""
@@ -239,11 +258,72 @@ def to_config_dict(config: RunConfig) -> config_dict.ConfigDict:
             hints = typing.get_type_hints(type(value))
             fields = {n: convert(getattr(value, n), hint) for n, hint in hints.items()}
             return config_dict.ConfigDict(fields)
-        if value is None and annotation == int | None:
-            return config_dict.placeholder(int)
+        if value is None:  # to be given as a number, or as a dictionary of fields
+            option = typing.get_args(annotation)[0]
+            return config_dict.placeholder(
+                config_dict.ConfigDict if dataclasses.is_dataclass(option) else option
+            )
         return value
 
     return convert(config, RunConfig)
+
+
+def load_config(name: str) -> config_dict.ConfigDict:
+    """Run a config file and return what `--config=NAME` stands for.
+
+    Args:
+        name: the path of a Python file, which ends in `.py`, or the name of one in `configs/`,
+            found from any folder: `configs/7b_8x.py` or `7b_8x`. What follows a colon is given to
+            the file's `get_config`: `paper:7b,ratio=8`.
+
+    Returns:
+        What the file's `get_config()` returns, of `to_config_dict`'s form.
+
+    Raises:
+        UserError: there is no such file, it has no `get_config`, or that refuses its arguments.
+    """
+    file, *arguments = name.split(":", 1)
+    path = Path(file) if file.endswith(".py") else named_configs().get(file)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"config: there is no {'file' if path else 'config named'} {file!r}; name a Python "
+            f"file, or one of {', '.join(named_configs())}"
+        )
+    spec = importlib.util.spec_from_file_location(f"dmc_jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    _require(callable(get_config), f"config: {path} has no function get_config()")
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        takes = "needs arguments, NAME:ARGUMENTS" if not arguments else "takes no arguments"
+        raise UserError(f"config: {path} {takes}; got {name!r}") from None
+    return get_config(*arguments)
+
+
+def named_configs() -> dict[str, Path]:
+    """Find the files of `configs/`, by name; `--config` takes them from any folder."""
+    for place in _PLACES:
+        if place.is_dir():
+            return {file.stem: file for file in sorted(place.glob("*.py"))}
+    return {}
+
+
+def describe_fields(cls: type = RunConfig, prefix: str = "--config") -> Iterator[str]:
+    """Yield a line for each field of a config: its flag, default and comment in this file."""
+    comments = re.findall(
+        r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", inspect.getsource(cls), re.MULTILINE
+    )
+    hints, about = typing.get_type_hints(cls), dict(comments)
+    for field in dataclasses.fields(cls):
+        options = (hints[field.name], *typing.get_args(hints[field.name]))
+        inner = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        if inner is not None:
+            yield from describe_fields(inner, f"{prefix}.{field.name}")
+            continue
+        default = "" if field.default is dataclasses.MISSING else f"={field.default}"
+        yield f"{prefix}.{field.name}{default}  {about[field.name]}".rstrip()
 
 
 def from_dict(cls: type, values: Mapping) -> Any:

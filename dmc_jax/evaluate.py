@@ -19,7 +19,8 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.tables import head_table
 from dmc_jax.model.causal_attention import evaluation_attention
-from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -49,12 +50,13 @@ def main() -> None:
     model = open_model(_CHECKPOINT.value)
     commands.show_notes(model.notes)
     if _THRESHOLD.value is not None:
-        if model.settings is None:
+        if not isinstance(model.policy, DMC):
             raise UserError(
                 f"--threshold: {model.path} is a dense model, which decides nothing; leave the "
                 "flag out or name a checkpoint of the retrofit or finetune stage"
             )
-        about = dataclasses.replace(model.metadata, threshold=_THRESHOLD.value)
+        policy = dataclasses.replace(model.policy, threshold=_THRESHOLD.value)
+        about = dataclasses.replace(model.metadata, policy=policy)
         model = dataclasses.replace(model, metadata=about)
     if not (_DATA.value or model.metadata.data):
         raise UserError(f"{model.path} was not trained here: name a prepared folder with --data")
@@ -77,16 +79,16 @@ def _dense_model(model: StoredModel) -> StoredModel | None:
     """The model before the retrofit: this run's pretraining, else what the run started from."""
     if _DENSE.value:
         dense = find_model(_DENSE.value)
-        if dense.settings is not None:
+        if not isinstance(dense.policy, Dense):
             raise UserError(f"--dense: {dense.path} merges; name a dense checkpoint")
         return dense
-    if model.settings is None or model.metadata.run is None:
+    if isinstance(model.policy, Dense) or model.metadata.run is None:
         return None
     start = model.metadata.run.init_from
     for place in (model.path.parent.parent / "pretrain", *([start] if start else [])):
         with contextlib.suppress(UserError):  # it may be gone by now
             dense = find_model(place)
-            if dense.settings is None:
+            if isinstance(dense.policy, Dense):
                 return dense
     return None
 
@@ -104,7 +106,7 @@ def _measure(model: LoadedModel, data: PreparedData, length: int) -> Evaluation:
         model.config,
         data,
         _SPLIT.value,
-        policy=policy_for(model.settings, model.threshold),
+        policy=model.policy,
         length=length,
         batch=_BATCH.value,
         limit=_WINDOWS.value,
@@ -118,8 +120,8 @@ def _about(model: LoadedModel, data: PreparedData, length: int, measured: Evalua
         "checkpoint": str(model.path),
         "stage": model.metadata.stage,
         "step": model.metadata.step,
-        "mode": "dense" if model.settings is None else "dmc",
-        "threshold": model.threshold,
+        "mode": model.policy.name,
+        "threshold": getattr(model.policy, "threshold", 0.0),
         "data": str(data.path),
         "split": _SPLIT.value,
         "length": length,

@@ -1,4 +1,4 @@
-"""Turns text into tokens: `python -m dmc_jax.prepare_data --output=DIR [--input=PATH]`.
+"""Turn text into tokens: `python -m dmc_jax.prepare_data --output=DIR [--input=PATH]`.
 
 Without --input the corpus is the source and documentation of the running Python's library (about
 12 MB, no download). Exit codes: 0 done or already done, 2 bad input or flags, 1 a failure such as

@@ -1,6 +1,6 @@
 """Train or retrofit a model: `python -m dmc_jax.train --config=configs/tiny_4x.py`.
 
-Fields of the config are overridden by flags, `--config.data.batch=16`. Exit code 2: a mistake in
+Fields of the config are set by flags, `--config.data.batch=16`. Exit code 2: a mistake in
 the config, the data or the checkpoint; 1: a failure such as a full disk; 130: interrupted, after a
 checkpoint. Run the same command again to go on.
 """
@@ -9,28 +9,34 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dmc_jax import commands
-from dmc_jax.config import RunConfig, from_dict
+from dmc_jax.config import RunConfig, describe_fields, from_dict, load_config, named_configs
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.training.loop import train
 
+
+class _ConfigParser(flags.ArgumentParser):
+    """Takes the name of a config as well as a path; ml_collections' own takes a path."""
+
+    def parse(self, argument: str):
+        return load_config(argument).lock()
+
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "A file of configs/. Fields are documented in dmc_jax/config.py.",
-    lock_config=True,
+    f"Python file with a function get_config(), or a name: {', '.join(named_configs())}. Some take "
+    "arguments: paper:7b,ratio=8. Flags after it set its fields:\n" + "\n".join(describe_fields()),
 )
-flags.mark_flag_as_required("config")
+flags.FLAGS["config"].parser = _ConfigParser()
 
 
 def main() -> None:
     """Train, then write the report."""
     logging.set_verbosity(logging.INFO)
-    try:
-        config = _CONFIG.value.to_dict()
-    except OSError as error:  # a file that does not exist shows itself only now
-        raise UserError(f"--config: {error}") from error
-    run = from_dict(RunConfig, config)
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: give the path or the name of one, --config=tiny_4x")
+    run = from_dict(RunConfig, _CONFIG.value.to_dict())
     directory = train(run)
     print(f"report: {write_report(directory)}")
 

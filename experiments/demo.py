@@ -8,31 +8,39 @@
 # was.
 
 # %%
+# A script uses the package that it lies beside. A notebook installs it where it is missing: from
+# the folder above or, in Colab say, from "git+" and the address of the repository.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+source = ".."  # @param {type: "string"}
+if "__file__" in globals():
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+elif importlib.util.find_spec("dmc_jax") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+
+# %%
 import dataclasses
 import json
-import sys
 import time
-from pathlib import Path
 
 from absl import logging
 
-sys.path.append(".")  # run from the repository's root, where configs/ is
-from configs import tiny_4x
+import dmc_jax as dmc
 from dmc_jax.baselines.gqa import mean_pool_kv_heads
-from dmc_jax.checkpoints.models import LoadedModel, open_model
+from dmc_jax.checkpoints.models import LoadedModel
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import open_for_saving
-from dmc_jax.config import CompressionConfig, ModelConfig, RunConfig, StageConfig, from_dict
+from dmc_jax.config import CompressionConfig, ModelConfig, StageConfig
 from dmc_jax.data.prepare import prepare
 from dmc_jax.evaluation.machine import machine
-from dmc_jax.evaluation.perplexity import Evaluation, evaluate
+from dmc_jax.evaluation.perplexity import Evaluation
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.evaluation.tables import ComparisonRow, collapse, comparison_table, head_table
-from dmc_jax.inference.engine import Engine
-from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.causal_attention import evaluation_attention
-from dmc_jax.policies.choice import policy_for
-from dmc_jax.training.loop import train
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import state_of
 
@@ -43,9 +51,9 @@ started = time.perf_counter()
 # ## Text, model, retrofit
 
 # %%
-run = from_dict(RunConfig, tiny_4x.get_config().to_dict())
+run = dmc.RunConfig.named("tiny_4x")
 data = prepare(run.data.path)
-dmc_dir = train(run)
+dmc_dir = dmc.train(run)
 
 # %% [markdown]
 # ## Two things to compare it with, from the same pretrained model
@@ -63,7 +71,7 @@ def continue_training(
     name: str, model: ModelConfig, init_from: Path, compression: CompressionConfig
 ) -> Path:
     """Train on as an ordinary language model; returns the run's directory."""
-    return train(
+    return dmc.train(
         dataclasses.replace(
             run,
             name=name,
@@ -91,10 +99,10 @@ def average_kv_heads(source: LoadedModel, kv_heads: int, output: Path) -> Loaded
         )
         with open_for_saving(output, "pretrain", keep=1) as saver:
             saver.save(0, state_of(params, make_optimizer(run.optimizer, 1.0)), {}, about)
-    return open_model(output)
+    return dmc.load(output)
 
 
-base = open_model(dmc_dir / "pretrain")
+base = dmc.load(dmc_dir / "pretrain")
 grouped = average_kv_heads(base, 1, Path(run.output) / "tiny_gqa_start")
 alone = dataclasses.replace(run.compression, distillation=0.0)
 taught = dataclasses.replace(run.compression, teacher=str(base.path))
@@ -111,12 +119,12 @@ gqa_dir = continue_training("tiny_gqa", grouped.config, grouped.path, taught)
 # %%
 def measure(model: LoadedModel) -> Evaluation:
     """The whole test split, with the decisions that the model makes at inference."""
-    return evaluate(
+    return dmc.evaluate(
         model.params,
         model.config,
         data,
         "test",
-        policy=policy_for(model.settings, model.threshold),
+        policy=model.policy,
         length=run.data.length,
         batch=16,
         dtype=run.compute_dtype,
@@ -131,9 +139,11 @@ for name, directory, steps in (
     ("DMC", dmc_dir, further_steps),
     ("dense, before", base.path, 0),
 ):
-    model = open_model(directory)
+    model = dmc.load(directory)
     measured = measure(model)
-    note = collapse(measured.ratio_by_layer, run.compression.ratio) if model.settings else None
+    note = None
+    if isinstance(model.policy, DMC):
+        note = collapse(measured.ratio_by_layer, run.compression.ratio)
     rows.append(ComparisonRow(name, steps, measured, model.config, note or ""))
 table = comparison_table(rows)
 
@@ -142,8 +152,8 @@ table = comparison_table(rows)
 
 # %%
 prompt = "def read_lines(path):\n    "
-sampling = SamplingParams(max_new_tokens=120, temperature=0.7, seed=run.seed)
-written = Engine.from_checkpoint(dmc_dir).generate(prompt, sampling)[0]
+sampling = dmc.SamplingParams(max_new_tokens=120, temperature=0.7, seed=run.seed)
+written = dmc.Engine.from_checkpoint(dmc_dir).generate(prompt, sampling)[0]
 report = write_report(dmc_dir)
 minutes = (time.perf_counter() - started) / 60
 (report / "comparison.md").write_text(table + "\n")

@@ -6,33 +6,39 @@
 # minute or two on two CPU cores. Output goes to `data/quickstart` and `runs/` below the current
 # directory; a second run goes on from what is there.
 #
-#     python experiments/quickstart.py        # from the root of the repository
+#     python experiments/quickstart.py        # from any folder, or as a notebook
+
+# %%
+# A script uses the package that it lies beside. A notebook installs it where it is missing: from
+# the folder above or, in Colab say, from "git+" and the address of the repository.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+source = ".."  # @param {type: "string"}
+if "__file__" in globals():
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+elif importlib.util.find_spec("dmc_jax") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 
 # %%
 import dataclasses
-import sys
-
-sys.path.append(".")  # the packages are used from the checkout, uninstalled
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmc_jax.checkpoints.models import open_model
-from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, RunConfig, StageConfig
+import dmc_jax as dmc
+from dmc_jax.config import CompressionConfig, DataConfig, ModelConfig, StageConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.prepare import prepare
 from dmc_jax.data.tokenizer import encode_prompt, load_tokenizer
-from dmc_jax.evaluation.perplexity import evaluate
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.evaluation.tables import head_table
-from dmc_jax.inference.engine import Engine
-from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import Llama, count_parameters
-from dmc_jax.policies.choice import policy_for
 from dmc_jax.policies.policy import attend_whole
-from dmc_jax.training.loop import train
 
 logging.set_verbosity(logging.INFO)  # shows the progress of training
 
@@ -52,7 +58,7 @@ for split, facts in data.manifest["splits"].items():
 # returns its directory. A stage that is there already is not trained again.
 
 # %%
-dense_run = RunConfig(
+dense_run = dmc.RunConfig(
     name="quickstart",
     model=ModelConfig(
         vocab_size=data.vocab_size,
@@ -85,7 +91,7 @@ dense_run = RunConfig(
     log_every=40,
 )
 print(f"{count_parameters(dense_run.model):,} parameters")
-train(dense_run)
+dmc.train(dense_run)
 
 # %% [markdown]
 # ## The retrofit
@@ -94,7 +100,7 @@ train(dense_run)
 
 # %%
 run = dataclasses.replace(dense_run, stages="pretrain,zero_out,retrofit,finetune")
-directory = train(run)
+directory = dmc.train(run)
 
 # %% [markdown]
 # ## What to compare it with
@@ -103,7 +109,7 @@ directory = train(run)
 
 # %%
 steps = run.zero_out.steps + run.retrofit.steps + run.finetune.steps
-dense_directory = train(
+dense_directory = dmc.train(
     dataclasses.replace(
         dense_run,
         name="quickstart_dense",
@@ -117,15 +123,15 @@ dense_directory = train(
 # Measured on validation text with the 0/1 decisions of inference; the ratio is tokens per slot.
 
 # %%
-dense, model = open_model(dense_directory), open_model(directory)
+dense, model = dmc.load(dense_directory), dmc.load(directory)
 results = {}
 for name, loaded in {"dense": dense, "DMC": model}.items():
-    results[name] = evaluate(
+    results[name] = dmc.evaluate(
         loaded.params,
         loaded.config,
         data,
         "validation",
-        policy=policy_for(loaded.settings, loaded.threshold),
+        policy=loaded.policy,
         length=run.data.length,
         batch=16,
         limit=128,
@@ -157,8 +163,7 @@ if "get_ipython" in globals():  # in a notebook
 sentence = "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n"
 tokenizer = load_tokenizer(model.tokenizer)
 ids = encode_prompt(tokenizer, sentence)
-policy = policy_for(model.settings, model.threshold)
-attend = attend_whole(policy, model.config, jnp.arange(len(ids))[None])
+attend = attend_whole(model.policy, model.config, jnp.arange(len(ids))[None])
 output = Llama(model.config).apply({"params": model.params}, jnp.array([ids]), attend=attend)
 appends = np.concatenate([record.appends for record in output.records])[:, 0]  # [L, T, K]
 
@@ -181,9 +186,10 @@ print("".join(f"[{slot}]" for slot in slots))
 # trained this briefly, writes something of the shape of Python.
 
 # %%
-engine = Engine.from_checkpoint(directory)
+engine = dmc.Engine.from_checkpoint(model)
 prompt = "def "
-written = engine.generate(prompt, SamplingParams(max_new_tokens=80, temperature=0.7, top_k=20))[0]
+sampling = dmc.SamplingParams(max_new_tokens=80, temperature=0.7, top_k=20)
+written = engine.generate(prompt, sampling)[0]
 print(prompt + written.text)
 print(
     f"\n{written.ratio:.2f} tokens per slot; {written.live_cache_bytes:,} bytes of cache in use, "

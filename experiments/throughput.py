@@ -7,14 +7,16 @@
 #
 # The weights are random, and the threshold on the merge logits is set for the ratios: what decoding
 # costs depends on the lengths of the rows alone. Run it as it is (some 15 minutes on two cores), or
-# cell by cell. Figures and plot go to `runs/throughput/`.
+# cell by cell. Figures and plot go to `runs/throughput/` below the current directory.
 
 # %%
 import json
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 from benchmarks import random_model
 from benchmarks.throughput import MODEL, RATIOS, SEQUENCE_BYTES, about, compare
 

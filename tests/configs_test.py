@@ -1,34 +1,27 @@
 """Every config builds, is accepted, and its training steps trace on abstract arrays."""
 
 import dataclasses
-import importlib.util
+import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dmc_jax.config import MeshConfig, RunConfig, from_dict, to_config_dict
+from dmc_jax.config import MeshConfig, RunConfig, StageConfig, from_dict, to_config_dict, to_dict
 from dmc_jax.core.schedules import compression_target
+from dmc_jax.errors import UserError
 from dmc_jax.model.sharding import batch_sharding, make_mesh
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import abstract_state
 from dmc_jax.training.step import make_train_step
 
-FILES = sorted(
-    p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem[0] not in "_c"
-)
+FILES = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "paper")
 STEPS = {"7b_2x": 6_000, "7b_4x": 18_000, "7b_8x": 42_000, "13b_4x": 18_000, "13b_8x": 42_000}
 STEPS |= {"70b_4x": 18_000, "llama3_8b_4x": 18_000}
 # Seconds of tracing each, of what 7b_4x has already in other sizes or for other numbers of steps.
 SLOW_TO_TRACE = {"7b_2x", "7b_8x", "13b_4x", "13b_8x"}
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location("config_" + path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def every_named_config_is_there_test():
@@ -37,13 +30,13 @@ def every_named_config_is_there_test():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def config_survives_the_command_line_form_test(path):
-    run = from_dict(RunConfig, load(path).to_dict())
+    run = RunConfig.named(str(path))
     assert from_dict(RunConfig, to_config_dict(run).to_dict()) == run
 
 
 @pytest.mark.parametrize("name", STEPS)
 def recipe_is_the_papers_test(name):
-    run = from_dict(RunConfig, load(Path(__file__).parents[1] / f"configs/{name}.py").to_dict())
+    run = RunConfig.named(name)
     o, c = run.optimizer, run.compression
     assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.clip) == (0.9, 0.95, 1e-5, 0.1, 1.0)
     assert (run.data.batch, run.data.length) == (1024, 4096)
@@ -58,13 +51,62 @@ def recipe_is_the_papers_test(name):
     assert compression_target(6_000, run.retrofit.steps, c.ratio)[0] == pytest.approx(2.0)
 
 
+def a_path_a_name_and_the_papers_arguments_are_one_run_test(monkeypatch, tmp_path):
+    by_path = RunConfig.named(str(FILES[0].parent / "7b_8x.py"))
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig.named("7b_8x") == by_path == RunConfig.named("paper:7b,ratio=8")
+    assert RunConfig.named("paper:13b,ratio=2.5").retrofit.steps == 9_000
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("7b_9x", "no config named '7b_9x'; name a Python file, or one of 13b_4x, 13b_8x,"),
+        ("configs/7b_9x.py", "no file 'configs/7b_9x.py'; name a Python file, or one of 13b_4x"),
+        ("paper", "takes paper:MODEL,ratio=R with a model of 7b, 13b, 70b, llama3_8b"),
+        ("paper:7b", "such as paper:7b,ratio=8; got '7b'"),
+        ("paper:8b,ratio=4", "got '8b,ratio=4'"),
+        ("paper:7b,ratio=1", "a ratio above 1"),
+        ("paper:7b,ratio=nan", "got '7b,ratio=nan'"),
+        ("tiny_4x:7b", "tiny_4x.py takes no arguments; got 'tiny_4x:7b'"),
+    ],
+)
+def a_config_that_cannot_be_loaded_says_why_test(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        RunConfig.named(name)
+
+
+def a_file_without_get_config_says_so_test(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("run = 1\n")
+    with pytest.raises(UserError, match="mine.py has no function get_config()"):
+        RunConfig.named(str(file))
+    file.write_text("def get_config(arguments):\n    raise AssertionError\n")
+    with pytest.raises(UserError, match="mine.py needs arguments"):
+        RunConfig.named(str(file))
+
+
+def a_stage_without_settings_cannot_be_among_the_stages_test():
+    run = RunConfig.named("7b_8x")
+    assert run.pretrain is None
+    with pytest.raises(UserError, match="stages names pretrain, and the config has no settings"):
+        dataclasses.replace(run, stages="pretrain,zero_out,retrofit,finetune")
+
+
+def a_run_saved_when_every_stage_had_settings_is_read_back_test():
+    stage = StageConfig(steps=1, learning_rate=3e-5)
+    saved = to_dict(RunConfig.named("7b_8x")) | {"pretrain": to_dict(stage)}
+    run = from_dict(RunConfig, json.loads(json.dumps(saved)))
+    assert run == dataclasses.replace(RunConfig.named("7b_8x"), pretrain=stage)
+
+
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW_TO_TRACE)) for p in FILES],
     ids=lambda path: path.stem,
 )
 def every_stage_traces_abstractly_test(path):
-    run = from_dict(RunConfig, load(path).to_dict())
+    run = RunConfig.named(str(path))
     run = dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     mesh = make_mesh(run.mesh)
     optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)

@@ -47,9 +47,9 @@ MAY_REACH = {
     "errors": {"package"},
     "package": {"package"},
     "configs": MODEL | {"configs"},
-    "benchmarks": LIBRARY | {"benchmarks", "configs"},
-    "experiments": LIBRARY | {"experiments", "benchmarks", "configs"},
-    "tests": LIBRARY | {"tests", "experiments", "benchmarks", "configs"},
+    "benchmarks": LIBRARY | {"benchmarks"},
+    "experiments": LIBRARY | {"experiments", "benchmarks"},
+    "tests": LIBRARY | {"tests", "experiments", "benchmarks"},
 }
 # The one import against the layers, where a path is not ours: module, and what a function imports.
 LAZY = {("dmc_jax.checkpoints.models", "dmc_jax.interop.direct")}

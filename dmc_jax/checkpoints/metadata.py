@@ -11,9 +11,10 @@ from typing import Any
 
 from dmc_jax.checkpoints.run_directory import CheckpointRef, free_space, read_json
 from dmc_jax.config import ModelConfig, RunConfig, from_dict
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.files import write_text
+from dmc_jax.policies import choice as policies
+from dmc_jax.policies.choice import Trained
 
 FORMAT = "dmc_jax"
 VERSION = 2  # 1 had all sizes in its run, and made up a run where there was none
@@ -36,8 +37,7 @@ class Metadata:
     stage: str
     step: int
     model: ModelConfig
-    settings: DMCSettings | None  # None: a dense model
-    threshold: float  # of hard decisions, calibrated at the end of the retrofit; 0 if dense
+    policy: Trained  # that it was trained for; the end of the retrofit calibrates its threshold
     compute_dtype: str  # of the forward pass: float32 | bfloat16
     data: str = ""  # prepared folder that it was trained on; empty: not trained here
     tokenizer: str = ""  # its file, from the step's folder if not absolute; empty: none is known
@@ -56,12 +56,8 @@ class Metadata:
 
 def to_json(metadata: Metadata) -> dict[str, Any]:
     """What is written: plain JSON-able values, the inverse of `from_json`."""
-    values = dataclasses.asdict(metadata)
-    settings, threshold = values.pop("settings"), values.pop("threshold")
-    policy = {"name": "dense"}
-    if settings is not None:
-        policy = {"name": "dmc", **settings, "threshold": threshold}
-    return {"format": FORMAT, "version": VERSION, "policy": policy, **values}
+    values = dataclasses.asdict(metadata) | {"policy": policies.to_json(metadata.policy)}
+    return {"format": FORMAT, "version": VERSION, **values}
 
 
 def from_json(values: Any, where: str) -> Metadata:
@@ -84,9 +80,9 @@ def from_json(values: Any, where: str) -> Metadata:
         )
     try:
         fields = _of_version_1(values) if version == 1 else dict(values)
-        settings, threshold = _policy(dict(fields.pop("policy")))
+        fields["policy"] = policies.from_json(fields["policy"])
         fields = {k: v for k, v in fields.items() if k not in ("format", "version")}
-        return from_dict(Metadata, fields | {"settings": settings, "threshold": threshold})
+        return from_dict(Metadata, fields)
     except (KeyError, TypeError, ValueError, UserError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{where} is damaged: {what}") from None
@@ -110,7 +106,7 @@ def write_metadata(ref: CheckpointRef, metadata: Metadata) -> None:
 
     Args:
         ref: the checkpoint.
-        metadata: for example `dataclasses.replace(load_metadata(ref), threshold=0.3)`.
+        metadata: for example `dataclasses.replace(load_metadata(ref), step=3)`.
 
     Raises:
         OSError: the file cannot be written; the former metadata stays.
@@ -123,17 +119,6 @@ def write_metadata(ref: CheckpointRef, metadata: Metadata) -> None:
             f"could not write {file}: {error.strerror or error} ({free_space(ref.path)}). The "
             "former metadata is intact."
         ) from error
-
-
-def _policy(values: dict[str, Any]) -> tuple[DMCSettings | None, float]:
-    """DMC settings and threshold; (None, 0) for a dense model."""
-    name = values.pop("name")
-    if name == "dense":
-        return None, 0.0
-    if name != "dmc":
-        raise ValueError(f"policy {name!r} is unknown; expected dense or dmc")
-    threshold = float(values.pop("threshold"))
-    return from_dict(DMCSettings, values), threshold
 
 
 def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:

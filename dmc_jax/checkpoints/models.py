@@ -19,11 +19,11 @@ from dmc_jax.checkpoints.metadata import FORMAT, Metadata, load_metadata
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import load_params
 from dmc_jax.config import ModelConfig
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import init_params
 from dmc_jax.model.sharding import with_shardings
+from dmc_jax.policies.choice import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,9 @@ class StoredModel:
         return self.metadata.model
 
     @property
-    def settings(self) -> DMCSettings | None:
-        """DMC settings; None: a dense model."""
-        return self.metadata.settings
-
-    @property
-    def threshold(self) -> float:
-        """Of hard decisions."""
-        return self.metadata.threshold
+    def policy(self) -> Trained:
+        """What it was trained for."""
+        return self.metadata.policy
 
     def accepts_tokenizer(self, sha256: str) -> bool:
         """Whether a tokenizer may be its own: False where that is known to be another."""

@@ -1,11 +1,10 @@
-"""Causal attention with a per-key bias that spares the diagonal, in memory linear in the length.
+"""Causal attention with a per-key bias that spares the diagonal: what it is, and what runs.
 
     score(i, j) = scale * q_i . k_j + bias_j [j != i]      for j <= i in the same document
     out_i       = sum_j softmax_j(score(i, j)) v_j
 
-Blocks of queries meet blocks of keys (FlashAttention, Dao et al. 2022, arXiv 2205.14135), forward
-with a running softmax and backward from the log-sum-exp, so no array of size [T, S] per head is
-ever made. Without a bias it is the ordinary attention of the dense model.
+`definition` says that and no more; `causal_attention` does it in memory linear in the length.
+Without a bias it is the ordinary attention of the dense model.
 """
 
 import functools
@@ -17,6 +16,28 @@ from jaxtyping import Array, Float, Int
 
 # A finite stand-in for minus infinity: a block may be masked as a whole, and inf - inf is NaN.
 _MASKED = -1e30
+
+
+def definition(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    key_bias: Float[Array, "B T K"],
+    scale: float,
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T K G H"]:
+    """Attend as the formula has it, with all scores at once: what every implementation must equal.
+
+    Args:
+        q: queries, the G of each KV head side by side.
+        k, v, key_bias, scale, segment_ids: as for `causal_attention`.
+    """
+    own, earlier = jnp.eye(q.shape[1]), jnp.tri(q.shape[1])
+    scores = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q, k)
+    scores += (1 - own) * key_bias.transpose(0, 2, 1)[:, :, None, None]
+    visible = (earlier > 0) & (segment_ids[:, :, None] == segment_ids[:, None])
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
 
 
 class CausalAttention(Protocol):
@@ -45,7 +66,11 @@ def causal_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     block: int = 256,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query causal attention; query head n reads KV head n // (N / K).
+    """Attend with grouped queries; query head n reads KV head n // (N / K).
+
+    Blocks of queries meet blocks of keys (FlashAttention, Dao et al. 2022, arXiv 2205.14135),
+    forward with a running softmax and backward from the log-sum-exp, so no array of size [T, S] per
+    head is ever made.
 
     Args:
         q, k, v: queries, keys and values of the same T tokens, already rotated.

@@ -93,14 +93,14 @@ class DMCOutput(NamedTuple):
 
 
 def merge_logits(k: Float[Array, "B S K H"], settings: DMCSettings) -> Float[Array, "B S K"]:
-    """Log-odds of merging each token into the slot before it: `k[last] - offset`."""
+    """Read the log-odds of merging each token into the slot before it: `k[last] - offset`."""
     return k[..., DECISION_CHANNEL].astype(jnp.float32) - settings.offset
 
 
 def importance(
     q: Float[Array, "B T N H"], num_kv_heads: int, settings: DMCSettings
 ) -> Float[Array, "B T K"]:
-    """Weight of each token in its slot's average: `sigmoid(q[last] + offset) + eps`.
+    """Read the weight of each token in its slot's average: `sigmoid(q[last] + offset) + eps`.
 
     The G query heads that share a KV head speak through the mean of their logits.
     """
@@ -113,7 +113,7 @@ def importance(
 def relaxed_decisions(
     logits: Float[Array, "B S K"], noise: Float[Array, "B S K"], settings: DMCSettings
 ) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-    """Gumbel-sigmoid relaxation for training: merge probability and keep log-probability.
+    """Relax decisions for training by a Gumbel-sigmoid: merge and keep log-probability.
 
     Args:
         logits: merge logits.
@@ -131,14 +131,14 @@ def relaxed_decisions(
 def hard_decisions(
     logits: Float[Array, "B S K"], threshold: float | Array = 0.0
 ) -> Float[Array, "B S K"]:
-    """Decisions of a trained model: 1 (merge) where the logit exceeds `threshold`, else 0."""
+    """Decide as a trained model: 1 (merge) where the logit exceeds `threshold`, else 0."""
     return (logits > threshold).astype(jnp.float32)
 
 
 def segment_starts(
     B: int, S: int, segment_ids: Int[Array, "B S"] | None = None
 ) -> Float[Array, "B S 1"]:
-    """1 where a token must append whatever its logit: position 0 and the first of a document."""
+    """Mark with 1 the tokens that append whatever their logits: the first of every document."""
     starts = jnp.zeros((B, S, 1)).at[:, 0].set(1.0)
     if segment_ids is not None:
         changes = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -150,7 +150,7 @@ def segment_starts(
 
 
 def without_decision_channel(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """`x` with the decision channel set to 0."""
+    """Set the decision channel of `x` to 0."""
     channel = jnp.arange(x.shape[-1]) == x.shape[-1] + DECISION_CHANNEL
     return jnp.where(channel, jnp.zeros((), x.dtype), x)
 
@@ -182,7 +182,7 @@ def dmc_attention(
     threshold: float | Array = 0.0,
     attention: CausalAttention = causal_attention,
 ) -> DMCOutput:
-    """DMC attention over whole sequences, S = T of the paper's section 3.
+    """Attend over whole sequences with DMC, S = T of the paper's section 3.
 
     Every token's pooled state is a key of its own; the state of token j is superseded where token
     j + 1 merges, and then counts with weight (1 - alpha_{j+1}) for later queries. A query always
@@ -248,7 +248,7 @@ def dense_attention(
     channel_scale: float | Array | None = None,
     attention: CausalAttention = causal_attention,
 ) -> Float[Array, "B T N H"]:
-    """Ordinary causal attention, with the decision channel fading out where asked.
+    """Attend in the ordinary way, with the decision channel fading out where asked.
 
     Args:
         q, k, v, positions, rope_theta, segment_ids, rope_scaling, attention: as in

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 def token_cross_entropy(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Negative log-likelihood of every target in nats, in float32. Masking is the caller's."""
+    """Measure every target's negative log-likelihood in nats. Masking is the caller's."""
     logits = logits.astype(jnp.float32)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - target_logits
@@ -17,7 +17,7 @@ def token_cross_entropy(
 def compression_loss(
     decision_mean: Float[Array, "L B"], prior: Float[Array, ""] | float, per_layer: bool = False
 ) -> Float[Array, ""]:
-    """Hinge that asks for at least a fraction `prior` of merges.
+    """Ask by a hinge for at least a fraction `prior` of merges.
 
     Args:
         decision_mean: fraction of merge decisions of each layer and sample, over tokens and heads.
@@ -36,7 +36,7 @@ def compression_loss(
 def distillation(
     student: Float[Array, "B T V"], teacher: Float[Array, "B T V"]
 ) -> Float[Array, "B T"]:
-    """KL divergence in nats from the teacher's next-token distribution to the student's."""
+    """Measure the KL divergence in nats from the teacher's next token to the student's."""
     student = jax.nn.log_softmax(student.astype(jnp.float32))
     teacher = jax.nn.log_softmax(teacher.astype(jnp.float32))
     return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)

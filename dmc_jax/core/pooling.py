@@ -1,4 +1,9 @@
-"""What a slot holds: the weighted average of its segment, for all tokens at once or one by one."""
+"""What a slot holds: the weighted average of its segment, in three forms that give the same.
+
+pool         all tokens at once, in training and evaluation
+merge_step   one token, in decoding
+pool_chunk   many tokens after others, in prefill
+"""
 
 import dataclasses
 import functools
@@ -17,7 +22,7 @@ def pool(
     omega: Float[Array, "B S K"],
     window: int | None,
 ) -> Float[Array, "B S K H"]:
-    """State of the open slot after every token, all tokens at once.
+    """Pool the state of the open slot after every token, all tokens at once.
 
         coef(i, j) = alpha_{j+1} ... alpha_i
         y_i = sum_j coef(i, j) omega_j x_j / sum_j coef(i, j) omega_j      over the last W tokens j
@@ -112,7 +117,7 @@ class OpenSegment:
 
 
 def empty_segment(rows: tuple[int, ...], head_dim: int, window: int | None) -> OpenSegment:
-    """An open segment without tokens; whatever comes first is appended."""
+    """Make an open segment without tokens; whatever comes first is appended."""
     ring = (*rows, window or 1)
     return OpenSegment(
         keys=jnp.zeros((*ring, head_dim)),
@@ -174,7 +179,7 @@ def pool_chunk(
     counts: Int[Array, " B"],
     window: int | None,
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Bool[Array, "B T K"], OpenSegment]:
-    """State of the open slot after every token, which may have begun before the chunk.
+    """Pool the state of the open slot after every token, begun before the chunk or in it.
 
     It is `pool` over the chunk with what the open segment remembers in front: its last W - 1
     tokens, or for an unlimited window one token that stands for all.

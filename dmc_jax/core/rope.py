@@ -20,7 +20,7 @@ class Llama3Scaling:
 def rotary_frequencies(
     head_dim: int, theta: float, scaling: Llama3Scaling | None = None
 ) -> Float[Array, " H//2"]:
-    """Angular frequencies in radians per token: `theta^(-2f/H)` for f = 0 .. H/2 - 1.
+    """List the angular frequencies in radians per token: `theta^(-2f/H)` for f = 0 .. H/2 - 1.
 
     Args:
         head_dim: H, even.

@@ -9,7 +9,7 @@ Step = Int[Array, ""] | int
 def compression_target(
     step: Step, steps: int, ratio: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Target compression ratio at `step`, rising linearly from 1.
+    """Schedule the target compression ratio at `step`, rising linearly from 1.
 
     Linear in the ratio, not in the fraction of merged tokens. For the fine-tuning stage, where the
     target is fixed, ask for `step = steps`.
@@ -27,7 +27,7 @@ def compression_target(
 
 
 def decision_channel_scale(step: Step, steps: int) -> Float[Array, ""]:
-    """Factor on the decision channel of q and k in the zero-out stage: 1 at first, 0 from 80 % on.
+    """Fade the decision channel of q and k in the zero-out stage: 1 at first, 0 from 80 % on.
 
     `max(0, 1 - step / (0.8 steps))`: the released code's schedule (the paper's text fades over the
     whole stage).
@@ -38,7 +38,7 @@ def decision_channel_scale(step: Step, steps: int) -> Float[Array, ""]:
 def learning_rate(
     step: Step, *, steps: int, peak: float, final: float, warmup: int, shape: str
 ) -> Float[Array, ""]:
-    """Learning rate at `step`: linear warm-up to `peak`, then constant, cosine or linear.
+    """Schedule the learning rate: linear warm-up to `peak`, then constant, cosine or linear.
 
     Args:
         step: step of the stage, from 0.

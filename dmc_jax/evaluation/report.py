@@ -10,6 +10,7 @@ from dmc_jax.config import STAGES
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.plots import curves, heatmap
 from dmc_jax.evaluation.tables import collapse, head_table, table
+from dmc_jax.policies.dmc import DMC
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
@@ -34,7 +35,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     if not stages:
         raise UserError(f"{run_dir} holds no complete checkpoint yet: nothing to report")
     # The model that the run is for: the last that merges and was measured.
-    final = next((m for m in reversed(stages) if m.settings and m.validation), None)
+    final = next((m for m in reversed(stages) if isinstance(m.policy, DMC) and m.validation), None)
     measured = final and final.validation
     target = run["compression"]["ratio"]
     warning = None if measured is None else collapse(measured["ratio_by_layer"], target)
@@ -55,8 +56,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
             {
                 "stage": m.stage,
                 "step": m.step,
-                "mode": "dmc" if m.settings else "dense",
-                "threshold": m.threshold,
+                "mode": m.policy.name,
+                "threshold": getattr(m.policy, "threshold", 0.0),
                 "validation": m.validation,
             }
             for m in stages

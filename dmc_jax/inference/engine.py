@@ -28,7 +28,7 @@ from dmc_jax.inference.requests import (
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import Snapshot
-from dmc_jax.policies.choice import describe, policy_for
+from dmc_jax.policies.choice import policy_for, to_json
 from dmc_jax.policies.policy import Policy
 
 
@@ -80,7 +80,7 @@ class Engine:
             )
         self._sizes = {"vocab_size": config.vocab_size, "max_length": self.max_length}
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
-        self._model = {"model": to_dict(config), "policy": describe(policy)}
+        self._model = {"model": to_dict(config), "policy": to_json(policy)}
         self._model |= {"dtype": dtype, "page_size": page_size}
         self._model = json.loads(json.dumps(self._model))
         self._scheduler = Scheduler(
@@ -132,9 +132,7 @@ class Engine:
                 engine.
         """
         model = path if isinstance(path, StoredModel) else find_model(path)
-        keeps = policy_for(
-            model.settings, model.threshold, name=policy, window=window, budget=budget
-        )
+        keeps = policy_for(model.policy, name=policy, window=window, budget=budget)
         if dtype is None:
             on_cpu = jax.default_backend() == "cpu"
             dtype = "float32" if on_cpu else model.metadata.compute_dtype
@@ -267,7 +265,7 @@ class Engine:
     def stream(
         self, prompts: int | str | Sequence[Prompt], params: Params = None
     ) -> Iterator[Event]:
-        """Events of some sequences as they come, until all have ended; others run meanwhile.
+        """Yield events of some sequences as they come, until all have ended; others run meanwhile.
 
         Args:
             prompts: the id of a sequence, or prompts to submit. These are cancelled if the iterator

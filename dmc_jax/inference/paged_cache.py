@@ -1,9 +1,9 @@
 """Keys and values in pages that every row takes and gives back on its own, all on the device.
 
-A row is one KV head of one layer of one sequence. Rows differ in length, since heads differ in how
-much they merge: each holds as many pages of the common pool as its own slots need. Free pages are a
-stack; pages are handed out by prefix sums over what the rows ask for, so nothing here waits for the
-host. Three facts hold after every function, and the tests check them:
+A row is one KV head of one layer of one sequence. What it keeps of its tokens, a `policies.policy`
+says; so rows differ in length, and each holds as many pages of the common pool as its own slots
+need. Free pages are a stack; pages are handed out by prefix sums over what the rows ask for, so
+nothing here waits for the host. Three facts hold after every function, and the tests check them:
 
     a row of n slots owns the first ceil(n / page) entries of its page table;
     a page is owned by one row, or lies in `free_pages[:free_count]` once;

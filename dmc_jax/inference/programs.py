@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
@@ -186,7 +186,6 @@ def columns(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="batch")
 def next_tokens(
     params: Any,
     config: ModelConfig,
@@ -216,18 +215,61 @@ def next_tokens(
         (the batch, the chosen tokens, the tally). The tokens of inactive and failed sequences mean
         nothing.
     """
-    cache, logits = decoding.decode_step(
-        params,
-        config,
-        batch.cache,
-        tokens,
-        active,
+    cache, logits, counts = read_tokens(
+        *(params, config, batch.cache, tokens, active),
         policy=policy,
         dtype=dtype,
     )
-    chosen = sample(logits, sampling, token_keys(sampling.seed, index), batch.seen)
-    seen = batch.seen.at[jnp.arange(chosen.size), chosen].set(True)
-    return Batch(cache, seen), chosen, tally(cache)
+    # A program of its own: another way of choosing must not compile the model again.
+    seen, chosen = choose_tokens(batch.seen, logits, sampling, index)
+    return Batch(cache, seen), chosen, counts
+
+
+# A pool as large as the device leaves XLA for GPUs no way below the memory that it wants programs
+# to keep to; trying, it would compute products of matrices two and three times.
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "dtype"),
+    donate_argnames="cache",
+    compiler_options={"xla_disable_hlo_passes": "rematerialization"},
+)
+def read_tokens(
+    params: Any,
+    config: ModelConfig,
+    cache: PagedCache,
+    tokens: Int[Array, " seats"],
+    active: Bool[Array, " seats"],
+    *,
+    policy: Policy,
+    dtype: str,
+) -> tuple[PagedCache, Float[Array, "seats V"], Tally]:
+    """Read one token of every active sequence; see `next_tokens`.
+
+    Returns:
+        (the cache, logits of the tokens after them, the tally).
+    """
+    cache, logits = decoding.decode_step(
+        *(params, config, cache, tokens, active),
+        policy=policy,
+        dtype=dtype,
+    )
+    return cache, logits, tally(cache)
+
+
+@functools.partial(jax.jit, donate_argnames="seen")
+def choose_tokens(
+    seen: Bool[Array, "seats V"],
+    logits: Float[Array, "seats V"],
+    sampling: SamplingArrays,
+    index: Int[Array, " seats"],
+) -> tuple[Bool[Array, "seats V"], Int[Array, " seats"]]:
+    """Choose a token after every sequence; see `next_tokens`.
+
+    Returns:
+        (tokens seen, the chosen ones among them; the chosen tokens).
+    """
+    chosen = sample(logits, sampling, token_keys(sampling.seed, index), seen)
+    return seen.at[jnp.arange(chosen.size), chosen].set(True), chosen
 
 
 @functools.partial(jax.jit, donate_argnames="batch")

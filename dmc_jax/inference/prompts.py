@@ -66,7 +66,7 @@ def _prompt_line(line: str, where: str, params: SamplingParams) -> PromptLine:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 500MB, 2GiB or 1048576.
+    """Count the bytes of a size such as 500MB, 2GiB or 1048576.
 
     Args:
         text: a number and a unit: B, kB, MB, GB (powers of 1000), KiB, MiB or GiB (of 1024).

@@ -82,7 +82,7 @@ def new_request(
     vocab_size: int,
     max_length: int,
 ) -> Request:
-    """A checked request, without an id.
+    """Check a prompt and make a request of it, without an id.
 
     Args:
         prompt: text, or ids that begin with BOS.
@@ -117,7 +117,7 @@ def new_request(
 
 
 def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> list[Request]:
-    """Checked requests.
+    """Check prompts and make requests of them.
 
     Args:
         prompts: of the requests.
@@ -137,7 +137,7 @@ def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> l
 def resumed_request(
     snapshot: Snapshot, params: SamplingParams, tokenizer: Tokenizer, **sizes: int
 ) -> Request:
-    """A request that has said something already.
+    """Make a request that has said something already.
 
     Args:
         snapshot: of the sequence.

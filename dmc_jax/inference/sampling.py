@@ -51,7 +51,11 @@ class SamplingParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The numbers of `SamplingParams` for B sequences, which thus share one program."""
+    """The numbers of `SamplingParams` for B sequences, which thus share one program.
+
+    A program does only what some of its sequences ask for, and which that is is known when it is
+    compiled: a GPU that had to decide would ask the host in every step.
+    """
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
@@ -59,20 +63,23 @@ class SamplingArrays:
     min_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
     seed: UInt32[Array, " B"]
+    draws: bool = dataclasses.field(metadata={"static": True})  # some temperature is above 0
+    limits: bool = dataclasses.field(metadata={"static": True})  # and has top-k, top-p or min-p
 
 
 _DTYPES = {"top_k": np.int32, "seed": np.uint32}
 
 
 def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
-    """One array per number, in NumPy; B is the length of `params`."""
+    """Stack the numbers, one NumPy array each; B is the length of `params`."""
+    drawn = [one for one in params if one.temperature > 0]
     return SamplingArrays(
         **{
-            field.name: np.array(
-                [getattr(one, field.name) for one in params], _DTYPES.get(field.name, np.float32)
-            )
-            for field in dataclasses.fields(SamplingArrays)
-        }
+            name: np.array([getattr(one, name) for one in params], _DTYPES.get(name, np.float32))
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        },
+        draws=bool(drawn),
+        limits=any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in drawn),
     )
 
 
@@ -80,7 +87,7 @@ def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
 
 
 def token_keys(seeds: UInt32[Array, " B"], index: Int[Array, " B"]) -> Key[Array, " B"]:
-    """Key of each sequence's token `index`, whoever else is in the batch.
+    """Make the key of each sequence's token `index`, whoever else is in the batch.
 
     Args:
         seeds: of the sequences.
@@ -112,20 +119,17 @@ def sample(
     logits = jnp.where(seen, penalised, logits)
     greedy = jnp.argmax(logits, axis=-1)
 
-    def draw():
-        drawn = params.temperature > 0
-        scaled = logits / jnp.where(drawn, params.temperature, 1.0)[:, None]
-        limited = drawn & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
-        kept = jax.lax.cond(
-            limited.any(), lambda: _kept(scaled, params), lambda: jnp.ones(scaled.shape, bool)
-        )
-        # Noise belongs to a token and not to its rank: two that nearly tie may change places
-        # between machines without the draw of a third one changing.
-        chosen = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scaled, -jnp.inf))
-        return jnp.where(drawn, chosen, greedy)
-
-    # The vocabulary is neither sorted nor given noise unless some sequence asks for it.
-    return jax.lax.cond((params.temperature > 0).any(), draw, lambda: greedy).astype(jnp.int32)
+    # The vocabulary is neither given noise nor sorted unless some sequence asks for it.
+    if not params.draws:
+        return greedy.astype(jnp.int32)
+    drawn = params.temperature > 0
+    scaled = logits / jnp.where(drawn, params.temperature, 1.0)[:, None]
+    if params.limits:
+        scaled = jnp.where(_kept(scaled, params), scaled, -jnp.inf)
+    # Noise belongs to a token and not to its rank: two that nearly tie may change places between
+    # machines without the draw of a third one changing.
+    chosen = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(drawn, chosen, greedy).astype(jnp.int32)
 
 
 def _kept(logits: Float[Array, "B V"], params: SamplingArrays) -> Bool[Array, "B V"]:

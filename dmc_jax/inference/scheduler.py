@@ -76,17 +76,17 @@ class Scheduler:
         self._queue.extend(requests)
 
     def running(self) -> list[Request]:
-        """Those in the cache, oldest first."""
+        """List those in the cache, oldest first."""
         return sorted(filter(None, self._seats), key=lambda request: request.id)
 
     def unfinished(self) -> list[Request]:
-        """Those that run or wait, oldest first."""
+        """List those that run or wait, oldest first."""
         # Who runs is older than whoever waits: the queue is served in order, and the youngest
         # goes back to its head.
         return [*self.running(), *self._queue]
 
     def tally(self) -> Tally:
-        """What the cache holds, in NumPy; the seats of those who left are empty then."""
+        """Count what the cache holds, in NumPy; the seats of those who left are empty then."""
         if self._counts is None or self._leaving.any():
             self._batch, counts = programs.release(self._batch, self._leaving)
             self._leaving = np.zeros_like(self._leaving)
@@ -94,7 +94,7 @@ class Scheduler:
         return self._counts
 
     def rows(self, request: Request) -> CachedRows | None:
-        """A copy of what a request has in the cache, or will put there; None: it is to be read."""
+        """Copy what a request has in the cache, or will put there; None: it is to be read."""
         if request.seat is None:
             return request.rows
         return copy_out(self._batch.cache, request.seat)

@@ -20,7 +20,7 @@ class TextState:
 
 
 def begin_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> TextState:
-    """State after a prompt, whose text is not part of what follows.
+    """Make the state after a prompt, whose text is not part of what follows.
 
     Args:
         tokenizer: of the ids.
@@ -59,7 +59,7 @@ def extend_text(
 
 
 def end_text(tokenizer: Tokenizer, state: TextState) -> str:
-    """What was held back, where neither a token nor a stop string follows any more."""
+    """Give out what was held back, where neither a token nor a stop string follows any more."""
     return state.pending + tokenizer.decode(state.ids)[state.shown :]
 
 

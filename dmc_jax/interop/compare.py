@@ -12,7 +12,6 @@ from dmc_jax.errors import UserError
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.interop.source import Source
 from dmc_jax.model.llama import Llama
-from dmc_jax.policies.choice import policy_for
 from dmc_jax.policies.policy import attend_whole
 
 
@@ -53,9 +52,9 @@ def logits_of(source: Source, prompts: list[list[int]]) -> list[Float[np.ndarray
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    policy, logits = policy_for(source.settings, source.threshold), []
+    logits = []
     for row, prompt in zip(tokens, prompts, strict=True):
-        padded = _forward(source.config, params, policy, row[None])
+        padded = _forward(source.config, params, source.policy, row[None])
         logits.append(np.asarray(padded[0, : len(prompt)]))
     return logits
 

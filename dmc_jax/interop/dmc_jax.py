@@ -27,6 +27,7 @@ from dmc_jax.interop.parameters import (
     unflatten,
 )
 from dmc_jax.interop.source import Source, Tensor
+from dmc_jax.policies.dense import Dense
 
 
 def open_dmc_jax(path: str | os.PathLike) -> Source:
@@ -61,8 +62,7 @@ def open_dmc_jax(path: str | os.PathLike) -> Source:
         format=FORMAT,
         path=ref.path,
         config=metadata.model,
-        settings=metadata.settings,
-        threshold=metadata.threshold,
+        policy=metadata.policy,
         tensors={name: _tensor(ref.path, arrays[p.leaf], p) for name, p in table},
         tokenizer=files,
     )
@@ -140,11 +140,10 @@ def metadata_of(source: Source, dtype: np.dtype | None = None) -> Metadata:
     """
     dtype = dtype or source.tensors["model.embed_tokens.weight"].dtype
     return Metadata(
-        stage="pretrain" if source.settings is None else "finetune",
+        stage="pretrain" if isinstance(source.policy, Dense) else "finetune",
         step=0,
         model=source.config,
-        settings=source.settings,
-        threshold=source.threshold,
+        policy=source.policy,
         compute_dtype="float32" if dtype == np.float32 else "bfloat16",
         converted_from=Origin(source.format, str(source.path.absolute())),
     )

@@ -20,6 +20,7 @@ from dmc_jax.interop.huggingface_config import config_json
 from dmc_jax.interop.output import copy_tokenizer
 from dmc_jax.interop.safetensors_files import shard_names, split_into_shards, write_safetensors
 from dmc_jax.interop.source import Source, Tensor
+from dmc_jax.policies.dmc import DMC
 
 SHARD_BYTES = 5_000_000_000
 
@@ -59,10 +60,10 @@ def write_huggingface(
     special = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
         special = _special_ids(folder / tokenizer)
-    config = config_json(source.config, written, source.settings, special)
-    if source.settings is not None:
-        config["dmc"] = {"warning": _WARNING} | dmc_config_json(source.settings, source.threshold)
-        _write_json(folder / DMC_CONFIG, dmc_config_json(source.settings, source.threshold))
+    config = config_json(source.config, written, source.policy, special)
+    if isinstance(source.policy, DMC):
+        config["dmc"] = {"warning": _WARNING} | dmc_config_json(source.policy)
+        _write_json(folder / DMC_CONFIG, dmc_config_json(source.policy))
     if "auto_map" in config:
         shutil.copyfile(_REMOTE_CODE, folder / _REMOTE_CODE.name)
     _write_json(folder / "config.json", config)
@@ -95,9 +96,9 @@ def model_card(source: Source) -> str:
         f"heads of {c.head_dim}, written by dmc_jax.",
         "",
     ]
-    if source.settings is None:
+    if not isinstance(source.policy, DMC):
         return "\n".join(lines)
-    s = source.settings
+    s = source.policy.settings
     window = f"a window of {s.window} tokens" if s.window else "an unlimited window"
     return "\n".join(
         [
@@ -114,7 +115,7 @@ def model_card(source: Source) -> str:
             "```",
             "",
             "Every KV head merges a token into its newest slot where the last channel of the key, "
-            f"less {s.offset:g}, exceeds {source.threshold:g}, within {window} "
+            f"less {s.offset:g}, exceeds {source.policy.threshold:g}, within {window} "
             "(Nawrot et al. 2024, arXiv 2403.09636). The remote code computes whole sequences "
             "without a cache: it is for evaluation. "
             f"`{DMC_CONFIG}` holds the settings, with which dmc_jax reads this folder back as the "

@@ -13,6 +13,7 @@ from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.meta import is_meta, open_meta
 from dmc_jax.interop.source import Source
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.dmc import DMC
 
 _READERS = {
     FORMAT: (lambda path: latest(path) is not None, open_dmc_jax),
@@ -60,10 +61,10 @@ def describe(source: Source) -> str:
     sizes = dict.fromkeys(f"{tensor.dtype}" for tensor in source.tensors.values())
     parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in source.tensors.values())
     kind = "dense"
-    if source.settings is not None:
-        s = source.settings
+    if isinstance(source.policy, DMC):
+        s = source.policy.settings
         window = f"window {s.window}" if s.window else "unlimited window"
-        kind = f"DMC, {window}, offset {s.offset:g}, merging above {source.threshold:.4g}"
+        kind = f"DMC, {window}, offset {s.offset:g}, merging above {source.policy.threshold:.4g}"
     alike = [name for name, preset in PRESETS.items() if preset == c]
     kv_heads = c.kv_heads if isinstance(c.kv_heads, int) else "/".join(map(str, c.kv_heads))
     lines = [

@@ -5,6 +5,7 @@ which torch is not needed either. A folder that this project exported from a DMC
 `dmc_config.json`, and comes back as that model.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from dmc_jax.interop.parameters import check_tensors
 from dmc_jax.interop.safetensors_files import open_safetensors, read_json_object
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.interop.torch_files import open_torch_file
+from dmc_jax.policies.choice import Trained
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 
 DMC_CONFIG = "dmc_config.json"
 DMC_FORMAT = "dmc_jax.dmc"
@@ -60,13 +64,11 @@ def open_huggingface(path: str | os.PathLike) -> Source:
         )
     config, notes = model_config(str(path / "config.json"), read_json_object(path / "config.json"))
     tensors = check_tensors(str(path), config, _open_weights(path))
-    settings, threshold = _dmc_settings(path / DMC_CONFIG)
     return Source(
         format="huggingface",
         path=path,
         config=config,
-        settings=settings,
-        threshold=threshold,
+        policy=_policy(path / DMC_CONFIG),
         tensors=tensors,
         tokenizer=tokenizer_files(path),
         notes=notes,
@@ -81,23 +83,20 @@ def tokenizer_files(path: Path) -> tuple[Path, ...]:
     return (*found, *(path / n for n in _TOKENIZER_COMPANIONS if (path / n).is_file()))
 
 
-def dmc_config_json(settings: DMCSettings, threshold: float) -> dict[str, Any]:
+def dmc_config_json(policy: DMC) -> dict[str, Any]:
     """`dmc_config.json`: what makes a dense Llama's weights a DMC model."""
     return {
         "format": DMC_FORMAT,
         "version": DMC_VERSION,
-        "window": settings.window,
-        "temperature": settings.temperature,
-        "offset": settings.offset,
-        "eps": settings.eps,
-        "threshold": threshold,
+        **dataclasses.asdict(policy.settings),
+        "threshold": policy.threshold,
     }
 
 
-def _dmc_settings(file: Path) -> tuple[DMCSettings | None, float]:
-    """Settings and threshold from `dmc_config.json`; (None, 0) without one."""
+def _policy(file: Path) -> Trained:
+    """Read `dmc_config.json`; without one the model is dense."""
     if not os.path.lexists(file):
-        return None, 0.0
+        return Dense()
     raw = read_json_object(file)
     if (raw.pop("format", None), raw.pop("version", None)) != (DMC_FORMAT, DMC_VERSION):
         raise UserError(f"{file}: expected format {DMC_FORMAT} version {DMC_VERSION}")
@@ -108,7 +107,7 @@ def _dmc_settings(file: Path) -> tuple[DMCSettings | None, float]:
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}")
     try:
-        return from_dict(DMCSettings, raw), float(threshold)
+        return DMC(from_dict(DMCSettings, raw), float(threshold))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmc_jax.config import ModelConfig
-from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
 from dmc_jax.interop.fields import Fields
+from dmc_jax.policies.choice import Trained
+from dmc_jax.policies.dmc import DMC
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -79,14 +80,14 @@ def model_config(where: str, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
 
 
 def config_json(
-    config: ModelConfig, dtype: str, settings: DMCSettings | None, special: Mapping[str, Any]
+    config: ModelConfig, dtype: str, policy: Trained, special: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`config.json` for a model, in the spelling of transformers 4 and in that of 5.
 
     Args:
         config: sizes.
         dtype: of the weights.
-        settings: of a DMC model; None: a dense one.
+        policy: that it was trained for.
         special: ids of special tokens, such as `bos_token_id`.
 
     Returns:
@@ -128,7 +129,7 @@ def config_json(
     }
     if not equal_layers:
         written["num_key_value_heads_per_layer"] = list(kv_heads)
-    if settings is not None or not equal_layers:
+    if isinstance(policy, DMC) or not equal_layers:
         written["auto_map"] = {"AutoModelForCausalLM": "modeling_llama_dmc.LlamaDMCForCausalLM"}
     return written
 

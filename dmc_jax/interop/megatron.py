@@ -23,6 +23,7 @@ from dmc_jax.interop.pickles import Record
 from dmc_jax.interop.shards import Shards, concatenated, transformed
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.interop.torch_files import open_torch_file
+from dmc_jax.policies.dmc import DMC
 
 _WEIGHTS = "model_optim_rng.pt"
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -113,8 +114,7 @@ def open_megatron(path: str | os.PathLike) -> Source:
         format="megatron",
         path=path,
         config=config,
-        settings=settings,
-        threshold=0.0,
+        policy=DMC(settings),
         tensors=tensors,
         tokenizer=tokenizer,
         notes=args.notes(),

@@ -20,6 +20,7 @@ from dmc_jax.interop.fields import Fields
 from dmc_jax.interop.shards import Shards, transformed
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.interop.torch_files import open_torch_file
+from dmc_jax.policies.dense import Dense
 
 _SHARD_NAME = re.compile(r"consolidated\.(\d{2})\.pth")
 _IGNORED_TENSORS = r"rope\.freqs$"  # computed from the base anywhere
@@ -97,8 +98,7 @@ def open_meta(path: str | os.PathLike) -> Source:
         format="meta",
         path=path,
         config=config,
-        settings=None,
-        threshold=0.0,
+        policy=Dense(),
         tensors=tensors,
         tokenizer=_tokenizer(path),
         notes=fields.notes(),

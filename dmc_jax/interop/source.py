@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dmc_jax.config import ModelConfig
-from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.policies.choice import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Source:
     format: str  # dmc_jax | huggingface | meta | megatron
     path: Path
     config: ModelConfig
-    settings: DMCSettings | None  # None: a dense model
-    threshold: float  # of hard decisions; 0 for a dense model
+    policy: Trained  # that the model was trained for
     tensors: dict[str, Tensor]  # by name, such as "model.layers.0.self_attn.q_proj.weight"
     tokenizer: tuple[Path, ...]  # files to go along with the weights; the one to load comes first
     notes: tuple[str, ...] = ()  # what the user should know, a sentence each

@@ -13,7 +13,7 @@ from pallas_kernels.causal_attention import api as kernels
 def choose_attention(
     implementation: str = "auto", *, block: int = 256, mesh: Mesh | None = None
 ) -> CausalAttention:
-    """Picks who attends; equal arguments give the same function, so that jit knows it again.
+    """Pick who attends; equal arguments give the same function, so that jit knows it again.
 
     Args:
         implementation: "xla", the one of `core.attention`; "triton", the kernels of
@@ -38,7 +38,7 @@ def choose_attention(
 
 
 def evaluation_attention(trained_with: str, block: int) -> CausalAttention:
-    """Picks who attends where windows are not split over a mesh.
+    """Pick who attends where windows are not split over a mesh.
 
     Args:
         trained_with: the implementation that training was told to take: its "triton" is "auto"

@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Normalised `x`, in its dtype."""
+        """Normalise `x`, in its dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -115,7 +115,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """The product of `x` and the kernel."""
+        """Multiply `x` by the kernel."""
         kernel = self.param("kernel", _init(self.std), self.shape)
         return _project(self.equation, x, kernel)
 
@@ -184,7 +184,7 @@ class Llama(nn.Module):
         state: Any = None,
         only: Int[Array, " B"] | None = None,
     ) -> ModelOutput:
-        """Logits for every token, or for one of each sequence.
+        """Compute logits for every token, or for one of each sequence.
 
         Args:
             tokens: ids in [0, V).
@@ -228,7 +228,7 @@ class Llama(nn.Module):
 
 
 def init_params(config: ModelConfig, key: Array) -> dict:
-    """Fresh float32 parameters; `jax.eval_shape` of it gives the shapes alone."""
+    """Draw fresh float32 parameters; `jax.eval_shape` of it gives the shapes alone."""
 
     def attend(q, k, v, layer, state):  # shapes are all that initialisation needs
         return q, state, None
@@ -237,7 +237,7 @@ def init_params(config: ModelConfig, key: Array) -> dict:
 
 
 def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
-    """Parameters for decoding: one entry per layer, matrices in the dtype of the forward pass.
+    """Arrange parameters for decoding: an entry per layer, matrices as the forward pass wants.
 
     A scan reads each layer's matrices out of the stack, that is copies them, and a forward pass
     narrows them. Where a pass reads one token, that costs as much as the work itself.
@@ -270,7 +270,7 @@ def forward(
     dtype: str | jnp.dtype,
     **inputs: Any,
 ) -> ModelOutput:
-    """A pass of `Llama` with parameters of `init_params` or of `unstack_layers`.
+    """Run a pass of `Llama` with parameters of `init_params` or of `unstack_layers`.
 
     Args:
         params: of either kind.
@@ -284,6 +284,6 @@ def forward(
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, without making any."""
+    """Count the parameters, without making any."""
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,11 +1,10 @@
 """Which policies there are, and which one a model runs with."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from dmc_jax.config import to_dict
+from dmc_jax.config import from_dict, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.policies.dense import Dense
@@ -16,20 +15,21 @@ from dmc_jax.policies.tova import TOVA
 POLICIES = {policy.name: policy for policy in (Dense, DMC, TOVA)}
 
 
+Trained = Dense | DMC  # what a model can be trained for
+
+
 def policy_for(
-    settings: DMCSettings | None,
-    threshold: float = 0.0,
+    trained: Trained,
     *,
     name: str | None = None,
     window: int | None = None,
     budget: int | None = None,
 ) -> Policy:
-    """Make the policy that a model runs with.
+    """Choose the policy that a model runs with.
 
     Args:
-        settings: those that it was trained with; None: a dense model.
-        threshold: of its decisions, as calibrated.
-        name: in `POLICIES`; None: what the model was trained for.
+        trained: what it was trained for.
+        name: in `POLICIES`; None: what it was trained for.
         window: merge window in tokens instead of the trained one, 0 for an unlimited one.
         budget: slots of a row, where the policy has one.
 
@@ -37,29 +37,49 @@ def policy_for(
         UserError: an unknown policy, one that the model was not trained for, or a window or budget
             that is none or that the policy does not have.
     """
-    name = name or ("dense" if settings is None else "dmc")
+    name = name or trained.name
     if name not in POLICIES:
         raise UserError(f"policy: expected {' or '.join(POLICIES)}, got {name!r}")
-    if window is not None and name != "dmc":
+    if window is not None and name != DMC.name:
         raise UserError(f"window: it is that of merging, which {name} does not")
-    if (budget is None) == (name == "tova"):
+    if (budget is None) == (name == TOVA.name):
         raise UserError("budget: give the slots of a row with tova, and with no other policy")
     # A DMC model's attention knows no decision channel, whether it merges or not.
-    channel_scale = None if settings is None else 0.0
-    if name == "dense":
+    channel_scale = 0.0 if isinstance(trained, DMC) else None
+    if name == Dense.name:
         return Dense(channel_scale)
-    if name == "tova":
+    if name == TOVA.name:
         return TOVA(budget, channel_scale)
-    if settings is None:
+    if not isinstance(trained, DMC):
         raise UserError("policy: dmc needs a model that was trained for it, this one is dense")
-    if window is not None:
-        if window < 0:
-            raise UserError(f"window: expected tokens, or 0 for no limit, got {window}")
-        settings = dataclasses.replace(settings, window=window or None)
-    return DMC(settings, threshold)
+    if window is None:
+        return trained
+    if window < 0:
+        raise UserError(f"window: expected tokens, or 0 for no limit, got {window}")
+    settings = dataclasses.replace(trained.settings, window=window or None)
+    return dataclasses.replace(trained, settings=settings)
 
 
-def describe(policy: Policy) -> dict[str, Any]:
-    """Name a policy and its numbers, as JSON can hold them."""
-    fields = jax.tree.map(lambda x: x.item() if hasattr(x, "item") else x, to_dict(policy))
-    return {"name": policy.name, **fields}
+def to_json(policy: Policy) -> dict[str, Any]:
+    """Write a policy as JSON can hold it: its name, its settings, its numbers."""
+    fields = {name: x.item() if hasattr(x, "item") else x for name, x in to_dict(policy).items()}
+    return {"name": policy.name, **fields.pop("settings", {}), **fields}
+
+
+def from_json(values: Mapping[str, Any]) -> Trained:
+    """Read what `to_json` wrote of a policy that models are trained for.
+
+    Args:
+        values: what it wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError, UserError: something else.
+    """
+    values = dict(values)
+    name = values.pop("name")
+    if name == Dense.name:
+        return Dense(**values)
+    if name != DMC.name:
+        raise ValueError(f"policy {name!r} is unknown; expected dense or dmc")
+    threshold = float(values.pop("threshold"))
+    return DMC(from_dict(DMCSettings, values), threshold)

@@ -184,7 +184,10 @@ def _claim_directory(directory: Path, run: RunConfig) -> None:
     ours = json.loads(json.dumps(to_dict(run)))
     if file.exists():
         theirs = json.loads(file.read_text())
-        changed = [n for n in ours if n not in _MAY_CHANGE and ours[n] != theirs.get(n)]
+        # Settings of a stage that was never run here say nothing; older files have some for each.
+        silent = {n for n in STAGES if ours[n] is None and latest(directory / n) is None}
+        kept = ours.keys() - _MAY_CHANGE - silent
+        changed = [n for n in ours if n in kept and ours[n] != theirs.get(n)]
         if changed:
             raise UserError(
                 f"{directory} holds a run with another {', '.join(changed)}; choose another "
@@ -205,7 +208,7 @@ def _steps_before(run: RunConfig, stage: str) -> int:
     directory = Path(run.output) / run.name
     before = STAGES[: STAGES.index(stage)]
     there = [name for name in before if name in run.stage_names or latest(directory / name)]
-    return sum(run.stage(name).steps for name in there)
+    return sum(run.stage(name).steps for name in there if run.stage(name) is not None)
 
 
 def _open_metrics(run: RunConfig, stage: str, first: int, quiet: bool):

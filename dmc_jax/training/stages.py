@@ -11,7 +11,9 @@ from dmc_jax.config import RunConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
 from dmc_jax.model.causal_attention import evaluation_attention
-from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.choice import Trained
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.training.optimizer import zero_decision_rows
 from dmc_jax.training.state import TrainState
 
@@ -36,8 +38,7 @@ def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> Metad
         step=step,
         model=run.model,
         # After zero_out no head merges yet, but the decision channel has left attention.
-        settings=None if stage == "pretrain" else run.dmc,
-        threshold=0.0,
+        policy=_policy(run, stage),
         compute_dtype=run.compute_dtype,
         data=str(data.path.absolute()),
         tokenizer=str(data.tokenizer_path.absolute()),
@@ -52,9 +53,9 @@ def assess(
     """Measurements at the end of a stage: calibrated threshold and validation figures.
 
     Returns:
-        Fields `threshold` and `validation` of `Metadata`.
+        Fields `policy` and `validation` of `Metadata`.
     """
-    policy = policy_for(None if stage == "pretrain" else run.dmc)
+    policy = _policy(run, stage)
     rows = min(run.data.batch // run.accumulation, run.eval_windows)
     common = {
         "length": run.data.length,
@@ -62,7 +63,6 @@ def assess(
         "dtype": run.compute_dtype,
         "attention": evaluation_attention(run.attention, run.attention_block),
     }
-    threshold = 0.0
     if calibrate and stage in MERGING and run.compression.calibration_windows:
         threshold = calibrate_threshold(
             params,
@@ -73,7 +73,7 @@ def assess(
             windows=run.compression.calibration_windows,
             **common,
         )
-        policy = policy_for(run.dmc, threshold)
+        policy = dataclasses.replace(policy, threshold=threshold)
     measured = evaluate(
         params,
         run.model,
@@ -83,7 +83,12 @@ def assess(
         limit=run.eval_windows,
         **common,
     )
-    return {"threshold": threshold, "validation": dataclasses.asdict(measured)}
+    return {"policy": policy, "validation": dataclasses.asdict(measured)}
+
+
+def _policy(run: RunConfig, stage: str) -> Trained:
+    """Say what a stage's models run with."""
+    return Dense() if stage == "pretrain" else DMC(run.dmc)
 
 
 def finite(values: Any) -> bool:

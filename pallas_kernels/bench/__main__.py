@@ -249,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--seconds", type=float, default=540, help="begin no case that may end later"
     )
     parser.add_argument("--implementations", help="separated by commas; all that run here")
+    parser.add_argument("--pages", help="slots of a page, separated by commas; only these cases")
     parser.add_argument("--output", type=Path, help="benchmarks/<device>/kernels.json")
     options = parser.parse_args(arguments)
     until = time.perf_counter() + options.seconds
@@ -283,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
         if name in _WITH_SETTINGS
     }
     cases = (quick_cases if options.quick else plan_cases)(names)
+    if options.pages:
+        wanted = {int(page) for page in options.pages.split(",")}
+        cases = [(case, contenders) for case, contenders in cases if case.page in wanted]
     cold_bytes = _QUICK_COLD_BYTES if options.quick else timing.COLD_BYTES
     good = run(cases, report, file, until=until, cold_bytes=cold_bytes)
     for name, figures in report.get("goals", {}).items():

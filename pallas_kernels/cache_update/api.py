@@ -1,8 +1,9 @@
 """One contract for what a layer does to its cache when every sequence reads a token.
 
-A row is one KV head of one sequence (of one layer). Its newest slot is open: a token either joins
-it or takes the next slot. What the open slot holds is the weighted average of the last W tokens of
-its segment; they are kept in a ring. The averaged key is rotated where the token stands.
+A sequence has a seat in the batch; a row is one KV head of one sequence (of one layer). Its newest
+slot is open: a token either joins it or takes the next slot. What the open slot holds is the
+weighted average of the last W tokens of its segment; they are kept in a ring. The averaged key is
+rotated where the token stands.
 
 Plain JAX can do this too, and XLA makes several kernels of it. That form is the caller's own and is
 not repeated here: `choose` says whether to take it.
@@ -35,24 +36,24 @@ class State(NamedTuple):
 
     k_pages: Float[Array, "P page H"]
     v_pages: Float[Array, "P page H"]
-    keys: Float[Array, "slots R W H"]  # float32, as the next two
-    values: Float[Array, "slots R W H"]
-    weights: Float[Array, "slots R W"]
-    count: Int[Array, "slots R"]  # tokens in the segment
+    keys: Float[Array, "seats R W H"]  # float32, as the next two
+    values: Float[Array, "seats R W H"]
+    weights: Float[Array, "seats R W"]
+    count: Int[Array, "seats R"]  # tokens in the segment
 
 
 def cache_update(
     state: State,
-    k_t: Float[Array, "slots K H"],
-    v_t: Float[Array, "slots K H"],
-    decision: Float[Array, "slots K"],
-    omega: Float[Array, "slots K"],
+    k_t: Float[Array, "seats K H"],
+    v_t: Float[Array, "seats K H"],
+    decision: Float[Array, "seats K"],
+    omega: Float[Array, "seats K"],
     *,
     first: int | Int[Array, ""],
-    active: Bool[Array, " slots"],
-    position: Int[Array, " slots"],
-    page_ids: Int[Array, "slots K"],
-    offsets: Int[Array, "slots K"],
+    active: Bool[Array, " seats"],
+    position: Int[Array, " seats"],
+    page_ids: Int[Array, "seats K"],
+    offsets: Int[Array, "seats K"],
     frequencies: Float[Array, " H//2"],
     window: int | None,
     implementation: str,
@@ -105,8 +106,8 @@ def choose(implementation: str | None) -> str:
     """Name what to update a cache with: `XLA`, or an implementation that can run here.
 
     Args:
-        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: the caller's own form,
-            unless on this GPU a kernel was measured to be faster.
+        implementation: `XLA`, one of `IMPLEMENTATIONS.names`, or None: on a GPU the form that is
+            kept as the fastest there, where it can run; elsewhere `XLA`, the caller's own.
 
     Raises:
         ValueError, RuntimeError: as `cache_update`.
@@ -119,25 +120,25 @@ def _validate(state, k_t, v_t, decision, omega, window, page_ids, offsets, frequ
     if k_t.ndim != 3 or state.keys.ndim != 4 or state.k_pages.ndim != 3:
         shapes = [tuple(x.shape) for x in (k_t, state.keys, state.k_pages)]
         raise ValueError(
-            "k_t must be [slots K H], keys [slots R W H], k_pages [P page H];"
+            "k_t must be [seats K H], keys [seats R W H], k_pages [P page H];"
             f" got shapes {', '.join(map(str, shapes))}"
         )
-    slots, K, H = k_t.shape
+    seats, K, H = k_t.shape
     R, W = state.keys.shape[1:3]
     pool = (*state.k_pages.shape[:2], H)
     expected = {
         "k_pages": (state.k_pages, pool, _STORED),
         "v_pages": (state.v_pages, pool, (state.k_pages.dtype,)),
-        "keys": (state.keys, (slots, R, window or 1, H), (jnp.float32,)),
-        "values": (state.values, (slots, R, window or 1, H), (jnp.float32,)),
-        "weights": (state.weights, (slots, R, window or 1), (jnp.float32,)),
-        "count": (state.count, (slots, R), (jnp.int32,)),
-        "k_t": (k_t, (slots, K, H), _STORED),
-        "v_t": (v_t, (slots, K, H), (k_t.dtype,)),
-        "decision": (decision, (slots, K), None),
-        "omega": (omega, (slots, K), None),
-        "page_ids": (page_ids, (slots, K), (jnp.int32,)),
-        "offsets": (offsets, (slots, K), (jnp.int32,)),
+        "keys": (state.keys, (seats, R, window or 1, H), (jnp.float32,)),
+        "values": (state.values, (seats, R, window or 1, H), (jnp.float32,)),
+        "weights": (state.weights, (seats, R, window or 1), (jnp.float32,)),
+        "count": (state.count, (seats, R), (jnp.int32,)),
+        "k_t": (k_t, (seats, K, H), _STORED),
+        "v_t": (v_t, (seats, K, H), (k_t.dtype,)),
+        "decision": (decision, (seats, K), None),
+        "omega": (omega, (seats, K), None),
+        "page_ids": (page_ids, (seats, K), (jnp.int32,)),
+        "offsets": (offsets, (seats, K), (jnp.int32,)),
         "frequencies": (frequencies, (H // 2,), (jnp.float32,)),
     }
     for name, (array, shape, dtypes) in expected.items():

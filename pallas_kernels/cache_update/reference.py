@@ -12,16 +12,16 @@ from pallas_kernels.cache_update.api import State
 
 def cache_update(
     state: State,
-    k_t: Float[Array, "slots K H"],
-    v_t: Float[Array, "slots K H"],
-    decision: Float[Array, "slots K"],
-    omega: Float[Array, "slots K"],
+    k_t: Float[Array, "seats K H"],
+    v_t: Float[Array, "seats K H"],
+    decision: Float[Array, "seats K"],
+    omega: Float[Array, "seats K"],
     *,
     first: Int[Array, ""],
-    active: Bool[Array, " slots"],
-    position: Int[Array, " slots"],
-    page_ids: Int[Array, "slots K"],
-    offsets: Int[Array, "slots K"],
+    active: Bool[Array, " seats"],
+    position: Int[Array, " seats"],
+    page_ids: Int[Array, "seats K"],
+    offsets: Int[Array, "seats K"],
     frequencies: Float[Array, " H//2"],
     unlimited: bool,
 ) -> State:
@@ -37,23 +37,23 @@ def cache_update(
 
 def _update(state, k_t, v_t, decision, omega, first, active, position, pages, offsets, freq, sums):
     P = state.k_pages.shape[0]
-    for slot, head in np.ndindex(decision.shape):
-        if not active[slot]:
+    for seat, head in np.ndindex(decision.shape):
+        if not active[seat]:
             continue
-        row = slot, int(first) + head
-        tokens = _tokens(state, row, sums) if decision[slot, head] else []
-        new = (float(omega[slot, head]), k_t[slot, head], v_t[slot, head])
-        count = int(state.count[row]) + 1 if decision[slot, head] else 1
+        row = seat, int(first) + head
+        tokens = _tokens(state, row, sums) if decision[seat, head] else []
+        new = (float(omega[seat, head]), k_t[seat, head], v_t[seat, head])
+        count = int(state.count[row]) + 1 if decision[seat, head] else 1
         _keep(state, row, new, count, sums)
         tokens.append(new)
         total = sum(weight for weight, _, _ in tokens)
         key, value = (
             sum(token[0] * token[i].astype(np.float64) for token in tokens) / total for i in (1, 2)
         )
-        page, offset = pages[slot, head], offsets[slot, head]
+        page, offset = pages[seat, head], offsets[seat, head]
         if 0 <= page < P:
             # The angle is float32 by contract: at position 5,000 that is 3e-4 radians coarse.
-            key = _rotated(key.astype(k_t.dtype), np.float32(position[slot]) * freq)
+            key = _rotated(key.astype(k_t.dtype), np.float32(position[seat]) * freq)
             state.k_pages[page, offset] = key.astype(k_t.dtype).astype(state.k_pages.dtype)
             state.v_pages[page, offset] = value.astype(state.v_pages.dtype)
     return state

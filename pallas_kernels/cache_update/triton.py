@@ -24,11 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import target
 from pallas_kernels.cache_update.api import State
 from pallas_kernels.cache_update.settings import SETTINGS, Settings
-from pallas_kernels.triton_call import launch, unavailable_in_place
+from pallas_kernels.triton_call import launch, unavailable
 
 __all__ = ["cache_update", "unavailable"]
-
-unavailable = unavailable_in_place
 
 _LEAST_WIDTH = 16
 
@@ -42,22 +40,22 @@ def update_rows(
     values_before,
     weights_before,
     count_before,
-    k_ptr,  # [slots, K, H]
+    k_ptr,  # [seats, K, H]
     v_ptr,
-    decision_ptr,  # [slots, K], float32
+    decision_ptr,  # [seats, K], float32
     omega_ptr,
-    page_ptr,  # [slots, K]
+    page_ptr,  # [seats, K]
     offset_ptr,
-    active_ptr,  # [slots], int32
-    cos_ptr,  # [slots, H / 2], float32
+    active_ptr,  # [seats], int32
+    cos_ptr,  # [seats, H / 2], float32
     sin_ptr,
     first_ptr,  # [1]
     k_pages_ptr,  # [P, PAGE, H]
     v_pages_ptr,
-    keys_ptr,  # [slots, R, W, H], float32
+    keys_ptr,  # [seats, R, W, H], float32
     values_ptr,
-    weights_ptr,  # [slots, R, W], float32
-    count_ptr,  # [slots, R]
+    weights_ptr,  # [seats, R, W], float32
+    count_ptr,  # [seats, R]
     P: tl.constexpr,
     PAGE: tl.constexpr,
     R: tl.constexpr,
@@ -70,9 +68,9 @@ def update_rows(
 ):
     """Program i updates row `first + i % K` of sequence `i // K`."""
     of_layer = tl.program_id(0)
-    slot = of_layer // K
+    seat = of_layer // K
     # All that needs no other first: a load that stands behind a store waits for it.
-    active = tl.load(active_ptr + slot)
+    active = tl.load(active_ptr + seat)
     first = tl.load(first_ptr)
     decision = tl.load(decision_ptr + of_layer)
     omega = tl.load(omega_ptr + of_layer)
@@ -80,7 +78,7 @@ def update_rows(
     offset = tl.load(offset_ptr + of_layer)
     if active == 0:
         return
-    row = slot.to(tl.int64) * R + first + of_layer % K
+    row = seat.to(tl.int64) * R + first + of_layer % K
     count = tl.load(count_ptr + row)
     kept = tl.where(decision != 0.0, count, 0)  # tokens that it joins
     newest = 0 if SUMS else kept % W  # the ring entry that it takes
@@ -97,7 +95,7 @@ def update_rows(
     new_value = omega * tl.load(v_ptr + token + h, mask=real, other=0.0).to(tl.float32)
 
     f = tl.arange(0, HALF)
-    angles = slot.to(tl.int64) * (H // 2)
+    angles = seat.to(tl.int64) * (H // 2)
     cos = tl.load(cos_ptr + angles + f, mask=f < H // 2, other=0.0)
     sin = tl.load(sin_ptr + angles + f, mask=f < H // 2, other=0.0)
 
@@ -156,16 +154,16 @@ def update_rows(
 
 def cache_update(
     state: State,
-    k_t: Float[Array, "slots K H"],
-    v_t: Float[Array, "slots K H"],
-    decision: Float[Array, "slots K"],
-    omega: Float[Array, "slots K"],
+    k_t: Float[Array, "seats K H"],
+    v_t: Float[Array, "seats K H"],
+    decision: Float[Array, "seats K"],
+    omega: Float[Array, "seats K"],
     *,
     first: Int[Array, ""],
-    active: Bool[Array, " slots"],
-    position: Int[Array, " slots"],
-    page_ids: Int[Array, "slots K"],
-    offsets: Int[Array, "slots K"],
+    active: Bool[Array, " seats"],
+    position: Int[Array, " seats"],
+    page_ids: Int[Array, "seats K"],
+    offsets: Int[Array, "seats K"],
     frequencies: Float[Array, " H//2"],
     unlimited: bool,
     settings: Settings | None = None,
@@ -204,7 +202,7 @@ def _update(
     capability,
     launch,
 ):
-    angles = position[:, None].astype(jnp.float32) * frequencies  # [slots, H/2]
+    angles = position[:, None].astype(jnp.float32) * frequencies  # [seats, H/2]
     constants = update_constants(state, k_t, unlimited, settings)
     after = launch(
         update_rows,

@@ -22,7 +22,7 @@ class Workload:
     """A decoding step of one layer.
 
     Attributes:
-        slots: sequences.
+        seats: sequences.
         rows: R, of all layers.
         heads: K of the layer.
         window: W; None: unlimited.
@@ -32,7 +32,7 @@ class Workload:
         tokens: dtype of the token.
     """
 
-    slots: int
+    seats: int
     rows: int
     heads: int
     window: int | None
@@ -42,7 +42,7 @@ class Workload:
     tokens: str = "float32"
 
     def __str__(self) -> str:
-        sizes = f"{self.slots}x{self.heads}of{self.rows}-W{self.window}-H{self.width}"
+        sizes = f"{self.seats}x{self.heads}of{self.rows}-W{self.window}-H{self.width}"
         return f"{sizes}-page{self.page}-{self.tokens}-in-{self.pages}"
 
 
@@ -57,22 +57,22 @@ class Inputs(NamedTuple):
 def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
     """Draw a step."""
     rng = np.random.default_rng(seed)
-    slots, R, K, H = workload.slots, workload.rows, workload.heads, workload.width
+    seats, R, K, H = workload.seats, workload.rows, workload.heads, workload.width
     W = workload.window or 1
-    P = slots * K + 2
-    count = rng.integers(0, 2 * W + 2, (slots, R), np.int32)
+    P = seats * K + 2
+    count = rng.integers(0, 2 * W + 2, (seats, R), np.int32)
     count[rng.random(count.shape) < 0.2] = 0
-    full = np.arange(W) < count[..., None]  # [slots, R, W]
+    full = np.arange(W) < count[..., None]  # [seats, R, W]
     weights = np.where(full, rng.uniform(0.1, 1.0, full.shape), 0)
     keys, values = (
         np.where(full[..., None], rng.normal(size=(*full.shape, H)), 0) for _ in range(2)
     )
-    k_t, v_t = rng.normal(size=(2, slots, K, H))
-    page_ids = rng.permutation(P).astype(np.int32)[: slots * K].reshape(slots, K)
+    k_t, v_t = rng.normal(size=(2, seats, K, H))
+    page_ids = rng.permutation(P).astype(np.int32)[: seats * K].reshape(seats, K)
     lost = rng.random(page_ids.shape) < 0.2
     lost[0, 0], lost[1:2] = True, False
     page_ids[lost] = rng.choice((*_NOT_PAGES, P), int(lost.sum()))
-    active = rng.random(slots) < 0.8
+    active = rng.random(seats) < 0.8
     active[:2], active[2:][-1:] = True, False
     empty = jnp.full((P, workload.page, H), jnp.nan, workload.pages)
     state = State(
@@ -83,16 +83,16 @@ def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
     others = {
         "first": int(rng.integers(0, R - K + 1)),
         "active": jnp.asarray(active),
-        "position": jnp.asarray(rng.integers(0, 5000, slots), jnp.int32),
+        "position": jnp.asarray(rng.integers(0, 5000, seats), jnp.int32),
         "page_ids": jnp.asarray(page_ids),
-        "offsets": jnp.asarray(rng.integers(0, workload.page, (slots, K)), jnp.int32),
+        "offsets": jnp.asarray(rng.integers(0, workload.page, (seats, K)), jnp.int32),
         "frequencies": 1e4 ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H),
         "window": workload.window,
     }
     token = (
         *(jnp.asarray(x, workload.tokens) for x in (k_t, v_t)),
-        jnp.asarray(rng.random((slots, K)) < 0.6, jnp.float32),
-        jnp.asarray(rng.uniform(0.1, 1.0, (slots, K)), jnp.float32),
+        jnp.asarray(rng.random((seats, K)) < 0.6, jnp.float32),
+        jnp.asarray(rng.uniform(0.1, 1.0, (seats, K)), jnp.float32),
     )
     return Inputs(state, token, others)
 

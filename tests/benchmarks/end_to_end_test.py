@@ -52,7 +52,7 @@ def rows_take_the_slots_of_the_ratio_and_differ_as_measured_heads_do_test(ratio)
 
 def a_filled_cache_owns_each_page_once_and_has_the_lengths_that_were_set_test(decoder):
     total = decoder.fill(57)
-    cache = jax.device_get(decoder.batch.cache)
+    cache = jax.device_get(decoder.cache)
     lengths = np.maximum(np.round(57 * decoder.rows), 1)
     assert (cache.lengths == lengths).all() and total == lengths.sum()
     assert (cache.position == 57).all()
@@ -73,10 +73,10 @@ def a_filled_cache_owns_each_page_once_and_has_the_lengths_that_were_set_test(de
 def steps_read_a_token_and_grow_the_rows_as_the_ratio_says_test(decoder):
     decoder.set_threshold()
     decoder.fill(RUN.prompt)
-    before = int(decoder.batch.cache.lengths.sum())
+    before = int(decoder.cache.lengths.sum())
     for _ in range(8):
         tally = decoder.step()
-    grown = (int(tally.slots.sum()) - before) / decoder.batch.cache.lengths.size / 8
+    grown = (int(tally.slots.sum()) - before) / decoder.cache.lengths.size / 8
     assert (np.asarray(tally.position) == RUN.prompt + 8).all() and not tally.failed.any()
     # 24 rows with one threshold for all, 8 steps: a quarter of 192 decisions, give or take.
     assert 0.1 < grown < 0.45
@@ -121,7 +121,7 @@ def without_time_nothing_is_begun_that_may_not_end_test(setup, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "gigabytes, names", [(76, ["device"]), (80.7, ["80 GB"]), (136, ["80 GB", "device"])]
+    "gigabytes, names", [(76.5, ["device"]), (80.7, ["80 GB"]), (136, ["80 GB", "device"])]
 )
 def batches_fill_the_memory_of_the_paper_and_a_larger_device_test(gigabytes, names):
     memories = end_to_end.memories_of(int(gigabytes * 1e9))

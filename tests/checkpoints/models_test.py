@@ -25,6 +25,7 @@ from dmc_jax.interop.dmc_jax import open_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.model.llama import init_params
 from dmc_jax.model.sharding import make_mesh, shardings
+from dmc_jax.policies.dmc import DMC
 from tests.doors import runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +43,7 @@ def folders(tmp_path_factory):
         stage="finetune",
         step=5,
         model=MODEL,
-        settings=DMCSettings(window=3, offset=0.5),
-        threshold=-0.25,
+        policy=DMC(DMCSettings(window=3, offset=0.5), -0.25),
         compute_dtype="float32",
         tokenizer=str(root / "t.model"),
         tokenizer_sha256=fingerprint(root / "t.model"),
@@ -66,10 +66,9 @@ def assert_same(actual, expected):
 def any_format_opens_as_the_same_model_test(folders):
     ours, theirs = open_model(folders / "ours"), open_model(folders / "hf")
     assert (ours.format, theirs.format) == ("dmc_jax", "huggingface")
-    assert (ours.config, ours.settings, ours.threshold) == (
+    assert (ours.config, ours.policy) == (
         dataclasses.replace(theirs.config, kv_heads=MODEL.kv_heads),
-        theirs.settings,
-        theirs.threshold,
+        theirs.policy,
     )
     assert_same(theirs.params, ours.params)
     assert_same(
@@ -103,15 +102,12 @@ def a_checkpoint_from_before_metadata_had_a_version_opens_test(folders, tmp_path
     ref = latest(tmp_path / "old")
     (ref.path / "metadata" / "metadata").write_text(json.dumps(VERSION_1))
     model = open_model(tmp_path / "old")
-    assert (model.settings, model.threshold) == (
-        DMCSettings(window=3, offset=0.5),
-        VERSION_1["threshold"],
-    )
+    assert model.policy == DMC(DMCSettings(window=3, offset=0.5), VERSION_1["threshold"])
     assert_same(model.params, open_model(folders / "ours").params)
     exported = tmp_path / "hf"
     exported.mkdir()
     write_huggingface(open_dmc_jax(ref.path), exported, None, lambda _: None)
-    assert find_model(exported).threshold == VERSION_1["threshold"]
+    assert find_model(exported).policy.threshold == VERSION_1["threshold"]
 
 
 def another_tokenizer_than_the_models_is_refused_test(folders, tmp_path):

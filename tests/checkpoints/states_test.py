@@ -25,6 +25,7 @@ from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.errors import UserError
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.dense import Dense
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +71,7 @@ def assert_bit_equal(actual, expected):
 
 
 def about(step=1, **more):
-    return Metadata("retrofit", step, PRESETS["tiny"], None, 0.0, "float32", **more)
+    return Metadata("retrofit", step, PRESETS["tiny"], Dense(), "float32", **more)
 
 
 def save(run, stage="retrofit", steps=(1,), keep=3, state=None, data_state=None, **more):
@@ -313,9 +314,10 @@ def orbax_can_be_told_to_keep_its_progress_to_itself_test(tmp_path, monkeypatch)
 ABOUT = """
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.dense import Dense
 
 def about(step):
-    return Metadata("retrofit", step, PRESETS["tiny"], None, 0.0, "float32")
+    return Metadata("retrofit", step, PRESETS["tiny"], Dense(), "float32")
 """
 
 # A limit on a file's size stands for a full disk: the write fails in Orbax's thread, with an errno.

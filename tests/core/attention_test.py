@@ -1,4 +1,4 @@
-"""Blocked attention against the whole score matrix; its memory; hand-written masks."""
+"""Blocked attention against the definition; its memory; hand-written masks."""
 
 import functools
 
@@ -7,22 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmc_jax.core.attention import causal_attention
+from dmc_jax.core.attention import causal_attention, definition
 
 VALUE, GRADIENT = 1e-5, 1e-4
 
 
-def naive(q, k, v, bias, scale, segment_ids):
-    """The whole [T, S] matrix per head, as the formula has it."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    k, v, bias = (jnp.repeat(x, N // K, axis=2) for x in (k, v, bias))
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * scale
-    i, j = jnp.arange(T)[:, None], jnp.arange(T)[None, :]
-    scores += jnp.where(i == j, 0.0, bias.transpose(0, 2, 1)[:, :, None, :])
-    visible = (j <= i) & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf))
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+def defined(q, k, v, bias, scale, segment_ids):
+    grouped = q.reshape(*k.shape[:3], -1, q.shape[-1])
+    return definition(grouped, k, v, bias, scale, segment_ids).reshape(q.shape)
 
 
 def draw(seed, B, T, N, K, H, dtype=jnp.float32):
@@ -39,7 +31,7 @@ def draw(seed, B, T, N, K, H, dtype=jnp.float32):
     "T, heads, block",
     [(1, (1, 1), 8), (16, (4, 2), 16), (17, (4, 2), 16), (33, (8, 1), 8), (50, (4, 4), 64)],
 )
-def values_and_gradients_equal_the_naive_form_test(T, heads, block):
+def values_and_gradients_are_those_of_the_definition_test(T, heads, block):
     q, k, v, bias, segment_ids = draw(T, 2, T, *heads, 8)
     weight = jax.random.normal(jax.random.key(7), q.shape)
 
@@ -53,7 +45,7 @@ def values_and_gradients_equal_the_naive_form_test(T, heads, block):
     (_, actual), actual_gradients = of(
         lambda *a: causal_attention(*a, scale=0.3, segment_ids=segment_ids, block=block)
     )
-    (_, expected), expected_gradients = of(lambda *a: naive(*a, 0.3, segment_ids))
+    (_, expected), expected_gradients = of(lambda *a: defined(*a, 0.3, segment_ids))
     np.testing.assert_allclose(actual, expected, atol=VALUE)
     for gradient, wanted in zip(actual_gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=GRADIENT, atol=GRADIENT)
@@ -77,7 +69,8 @@ def bfloat16_is_within_its_rounding_of_float32_test():
         assert error < 0.02
 
 
-def zeros_and_ones_by_hand_test():
+@pytest.mark.parametrize("attend", [causal_attention, defined])
+def zeros_and_ones_by_hand_test(attend):
     """Equal scores, so a query averages what it sees: masks of three tokens, written out."""
     q = jnp.zeros((1, 4, 1, 2))
     v = jnp.eye(4)[None, :, None, :]  # [1, 4, 1, 4] values tell which key was seen
@@ -85,7 +78,7 @@ def zeros_and_ones_by_hand_test():
     segments = jnp.array([[1, 1, 1, 2]])
     k = jnp.zeros((1, 4, 1, 2))
     out = [
-        causal_attention(q, k, v[..., 2 * c : 2 * c + 2], bias, scale=1.0, segment_ids=segments)
+        attend(q, k, v[..., 2 * c : 2 * c + 2], bias, scale=1.0, segment_ids=segments)
         for c in (0, 1)
     ]
     seen = jnp.concatenate(out, axis=-1)[0, :, 0] > 0

@@ -11,6 +11,8 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 
 STEPS = {"pretrain": 40, "zero_out": 5, "retrofit": 20, "finetune": 30}
 
@@ -52,8 +54,7 @@ def make_run(path, stages, by_head, target=4.0):
             stage=stage,
             step=STEPS[stage],
             model=PRESETS["tiny"],
-            settings=DMCSettings() if merges else None,
-            threshold=-0.375 if merges else 0.0,
+            policy=DMC(DMCSettings(), -0.375) if merges else Dense(),
             compute_dtype="float32",
             # zero_out was interrupted before it was measured
             validation=None if stage == "zero_out" else measured,

@@ -19,7 +19,6 @@ from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import load_snapshot
 from dmc_jax.model.llama import Llama
-from dmc_jax.policies.choice import policy_for
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole
@@ -44,6 +43,10 @@ class Pieces:
 
     def decode(self, ids):
         return b"".join(self.pieces[token] for token in ids).decode(errors="replace")
+
+
+def policy_of(settings):
+    return Dense() if settings is None else DMC(settings, HALF)
 
 
 def build_engine(model, **changes):
@@ -125,7 +128,7 @@ def departures(monkeypatch):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def evaluated(params, config, settings, tokens):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    attend = attend_whole(policy_for(settings, HALF), config, positions)
+    attend = attend_whole(policy_of(settings), config, positions)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 
@@ -146,7 +149,7 @@ def greedy_tokens_are_the_most_likely_ones_of_the_whole_sequence_test(
 ):
     settings = SETTINGS if policy == "dmc" else None
     model = tiny_model if policy == "dmc" else build_model(layers=1)
-    engine = build_engine(model, policy=policy_for(settings, HALF), pages=10_000)
+    engine = build_engine(model, policy=policy_of(settings), pages=10_000)
     prompts, new = some_prompts(6, longest=longest), 16
     results = engine.generate(prompts, greedy(new))
     said = [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)]
@@ -188,7 +191,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
     rng = np.random.default_rng(5)
     prompts, params = some_prompts(200, seed=1, longest=10), some_params(200, seed=2, longest=20)
     engine = build_engine(tiny_model, pages=TINY)
-    compiled = programs.next_tokens._cache_size()
+    compiled = programs.read_tokens._cache_size()
     ids, results, texts = [], {}, {}
     while len(results) < len(prompts):
         for _ in range(rng.integers(0, 3)):
@@ -210,7 +213,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
         else:
             assert what_was_said(results[one]) == what_was_said(expected)
     assert engine.free_pages == TINY
-    assert programs.next_tokens._cache_size() - compiled <= 1
+    assert programs.read_tokens._cache_size() - compiled <= 1
 
 
 def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
@@ -418,7 +421,7 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
     loaded = models.LoadedModel(
         path="run",
         format="dmc_jax",
-        metadata=Metadata("finetune", 1, config, SETTINGS, HALF, compute_dtype="float32"),
+        metadata=Metadata("finetune", 1, config, DMC(SETTINGS, HALF), "float32"),
         tokenizer="its own",
         tokenizer_sha256=frozenset(["its own"]),
         read_params=None,
@@ -435,7 +438,7 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         assert engine.free_pages == TINY
         ratios[policy] = engine.generate([[1, *range(3, 18)]], greedy(4))[0].ratio
     assert ratios["dense"] == 1 and ratios["dmc"] > 1.3
-    with pytest.raises(UserError, match="expected dense or dmc, got 'none'"):
+    with pytest.raises(UserError, match="expected dense or dmc or tova, got 'none'"):
         Engine.from_checkpoint("run", policy="none")
     with pytest.raises(UserError, match="other is not the tokenizer that run was trained with"):
         Engine.from_checkpoint("run", tokenizer="other")
@@ -478,7 +481,7 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
     tiny_model, build_model, tmp_path, window, threshold, dtype
 ):
     settings = None if threshold is None else DMCSettings(offset=0.0, window=window)
-    options = {"policy": policy_for(settings, HALF), "dtype": dtype}
+    options = {"policy": policy_of(settings), "dtype": dtype}
     model = tiny_model if settings == SETTINGS else build_model(layers=1)
     make = functools.partial(build_engine, model, pages=10_000, **options)
     engine, [first, other] = make(), some_prompts(2, seed=3)

@@ -17,7 +17,8 @@ from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.model.llama import Llama
-from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Tokens, attend_whole
 
 TOLERANCE = 1e-5  # float32 logits and states of size 1
@@ -47,10 +48,14 @@ FREQUENCIES = rotary_frequencies(SMALL.head_dim, SMALL.rope_theta)
 POLICIES = {"dmc": DMCSettings(window=WINDOW), "dense": None}
 
 
+def policy_of(settings, threshold=0.0):
+    return Dense() if settings is None else DMC(settings, threshold)
+
+
 @functools.partial(jax.jit, static_argnames="settings")
 def read_token(cache, k, v, decision, omega, active, settings):
     """Keys and queries whose last channels say what the rows decide."""
-    policy = policy_for(settings)
+    policy = policy_of(settings)
     k = k.at[..., -1].set(jnp.where(decision > 0, 100.0, -100.0)) if settings else k
     weight = omega - DMCSettings().eps
     q = jnp.zeros_like(k).at[..., -1].set(jnp.log(weight / (1 - weight)) - DMCSettings().offset)
@@ -72,7 +77,7 @@ pages_for_one_token = jax.jit(paged_cache.pages_for_one_token)
 def small_cache(settings, pages=PAGES):
     return paged_cache.init(
         SMALL,
-        policy_for(settings),
+        policy_of(settings),
         seats=SEATS,
         pages=pages,
         page_size=PAGE,
@@ -265,7 +270,7 @@ def a_row_longer_than_its_page_table_is_reported_test():
 def a_cache_that_cannot_be_is_refused_test(changes, complaint):
     sizes = {"seats": 1, "pages": 1, "page_size": 8, "max_length": 8, "dtype": jnp.float32}
     with pytest.raises(UserError, match=complaint):
-        paged_cache.init(SMALL, policy_for(None), **sizes | changes)
+        paged_cache.init(SMALL, policy_of(None), **sizes | changes)
 
 
 def reserved_bytes_are_those_of_the_arrays_test():
@@ -304,7 +309,7 @@ def decode_paged(params, config, settings, tokens_active_leaving, threshold, cac
         tokens, active, leaving = now
         cache = paged_cache.free(cache, leaving)
         return decoding.decode_step(
-            params, config, cache, tokens, active, policy=policy_for(settings, threshold)
+            params, config, cache, tokens, active, policy=policy_of(settings, threshold)
         )
 
     return jax.lax.scan(step, cache, tokens_active_leaving)
@@ -313,7 +318,7 @@ def decode_paged(params, config, settings, tokens_active_leaving, threshold, cac
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def evaluate_all(params, config, settings, tokens, threshold):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    attend = attend_whole(policy_for(settings, threshold), config, positions)
+    attend = attend_whole(policy_of(settings, threshold), config, positions)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 
@@ -332,7 +337,7 @@ def longest_segment(opened):
 def poisoned_cache(config, settings, pages, dtype=jnp.float32):
     """A cache of two seats in which everything that no sequence wrote is NaN."""
     cache = paged_cache.init(
-        config, policy_for(settings), seats=2, pages=pages, page_size=8, max_length=T, dtype=dtype
+        config, policy_of(settings), seats=2, pages=pages, page_size=8, max_length=T, dtype=dtype
     )
     nan = functools.partial(jax.tree.map, lambda x: x * np.nan if x.dtype != jnp.int32 else x)
     return dataclasses.replace(
@@ -413,7 +418,7 @@ def sequences_that_are_not_active_stay_as_they_are_and_attend_to_nothing_test():
 
     @jax.jit
     def attend(cache, active, q, k, v):
-        attend = decoding.attend_cached(SMALL, policy_for(POLICIES["dmc"]), active=active)
+        attend = decoding.attend_cached(SMALL, policy_of(POLICIES["dmc"]), active=active)
         return attend(q, k, v, 0, cache)[:2]
 
     _, cache = attend(cache, np.full(SEATS, True), *tokens[0])

@@ -15,7 +15,7 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache, prefill
 from dmc_jax.model.llama import Llama
-from dmc_jax.policies.choice import policy_for
+from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Edit, attend_whole
 
@@ -34,6 +34,10 @@ POLICIES = {
 }
 
 
+def policy_of(settings, threshold=0.0):
+    return Dense() if settings is None else DMC(settings, threshold)
+
+
 @functools.cache
 def some_tokens(batch=2, length=T):
     return np.random.default_rng(1).integers(0, 50, (batch, length)).astype(np.int32)
@@ -44,7 +48,7 @@ def poisoned_cache(config, settings, pages=200, seats=3, max_length=T, dtype=jnp
     """An empty cache whose pages are NaN."""
     cache = paged_cache.init(
         config,
-        policy_for(settings),
+        policy_of(settings),
         seats=seats,
         pages=pages,
         page_size=8,
@@ -56,7 +60,7 @@ def poisoned_cache(config, settings, pages=200, seats=3, max_length=T, dtype=jnp
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def read_one_by_one(params, config, settings, cache, tokens, lengths, threshold):
-    """Slot 0 reads row 0, slot 1 row 1; the third reads nothing. Logits [B, T, V]."""
+    """Seat 0 reads row 0, seat 1 row 1; the third reads nothing. Logits [B, T, V]."""
 
     def step(cache, now):
         t, column = now
@@ -67,7 +71,7 @@ def read_one_by_one(params, config, settings, cache, tokens, lengths, threshold)
             cache,
             jnp.append(column, 0),
             active,
-            policy=policy_for(settings, threshold),
+            policy=policy_of(settings, threshold),
         )
 
     cache, logits = jax.lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T))
@@ -83,7 +87,7 @@ def read_chunk(params, config, settings, cache, tokens, counts, seats, threshold
         tokens,
         counts,
         seats,
-        policy=policy_for(settings, threshold),
+        policy=policy_of(settings, threshold),
     )
 
 
@@ -113,7 +117,7 @@ def read_in_chunks(params, config, settings, cache, tokens, splits, threshold):
 
 
 def rows_of(cache, pool):
-    """What every row holds, in order, whatever the pages are: (slot, row) -> [length, H]."""
+    """What every row holds, in order, whatever the pages are: (seat, row) -> [length, H]."""
     table, lengths, pool = (np.asarray(x) for x in (cache.page_table, cache.lengths, pool))
     page, H = pool.shape[1:]
     return {
@@ -213,7 +217,7 @@ def long_prompts_of_different_lengths_then_decoding_give_the_evaluated_logits_te
         cache,
         [row[:length] for row, length in zip(tokens, lengths, strict=True)],
         (2, 0, 3),
-        policy=policy_for(settings, threshold),
+        policy=policy_of(settings, threshold),
         chunk=256,
     )
     assert not cache.failed.any()
@@ -289,7 +293,7 @@ def decode_rest(params, config, settings, cache, tokens, at, threshold):
             cache,
             column,
             t >= at,
-            policy=policy_for(settings, threshold),
+            policy=policy_of(settings, threshold),
         )
 
     cache, logits = jax.lax.scan(step, cache, (jnp.arange(T), tokens.T))
@@ -305,14 +309,14 @@ def decode(params, config, settings, cache, tokens, threshold):
         cache,
         tokens,
         active,
-        policy=policy_for(settings, threshold),
+        policy=policy_of(settings, threshold),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def evaluated(params, config, settings, tokens, threshold):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    attend = attend_whole(policy_for(settings, threshold), config, positions)
+    attend = attend_whole(policy_of(settings, threshold), config, positions)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 

@@ -125,14 +125,22 @@ def seed_and_index_make_the_draw_test():
     assert first != [drawn(4, index) for index in range(12)]
 
 
-def other_numbers_do_not_compile_again_test():
+def only_what_no_sequence_asked_for_before_compiles_again_test():
     logits, seen = some_logits()
     index = np.zeros(B, np.int32)
-    draw(logits, stack_params(PARAMS), index, seen)
-    before = draw._cache_size()
-    draw(logits, stack_params([SamplingParams(temperature=0.0)] * B), index, seen)
-    draw(logits, stack_params([SamplingParams(top_k=3, seed=9)] * B), index, seen)
-    assert draw._cache_size() == before
+
+    def compiled(params):
+        before = draw._cache_size()
+        draw(logits, stack_params(params), index, seen)
+        return draw._cache_size() - before
+
+    compiled(PARAMS)
+    assert compiled([SamplingParams(top_k=3, seed=9)] * B) == 0
+    compiled([SamplingParams(temperature=1.0)] * B)
+    assert compiled([SamplingParams(temperature=0.3, repetition_penalty=2.0)] * B) == 0
+    compiled([SamplingParams(temperature=0.0)] * B)
+    # A limit without a temperature above 0 is none.
+    assert compiled([SamplingParams(temperature=0.0, top_k=3)] * B) == 0
 
 
 @pytest.mark.parametrize(

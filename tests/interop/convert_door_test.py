@@ -68,7 +68,7 @@ def a_dmc_model_goes_there_and_back_through_the_door_test(checkpoints, tmp_path)
     assert (home.returncode, home.stderr) == (0, "")
     assert f"wrote {back} (huggingface" in home.stdout
     first, last = open_source(checkpoints / "dmc"), open_source(back)
-    assert (first.settings, first.threshold) == (last.settings, last.threshold)
+    assert first.policy == last.policy
     assert_same_bits(read_safetensors(back), {name: t.read() for name, t in first.tensors.items()})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "deep"]
     assert [p.name for p in ours.parent.iterdir()] == ["ours"]

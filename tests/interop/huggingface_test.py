@@ -24,6 +24,7 @@ from dmc_jax.interop.parameters import flatten, leaf_shapes, read_params
 from dmc_jax.model.llama import Llama, init_params
 from dmc_jax.model.presets import PRESETS
 from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole
 from tests.interop.checkpoint_files import (
     RECORDED,
@@ -182,7 +183,7 @@ def a_converted_checkpoint_is_complete_for_whoever_loads_it_test(tmp_path):
     to_ours(open_source(tmp_path / "hf"), tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "moved")
     model = open_model(tmp_path / "moved")
-    assert model.settings is None and model.metadata.run is None
+    assert model.policy == Dense() and model.metadata.run is None
     assert model.metadata.converted_from.format == "huggingface"
     assert model.metadata.compute_dtype == "bfloat16"
     assert load_tokenizer_of(model).encode("the cache")
@@ -215,15 +216,13 @@ def a_dmc_model_is_exported_with_a_warning_and_read_back_the_same_test(tmp_path)
     sizes = Sizes()
     weights = with_decisions(random_weights(sizes), sizes)
     write_checkpoint(tmp_path / "dense", sizes, weights)
-    source = dataclasses.replace(
-        open_source(tmp_path / "dense"), settings=SETTINGS, threshold=0.1 + 0.2
-    )
+    source = dataclasses.replace(open_source(tmp_path / "dense"), policy=DMC(SETTINGS, 0.1 + 0.2))
     first = to_huggingface(source, tmp_path / "first")
     ours = open_source(to_ours(open_source(first), tmp_path / "ours"))
     second = to_huggingface(ours, tmp_path / "second")
     for folder in (first, second):
         read = open_source(folder)
-        assert (read.settings, read.threshold) == (SETTINGS, 0.1 + 0.2)
+        assert read.policy == DMC(SETTINGS, 0.1 + 0.2)
         assert_same_bits(read_safetensors(folder), weights)
         written = json.loads((folder / "config.json").read_text())
         assert "ignores the merging" in written["dmc"]["warning"]
@@ -233,7 +232,7 @@ def a_dmc_model_is_exported_with_a_warning_and_read_back_the_same_test(tmp_path)
             f"class {written['auto_map']['AutoModelForCausalLM'].split('.')[1]}("
             in (folder / f"{module}.py").read_text()
         )
-    assert open_model(tmp_path / "ours").threshold == 0.1 + 0.2
+    assert open_model(tmp_path / "ours").policy.threshold == 0.1 + 0.2
     assert open_model(tmp_path / "ours").metadata.stage == "finetune"
 
 

@@ -181,8 +181,8 @@ def every_tensor_comes_back_bit_for_bit_test(tmp_path, ranks, kv_heads, dtype):
     write(tmp_path, weights, sizes, ranks, vocab_size=sizes.V)
     source = open_megatron(tmp_path)
     assert_same_bits(source.tensors, weights)
-    assert (source.format, source.threshold) == ("megatron", 0.0)
-    assert source.settings == DMCSettings(window=4, temperature=0.25, offset=3.0, eps=2**-7)
+    assert (source.format, source.policy.threshold) == ("megatron", 0.0)
+    assert source.policy.settings == DMCSettings(window=4, temperature=0.25, offset=3.0, eps=2**-7)
     assert source.notes == () and source.tokenizer == ()
     c = source.config
     assert (c.vocab_size, c.width, c.layers, c.heads, c.kv_heads) == (19, 16, 2, 4, kv_heads)
@@ -258,7 +258,7 @@ def what_arguments_leave_out_has_the_documented_value_and_is_said_test(tmp_path)
     sizes = Sizes(H=4)
     write(tmp_path, random_weights(sizes), sizes, vocab_size=None, **changes)
     source = open_megatron(tmp_path)
-    assert source.settings == DMCSettings(window=12, temperature=0.1, offset=5.0, eps=2**-7)
+    assert source.policy.settings == DMCSettings(window=12, temperature=0.1, offset=5.0, eps=2**-7)
     c = source.config
     assert (c.head_dim, c.rope_theta, c.norm_eps, c.vocab_size) == (4, 10_000.0, 1e-5, PADDED)
     for text in (*absent, "all 24 ids kept"):
@@ -273,7 +273,7 @@ def settings_and_rotary_fields_are_the_runs_test(tmp_path):
     changes = {"dmc_window_size": 0, "dmc_init_val": 0, "rotary_base": 5e5, "norm_epsilon": 1e-6}
     changes |= {"use_rope_scaling": True, "vocab_size": SIZES.V}
     source = open_megatron(write(tmp_path, random_weights(SIZES), SIZES, **changes))
-    assert source.settings == DMCSettings(window=None, temperature=0.25, offset=0.0)
+    assert source.policy.settings == DMCSettings(window=None, temperature=0.25, offset=0.0)
     assert source.config.rope_scaling == Llama3Scaling(factor=8.0)
     assert (source.config.rope_theta, source.config.norm_eps) == (5e5, 1e-6)
     older = {"layernorm_epsilon": 1e-3, "norm_epsilon": "absent"}
@@ -323,7 +323,7 @@ def logits_equal_a_loop_over_the_merged_cache_test(tmp_path, kv_heads, ranks, wi
     margins = np.abs(record)
     assert 0.1 < np.mean(np.array(record) > 0) < 0.6 and margins.min() > 1e-3
 
-    attend = attend_whole(DMC(source.settings), source.config, jnp.arange(24)[None])
+    attend = attend_whole(source.policy, source.config, jnp.arange(24)[None])
     params = {"params": read_params(source)}
     model = Llama(source.config)
     run = jax.jit(lambda params, tokens: model.apply(params, tokens, attend=attend).logits)
@@ -393,7 +393,7 @@ def the_end_of_the_first_stage_is_a_model_that_merges_nothing_test(tmp_path):
             weight[SIZES.H - 1 :: SIZES.H] = 0
     write(tmp_path, weights, SIZES, 2, dmc_is_stage_one=True, vocab_size=SIZES.V)
     source = open_megatron(tmp_path)
-    assert source.settings is not None
+    assert isinstance(source.policy, DMC)
     assert_same_bits(source.tensors, weights)
 
 

@@ -99,7 +99,7 @@ def every_tensor_comes_back_bit_for_bit_test(tmp_path, shards, embedding_axis, d
         state["rope.freqs"] = np.ones(3, np.float32)
     source = open_meta(write(tmp_path / "model", states, vocab_size=-1))
     assert_same_bits(source.tensors, weights)
-    assert (source.format, source.settings, source.threshold) == ("meta", None, 0.0)
+    assert (source.format, source.policy) == ("meta", Dense())
     c = source.config
     assert (c.vocab_size, c.width, c.layers, c.mlp_width) == (20, 16, 2, 24)
     assert (c.heads, c.kv_heads, c.head_dim, c.norm_eps) == (4, 2, 6, 1e-5)

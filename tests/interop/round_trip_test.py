@@ -8,6 +8,7 @@ from dmc_jax.interop.compare import compare, logits_of
 from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source, recognise
+from dmc_jax.policies.dense import Dense
 from tests.interop import megatron_test, meta_test
 from tests.interop.checkpoint_files import assert_same_bits, read_safetensors
 from tests.interop.reference_llama import Sizes, random_weights, with_decisions
@@ -37,7 +38,7 @@ def metas_weights_reach_hugging_face_with_every_bit_test(shards, tmp_path):
     for export in chain(source, tmp_path):
         assert_same_bits(read_safetensors(export), weights)
         assert open_source(export).config == source.config
-        assert open_source(export).settings is None
+        assert open_source(export).policy == Dense()
 
 
 @pytest.mark.parametrize("ranks, kv_heads", [(1, 4), (2, 2)])
@@ -51,8 +52,10 @@ def megatrons_dmc_model_reaches_hugging_face_and_comes_back_test(ranks, kv_heads
     for export in chain(source, tmp_path):
         assert_same_bits(read_safetensors(export), weights)
         back = open_source(export)
-        assert (back.config, back.settings) == (source.config, source.settings)
-        assert back.settings == DMCSettings(window=4, temperature=0.25, offset=3.0, eps=2**-7)
+        assert (back.config, back.policy) == (source.config, source.policy)
+        assert back.policy.settings == DMCSettings(
+            window=4, temperature=0.25, offset=3.0, eps=2**-7
+        )
     prompt = np.random.default_rng(0).integers(0, sizes.V, 20).tolist()
     [same] = compare(logits_of(source, [prompt]), logits_of(back, [prompt]))
     assert (same.largest, same.mean, same.agreement) == (0.0, 0.0, 1.0)

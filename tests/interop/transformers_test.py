@@ -13,6 +13,7 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.interop.compare import logits_of
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source
+from dmc_jax.policies.dmc import DMC
 from tests.interop.checkpoint_files import (
     assert_same_bits,
     read_safetensors,
@@ -136,7 +137,7 @@ def remote_code_computes_the_logits_of_a_dmc_model_test(window, tied, kv_heads, 
     write_checkpoint(tmp_path / "hf", sizes, weights, rope_scaling=SCALING)
     settings = DMCSettings(window=window, offset=1.0, eps=0.01)
     dense = open_source(tmp_path / "hf")
-    folder = exported(dense, tmp_path / "dmc", settings=settings, threshold=0.25)
+    folder = exported(dense, tmp_path / "dmc", policy=DMC(settings, 0.25))
     expected = ours(folder)
     model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
     assert type(model).__name__ == "LlamaDMCForCausalLM"
@@ -152,7 +153,7 @@ def remote_code_pads_on_the_right_and_scores_what_it_is_given_test(tmp_path):
         tmp_path / "hf", sizes, with_decisions(random_weights(sizes, np.float32), sizes)
     )
     folder = exported(
-        open_source(tmp_path / "hf"), tmp_path / "dmc", settings=DMCSettings(offset=1.0)
+        open_source(tmp_path / "hf"), tmp_path / "dmc", policy=DMC(DMCSettings(offset=1.0))
     )
     model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
     tokens = torch.tensor(TOKENS)[None]

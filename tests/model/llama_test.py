@@ -1,4 +1,4 @@
-"""The model against a slow NumPy Llama; sizes; modes; layers of different shapes."""
+"""The model against a slow NumPy Llama; sizes; policies; layers of different shapes."""
 
 import dataclasses
 import functools
@@ -130,7 +130,7 @@ def deci_has_its_own_kv_heads_in_every_layer_test():
 
 
 def every_mode_is_the_same_model_test():
-    """Channel faded out, or merging impossible: the modes agree where their formulas do."""
+    """Channel faded out, or merging impossible: the policies agree where their formulas do."""
     settings = DMCSettings(offset=1e4)  # nobody merges
     faded = logits_of(SMALL, attend_whole(Dense(0.0), SMALL, POSITIONS))
     hard = logits_of(SMALL, attend_whole(DMC(settings), SMALL, POSITIONS))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from dmc_jax.inference import decoding, paged_cache, prefill
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import Llama
-from dmc_jax.policies.choice import POLICIES, describe, policy_for
+from dmc_jax.policies.choice import POLICIES, from_json, policy_for, to_json
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole
@@ -211,13 +212,17 @@ def thresholds_of_many_values_are_one_program_test():
 @pytest.mark.parametrize(
     "trained, options, complaint",
     [
-        (DMCSettings(), {"name": "none"}, "policy: expected dense or dmc or tova, got 'none'"),
-        (None, {"name": "dmc"}, "dmc needs a model that was trained for it"),
-        (DMCSettings(), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
-        (None, {"name": "tova"}, "budget: give the slots of a row with tova"),
-        (DMCSettings(), {"budget": 9}, "budget: .* with no other policy"),
-        (None, {"name": "tova", "budget": 0}, "budget: expected a slot or more for a row, got 0"),
-        (DMCSettings(), {"name": "dense", "window": 3}, "window: .* dense does not"),
+        (DMC(DMCSettings()), {"name": "none"}, "policy: expected dense or dmc or tova, got 'none'"),
+        (Dense(), {"name": "dmc"}, "dmc needs a model that was trained for it"),
+        (DMC(DMCSettings()), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
+        (Dense(), {"name": "tova"}, "budget: give the slots of a row with tova"),
+        (DMC(DMCSettings()), {"budget": 9}, "budget: .* with no other policy"),
+        (
+            Dense(),
+            {"name": "tova", "budget": 0},
+            "budget: expected a slot or more",
+        ),
+        (DMC(DMCSettings()), {"name": "dense", "window": 3}, "window: .* dense does not"),
     ],
 )
 def a_policy_that_cannot_be_is_refused_test(trained, options, complaint):
@@ -226,10 +231,18 @@ def a_policy_that_cannot_be_is_refused_test(trained, options, complaint):
 
 
 def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
-    trained = DMCSettings(window=7)
-    assert policy_for(None) == Dense()
-    assert policy_for(trained, 0.5) == DMC(trained, 0.5)
-    assert policy_for(trained, 0.5, name="dense") == Dense(0.0)
-    assert policy_for(trained, 0.5, name="tova", budget=9) == TOVA(9, 0.0)
-    assert policy_for(trained, window=0) == DMC(DMCSettings(window=None))
-    assert describe(DMC(trained, np.float32(0.5)))["threshold"] == 0.5
+    settings = DMCSettings(window=7)
+    trained = DMC(settings, 0.5)
+    assert policy_for(Dense()) == Dense()
+    assert policy_for(trained) == trained
+    assert policy_for(trained, name="dense") == Dense(0.0)
+    assert policy_for(trained, name="tova", budget=9) == TOVA(9, 0.0)
+    assert policy_for(trained, window=0) == DMC(dataclasses.replace(settings, window=None), 0.5)
+
+
+@every_policy
+def a_policy_is_what_json_says_of_it_test(policy):
+    values = json.loads(json.dumps(to_json(policy)))
+    assert values["name"] == policy.name
+    if policy.name in ("dense", "dmc"):  # which are what checkpoints are trained for
+        assert from_json(values) == policy

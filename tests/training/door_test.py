@@ -32,10 +32,14 @@ def mistakes_get_one_line_and_exit_code_2_test(tmp_path):
         (["--config.data.batch=eight"], "eight"),
         (["stray"], "unexpected argument 'stray'"),
     ]
-    config = f"--config={ROOT}/configs/tiny_4x.py"
-    runs = [[config, *flags] for flags, _ in cases]
-    # ml_collections loads the config in a way that Python warns of.
-    results = runs_of("train", *runs, folder=tmp_path, warnings="ignore::DeprecationWarning")
+    cases = [(["--config=tiny_4x", *flags], message) for flags, message in cases]
+    cases += [
+        ([], "--config is missing"),
+        (["--config=paper:7b"], "such as paper:7b,ratio=8"),
+        (["--config=7b_8x", "--config.stages=pretrain"], "stages names pretrain, and the config"),
+        (["--config=7b_8x", "--config.pretrain.steps=9"], "pretrain.steps can not be applied"),
+    ]
+    results = runs_of("train", *(flags for flags, _ in cases), folder=tmp_path)
     for result, (_, message) in zip(results, cases, strict=True):
         errors = [line for line in result.stderr.splitlines() if line.strip()]
         assert result.returncode == 2, result

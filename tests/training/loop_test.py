@@ -24,6 +24,7 @@ from dmc_jax.config import (
 )
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import RunFailure, UserError
+from dmc_jax.policies.dense import Dense
 from dmc_jax.training import loop, starts
 from dmc_jax.training.loop import train
 
@@ -100,8 +101,8 @@ def each_stage_can_start_from_the_checkpoint_of_the_one_before_test(tiny_run, un
     assert not (directory / "pretrain").exists()
     assert latest(directory).stage == "finetune"
     model = open_model(directory)
-    assert model.settings == tiny_run.dmc
-    assert open_model(unbroken / "pretrain").settings is None
+    assert model.policy.settings == tiny_run.dmc
+    assert open_model(unbroken / "pretrain").policy == Dense()
     kernel = open_model(unbroken / "zero_out").params["run_0"]["k"]["kernel"]
     np.testing.assert_array_equal(kernel[..., -1], 0)
     assert load_metadata(latest(directory)).validation["ratio"] >= 1.0
@@ -118,7 +119,7 @@ def calibrated_threshold_meets_the_ratio_and_is_stored_test(tiny_run, unbroken):
         retrofit=dataclasses.replace(tiny_run.retrofit, steps=30, learning_rate=1e-2),
     )
     metadata = load_metadata(latest(train(run, quiet=True)))
-    assert metadata.threshold != 0
+    assert metadata.policy.threshold != 0
     assert metadata.validation["ratio"] == pytest.approx(2.0, rel=0.25)
 
 
@@ -188,6 +189,21 @@ def a_run_goes_on_with_other_attention_test(tiny_run, tmp_path, theirs):
     (directory / "config.json").write_text(json.dumps(config | theirs))
     loop._claim_directory(directory, tiny_run)
     assert json.loads((directory / "config.json").read_text())["attention"] == "auto"
+
+
+def a_stage_that_was_never_run_may_have_had_settings_test(tiny_run, unbroken, tmp_path):
+    """As every stage had in configs written before `pretrain` could be left out."""
+    silent = dataclasses.replace(tiny_run, stages="zero_out,retrofit,finetune", pretrain=None)
+    directory = tmp_path / "begun"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(to_dict(tiny_run)))
+    loop._claim_directory(directory, silent)
+    assert json.loads((directory / "config.json").read_text())["pretrain"] is None
+
+    held = (unbroken / "config.json").read_text()  # this one did pretrain
+    with pytest.raises(UserError, match="holds a run with another pretrain"):
+        loop._claim_directory(unbroken, silent)
+    assert (unbroken / "config.json").read_text() == held
 
 
 def a_checkpoint_of_another_shape_is_refused_test(tiny_run, unbroken):

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# The decisive figures of an NVIDIA GPU within ten minutes: docs/gpu.md, `make gpu-quick OUT=DIR`.
+#
+#   benchmarks/gpu_quick.sh OUT [PART ...]      PARTs in order; without any: all of them
+#
+# PYTHON is the interpreter. Each part has a time of its own, and one that fails stops no other.
+# Every result and log is in OUT the moment it exists; a second call goes on from there. QUICK=1
+# tries the same commands at small sizes on any device.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -ge 1 ] || { echo "usage: benchmarks/gpu_quick.sh OUT [PART ...]" >&2; exit 2; }
+mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
+shift
+PARTS=${*:-environment compile end_to_end kernels cache_update training more_end_to_end tune}
+PYTHON=${PYTHON:-python3}
+SIZE=${QUICK:+--quick}
+
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+[ -n "$SIZE" ] || export JAX_PLATFORMS=cuda,cpu
+# What one part compiles, another finds.
+export JAX_COMPILATION_CACHE_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/dmc_jax/gpu_quick
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
+# limited SECONDS NAME COMMAND...: its output in OUT/NAME.log, the end of it here.
+limited() {
+  local seconds=$1 name=$2 began=$SECONDS
+  shift 2
+  timeout --kill-after=5 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+  local status=$?
+  echo "== $name: status $status after $((SECONDS - began)) s (at most $seconds)"
+  grep -v -e Warning -e '^$' "$OUT/$name.log" | tail -n "${LINES_SHOWN:-12}" | cut -c1-300
+  cp pallas_kernels/tuned/nvidia_*.json "$OUT/" 2>/dev/null
+}
+
+end_to_end() {
+  $PYTHON -m benchmarks.end_to_end $SIZE ${SIZE:+--model=tiny} --output="$OUT/end_to_end.json" "$@"
+}
+export -f end_to_end
+export PYTHON SIZE OUT
+
+# Most of every measurement is compilation: beside it, and beside the tests, nothing is timed.
+compile() {
+  export XLA_PYTHON_CLIENT_PREALLOCATE=false
+  local processes=${PROCESSES:-8}
+  for ((i = 0; i < processes; i++)); do
+    limited 150 "compile_$i" bash -c "end_to_end --compile=$i/$processes --seconds=${COMPILE_SECONDS:-100}" &
+  done
+  limited 150 tests $PYTHON -m pytest -o minversion=8 -W default -q -n 4 --maxfail=9 -m "not slow" \
+    -k triton tests/pallas_kernels/decode_attention/api_test.py \
+    tests/pallas_kernels/cache_update/api_test.py tests/pallas_kernels/causal_attention/api_test.py
+  wait
+}
+
+for part in $PARTS; do
+  case $part in
+    environment)
+      { nvidia-smi; $PYTHON -m pip list; nproc; } >"$OUT/environment.txt" 2>&1 ;;
+    compile) LINES_SHOWN=4 compile ;;
+    end_to_end) limited 170 end_to_end bash -c "end_to_end --resume --seconds=145" ;;
+    more_end_to_end) limited 130 more_end_to_end bash -c "end_to_end --resume --seconds=110" ;;
+    kernels)
+      limited 70 kernels $PYTHON -m pallas_kernels.bench $SIZE $([ -n "$SIZE" ] || echo --implementations=triton,pallas_gpu) \
+        $([ -n "$SIZE" ] || echo --pages=16) --seconds=50 --output="$OUT/kernels.json" ;;
+    cache_update)
+      limited 60 cache_update $PYTHON -m benchmarks.cache_update $SIZE --output="$OUT/cache_update.json" ;;
+    training)
+      limited 80 training $PYTHON -m benchmarks.training_attention $SIZE --seconds=60 \
+        --output="$OUT/training_attention.json" ;;
+    tune)
+      [ -n "$SIZE" ] || limited 80 tune $PYTHON -m pallas_kernels.bench --tune --implementations=triton \
+        --seconds=65 ;;
+    *) echo "no part '$part'" >&2; exit 2 ;;
+  esac
+done

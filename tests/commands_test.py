@@ -1,0 +1,60 @@
+"""`dmc COMMAND` and what all commands have in common."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(
+    file.stem for file in (ROOT / "dmc_jax").glob("*.py") if "commands.run(main" in file.read_text()
+)
+
+
+def start(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-Werror", "-m", "dmc_jax", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def helps_exit_code_is_0_and_it_lists_the_flags_test(tmp_path):
+    """Of `dmc COMMAND`, run from a folder that has nothing."""
+    processes = [start(command, "--help", cwd=tmp_path) for command in COMMANDS]
+    for command, process in zip(COMMANDS, processes, strict=True):
+        code, out, err = outcome(process)
+        assert (code, err) == (0, "")
+        source = (ROOT / f"dmc_jax/{command}.py").read_text()
+        defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)
+        shown = re.findall(r"^  --(?:\[no\])?(\w+):", out, re.MULTILINE)
+        assert defined and sorted(defined) == sorted(shown)
+        if command == "train":
+            for about in ("7b_8x,", "--config.data.path=data/stdlib  folder(s) made by"):
+                assert about in out
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)], ids=["alone", "help"])
+def dmc_lists_its_commands_test(arguments):
+    code, out, err = outcome(start(*arguments))
+    assert (code, err) == (0, "")
+    assert sorted(re.findall(r"^  (\w+)  +[A-Z]\w+", out, re.MULTILINE)) == COMMANDS
+
+
+def a_command_that_does_not_exist_gets_one_line_test():
+    code, out, err = outcome(start("trian", "--config=7b_8x"))
+    assert (code, out) == (2, "")
+    complaint, _, named = err.partition("; expected one of ")
+    assert complaint == "error: there is no command 'trian'"
+    assert sorted(named.strip().split(", ")) == COMMANDS
