@@ -254,8 +254,8 @@ def _normalizer(spec: Any) -> dict[str, Any]:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        for runs, left in ((r"\A +| +\z", ""), (" {2,}", " ")):  # of spaces, and nothing else
+            steps.append({"type": "Replace", "pattern": {"Regex": runs}, "content": left})
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": " "})
     if spec.escape_whitespaces:
