@@ -14,6 +14,7 @@ from typing import Any
 from dmc_jax.config import from_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import TOKENIZER_NAMES
+from dmc_jax.data.tokenizer_files import COMPANIONS
 from dmc_jax.errors import UserError
 from dmc_jax.interop.huggingface_config import model_config
 from dmc_jax.interop.parameters import check_tensors
@@ -27,15 +28,6 @@ from dmc_jax.policies.dmc import DMC
 DMC_CONFIG = "dmc_config.json"
 DMC_FORMAT = "dmc_jax.dmc"
 DMC_VERSION = 1
-
-# What goes along with a tokenizer, where it is there.
-_TOKENIZER_COMPANIONS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def is_huggingface(path: str | os.PathLike) -> bool:
@@ -80,7 +72,7 @@ def tokenizer_files(path: Path) -> tuple[Path, ...]:
     found = [path / name for name in TOKENIZER_NAMES if (path / name).is_file()]
     if not found:
         return ()
-    return (*found, *(path / n for n in _TOKENIZER_COMPANIONS if (path / n).is_file()))
+    return (*found, *(path / n for n in COMPANIONS if (path / n).is_file()))
 
 
 def dmc_config_json(policy: DMC) -> dict[str, Any]:
