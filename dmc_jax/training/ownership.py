@@ -150,8 +150,10 @@ def claim(directory: Path, run: RunConfig, contents: dict[str, Any]) -> RunConfi
         UserError: there are checkpoints of another run; the message says what differs.
     """
     run = same_run(directory, run, contents)
-    write_text(directory / "config.json", json.dumps(to_dict(run), indent=1) + "\n")
-    write_text(directory / "contents.json", json.dumps(contents, indent=1) + "\n")
+    for name, values in (("config.json", to_dict(run)), ("contents.json", contents)):
+        file, text = directory / name, json.dumps(values, indent=1) + "\n"
+        if not file.exists() or file.read_text() != text:
+            write_text(file, text)
     return run
 
 
