@@ -59,7 +59,7 @@ def a_model_without_preference_loses_log_v_and_counts_every_byte_test(
 
 
 def ratios_are_tokens_over_slots_counted_one_by_one_test(data, model_config, spread_params):
-    policy = DMC(SETTINGS, -1.5)
+    policy = DMC(SETTINGS, -2.0)
     options = {"policy": policy, **SIZES}
     measured = evaluate(spread_params, model_config, data, "validation", **options)
 
