@@ -8,7 +8,6 @@ Exit codes: 0 done; 1 a failure such as a full disk, or logits further apart tha
 2 bad input or flags; 130 interrupted.
 """
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from dmc_jax.errors import UserError
 from dmc_jax.interop.compare import Comparison, compare, logits_of
 from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
-from dmc_jax.interop.formats import FORMATS, check_tokenizer, describe, open_source
+from dmc_jax.interop.formats import FORMATS, describe, open_source, with_tokenizer
 from dmc_jax.interop.output import new_folder, progress_of
 from dmc_jax.interop.source import Source
 
@@ -43,6 +42,9 @@ _DTYPE = flags.DEFINE_enum(
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Tokenizer file to go along, in place of the input's own."
+)
+_ADD_BOS = flags.DEFINE_boolean(
+    "add_bos", None, "Whether texts begin with BOS; default: as the tokenizer's files say."
 )
 _VERIFY = flags.DEFINE_boolean("verify", False, "Compare --input with --against; write nothing.")
 _AGAINST = flags.DEFINE_string("against", None, "With --verify: the other checkpoint.")
@@ -92,12 +94,7 @@ def _convert() -> int:
 
 def _open(path: str, form: str) -> Source:
     """Open a checkpoint, with the tokenizer that the flag names if any."""
-    source = open_source(path, form)
-    if _TOKENIZER.value is None:
-        return source
-    source = dataclasses.replace(source, tokenizer=(Path(_TOKENIZER.value),))
-    check_tokenizer(source)
-    return source
+    return with_tokenizer(open_source(path, form), _TOKENIZER.value, _ADD_BOS.value)
 
 
 def _refuse(why: str, **given: object) -> None:
@@ -124,7 +121,7 @@ def _verify() -> int:
     files = ours.tokenizer or other.tokenizer
     if not files:
         raise UserError("neither checkpoint has a tokenizer: name one with --tokenizer=FILE")
-    tokenizer = load_tokenizer(files[0])
+    tokenizer = load_tokenizer(files[0], ours.special if ours.tokenizer else other.special)
     prompts = [encode_prompt(tokenizer, text) for text in _PROMPT.value]
     found = compare(logits_of(ours, prompts), logits_of(other, prompts))
     for text, comparison in zip(_PROMPT.value, found, strict=True):

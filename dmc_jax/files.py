@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -59,6 +60,27 @@ def write_text(output: str | os.PathLike, text: str) -> None:
     """
     with appears_when_complete(output) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def lfs_pointer(head: bytes) -> str | None:
+    """Say what is wrong with a file that is a Git LFS pointer; None where it is none.
+
+    A clone without Git LFS holds such a text of three lines in place of a large file.
+
+    Args:
+        head: the file's first bytes, 200 or more where it has them.
+
+    Returns:
+        A phrase to follow the file's name.
+    """
+    if not head.startswith(b"version https://git-lfs"):
+        return None
+    size = re.search(rb"^size (\d{1,18})$", head, re.MULTILINE)
+    whole = f", which has {int(size[1]):,} bytes" if size else ""
+    return (
+        "is a Git LFS pointer (it begins with 'version https://git-lfs'), not the file that it "
+        f"stands for{whole}: fetch that with `git lfs pull` in its folder"
+    )
 
 
 def _remove(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dmc_jax.checkpoints.run_directory import CheckpointRef, free_space, read_json
 from dmc_jax.config import ModelConfig, RunConfig, from_dict
+from dmc_jax.data.tokenizer_files import SpecialTokens
 from dmc_jax.errors import UserError
 from dmc_jax.files import write_text
 from dmc_jax.policies import choice as policies
@@ -42,6 +43,7 @@ class Metadata:
     data: str = ""  # prepared folder that it was trained on; empty: not trained here
     tokenizer: str = ""  # its file, from the step's folder if not absolute; empty: none is known
     tokenizer_sha256: str | None = None
+    special_tokens: SpecialTokens | None = None  # None: as the tokenizer's files say
     run: RunConfig | None = None  # that trained it
     converted_from: Origin | None = None
     validation: dict | None = None  # an `Evaluation`, once the end of the stage was measured

@@ -117,12 +117,15 @@ def open_model(
     return find_model(path).load(mesh, dtype)
 
 
-def load_tokenizer_of(model: StoredModel, path: str | os.PathLike | None = None) -> Tokenizer:
+def load_tokenizer_of(
+    model: StoredModel, path: str | os.PathLike | None = None, add_bos: bool | None = None
+) -> Tokenizer:
     """Load the tokenizer that a model was trained with.
 
     Args:
         model: from `find_model` or `open_model`.
         path: where it is now; None: where it was, or came along.
+        add_bos: whether texts begin with BOS; None: as the model has it.
 
     Raises:
         UserError: no tokenizer there, or another one.
@@ -135,7 +138,7 @@ def load_tokenizer_of(model: StoredModel, path: str | os.PathLike | None = None)
             f"{path}, the tokenizer of {model.path}, is not there any more: say where it is with "
             "--tokenizer=FILE"
         )
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, model.metadata.special_tokens, add_bos)
     if not model.accepts_tokenizer(fingerprint(path)):
         raise UserError(
             f"{path} is not the tokenizer that {model.path} was trained with: name that one with "

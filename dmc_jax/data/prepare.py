@@ -8,7 +8,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 from array import array
@@ -46,6 +45,7 @@ from dmc_jax.data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from dmc_jax.data.tokenizer_files import copy_with_companions
 from dmc_jax.errors import UserError
 from dmc_jax.files import appears_when_complete
 
@@ -157,7 +157,7 @@ def _fill(
     for line in _passed_over(found):
         report(line)
     if tokenizer:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        copy_with_companions(tokenizer, folder / TOKENIZER)
     else:
         wanted = request["vocab_size"]
         report(f"training a tokenizer of {wanted} ids")

@@ -4,6 +4,7 @@ Own SentencePiece models lose nothing, Llama 2's are used as they are; `tokenize
 `tokenizer.json` and tiktoken files.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -15,13 +16,11 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
-from dmc_jax.data.tokenizer_formats import (
-    JsonTokenizer,
-    TiktokenTokenizer,
-    encode_around,
-    format_of,
-)
+from dmc_jax.data.tokenizer_files import SpecialTokens, read_beside
+from dmc_jax.data.tokenizer_formats import JsonTokenizer, TiktokenTokenizer, format_of
+from dmc_jax.data.tokenizer_marks import Marked
 from dmc_jax.errors import UserError
+from dmc_jax.files import lfs_pointer
 
 # What a tokenizer's file is called in other projects' checkpoints, the preferred name first.
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -52,23 +51,12 @@ class Tokenizer(Protocol):
         """Count the UTF-8 bytes of text that each token stands for; see `token_bytes`."""
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model behind the `Tokenizer` protocol; make one with `load_tokenizer`.
-
-    Attributes:
-        vocab_size: number of ids.
-        bos_id: beginning of a document.
-        eos_id: end of a document.
-        pad_id: fills unused places; EOS where a model (such as Llama 2's) defines none, which is
-            harmless because padded places never count.
-        dummy_prefix: True if the model puts a space before every text, as Llama 2's does.
-    """
+class SentencePieceTokenizer(Marked):
+    """A SentencePiece model behind the `Tokenizer` protocol; make one with `load_tokenizer`."""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
         self.processor = processor
-        self.vocab_size = processor.get_piece_size()
-        self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
-        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        super().__init__(processor.get_piece_size())
         self.dummy_prefix = "".join(processor.encode("a", out_type=str)).startswith(_SPACE)
         space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         # A literal U+2581 would come back as a space. Its three bytes come back as themselves; but
@@ -86,21 +74,36 @@ class SentencePieceTokenizer:
             ids += self._space_bytes + self.processor.encode(part)
         return ids
 
-    def encode_special(self, text: str) -> list[int]:
-        """Return the ids of `text`, in which the name of a control token means that token."""
-        control = filter(self.processor.is_control, range(self.vocab_size))
-        special = {self.processor.id_to_piece(token): token for token in control}
-        return encode_around(special, text, self.encode)
+    def _own_special(self) -> dict[str, int]:
+        control = filter(self.processor.is_control, range(self.own_size))
+        return {self.processor.id_to_piece(token): token for token in control}
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; control tokens stand for nothing."""
-        return self.processor.decode([int(token) for token in ids])
+    def _decode_own(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
 
-    def token_bytes(self) -> Int32[np.ndarray, "V"]:
-        """UTF-8 bytes of text by id."""
+    def _begins_word(self, token: int) -> bool:
+        return self.processor.id_to_piece(token).startswith(_SPACE)
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.processor.piece_to_id(name)
+        return token if self.processor.id_to_piece(token) == name else None
+
+    def _own_name(self, token: int) -> str | None:
+        return self.processor.id_to_piece(token)
+
+    def _own_marks(self) -> SpecialTokens:
+        eos = self.processor.eos_id()
+        return SpecialTokens(
+            bos_id=self.processor.bos_id(),
+            eos_ids=(eos,) if eos >= 0 else (),
+            pad_id=self.processor.pad_id(),
+            add_bos=True,
+        )
+
+    def _own_bytes(self) -> Int32[np.ndarray, "V"]:
         processor = self.processor
-        sizes = np.zeros(self.vocab_size, np.int32)
-        for token in range(self.vocab_size):
+        sizes = np.zeros(self.own_size, np.int32)
+        for token in range(self.own_size):
             if processor.is_byte(token):
                 sizes[token] = 1
             elif not (
@@ -166,43 +169,89 @@ def train_sentencepiece(
     Path(path).write_bytes(model.getvalue())
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike, special: SpecialTokens | None = None, add_bos: bool | None = None
+) -> Tokenizer:
     """Load a tokenizer, told by its contents.
 
     Args:
         path: a SentencePiece model (one of `train_sentencepiece`, Llama 2's `tokenizer.model`, or
             another), a `tokenizer.json`, or a tiktoken file (Llama 3's `tokenizer.model`). The
-            latter two need the libraries tokenizers and tiktoken.
+            latter two need the libraries tokenizers and tiktoken. What lies beside it in Hugging
+            Face's files is read too; see `tokenizer_files`.
+        special: how a checkpoint says that texts are marked, which outranks these files.
+        add_bos: whether texts begin with BOS, whatever any file says.
 
     Returns:
         The tokenizer. With a dummy prefix (Llama 2), decoding an encoding gives the text back;
         `token_bytes` is then approximate.
 
     Raises:
-        UserError: no such file, of no such format, one without BOS and EOS, or a library that is
-            not installed.
+        UserError: no such file, of no such format, damaged files beside it, one whose EOS is not
+            known, or a library that is not installed.
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
-        raise UserError(f"tokenizer {path} does not exist: name a tokenizer's file")
+        raise UserError(f"tokenizer {path} does not exist: give a SentencePiece model file")
+    tokenizer = _load(path)
+    tokenizer.read_marks(read_beside(path), path)
+    if special is not None:
+        tokenizer.special = special
+    if add_bos is not None:
+        if add_bos and tokenizer.bos_id < 0:
+            raise UserError(f"add_bos: tokenizer {path} has no BOS token")
+        tokenizer.special = dataclasses.replace(tokenizer.special, add_bos=add_bos)
+    return tokenizer
+
+
+def _load(path: Path) -> Marked:
+    """Load the file alone."""
     data = path.read_bytes()
+    if pointer := lfs_pointer(data):
+        raise UserError(f"tokenizer {path} {pointer}")
     kind = format_of(data)
     if kind is not None:
         return JsonTokenizer(path) if kind == "json" else TiktokenTokenizer(path)
     processor = sentencepiece.SentencePieceProcessor()
     try:
+        if not _has_all_parts(data):
+            raise RuntimeError
         processor.load_from_serialized_proto(data)
     except RuntimeError:
         raise UserError(
             f"tokenizer {path} is not a SentencePiece model, nor a tokenizer.json or a tiktoken "
-            "file: expected a file such as Llama 2's tokenizer.model"
+            f"file, or it is cut short: its {len(data):,} bytes begin with {data[:24]!r}; expected "
+            "a file such as Llama 2's tokenizer.model"
         ) from None
-    if min(processor.bos_id(), processor.eos_id()) < 0:
-        raise UserError(
-            f"tokenizer {path} has no BOS or no EOS token, which mark the ends of documents: "
-            "use a model trained with both"
-        )
     return SentencePieceTokenizer(processor)
+
+
+def _has_all_parts(data: bytes) -> bool:
+    """Whether a serialized model has its pieces (1), trainer (2) and normalizer (3), each whole.
+
+    A file that is cut between two pieces would be a smaller model without any of its settings.
+    Source: sentencepiece_model.proto, and the wire format of protocol buffers.
+    """
+    at, found = 0, set()
+    while at < len(data):
+        head, at = _varint(data, at)
+        if head & 7 != 2:  # all fields are messages, which come with their lengths
+            return False
+        length, at = _varint(data, at)
+        at += length
+        found.add(head >> 3)
+    return at == len(data) and {1, 2, 3} <= found
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, seven bits a byte, and where the next thing begins."""
+    value = shift = 0
+    while at < len(data) and shift < 64:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            break
+    return value, at
 
 
 def format_of_file(path: str | os.PathLike) -> str:
@@ -215,7 +264,7 @@ def format_of_file(path: str | os.PathLike) -> str:
 
 
 def encode_document(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """Encode a whole document: `encode_prompt`, then EOS.
+    """Encode a whole document: as `encode_prompt` does, but nothing for an empty text; then EOS.
 
     Args:
         tokenizer: any `Tokenizer`.
@@ -223,13 +272,13 @@ def encode_document(tokenizer: Tokenizer, text: str, *, special: bool = False) -
         special: names of special tokens in the text mean these tokens.
 
     Returns:
-        Ids, at least two.
+        Ids, at least one.
     """
-    return [*encode_prompt(tokenizer, text, special=special), tokenizer.eos_id]
+    return [*_begun(tokenizer, text, special), tokenizer.eos_id]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """Encode the beginning of a document: BOS, then its tokens. The only place that adds BOS.
+    """Encode the beginning of a document: its tokens, after BOS where the model has it so.
 
     Args:
         tokenizer: any `Tokenizer`.
@@ -237,10 +286,23 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, special: bool = False) -> 
         special: names of special tokens in the text mean these tokens; BOS may be one of them.
 
     Returns:
-        Ids, at least one.
+        Ids, at least one: an empty text is BOS in any case, or EOS where there is no BOS.
     """
+    first = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+    return _begun(tokenizer, text, special) or [first]
+
+
+def _begun(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    """The ids of a text after BOS where the model has it so. The only place that adds BOS."""
     ids = tokenizer.encode_special(text) if special else tokenizer.encode(text)
-    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    # One that does not say is of a model that begins texts with BOS, as Llamas do.
+    adds = getattr(tokenizer, "add_bos", True) and ids[:1] != [tokenizer.bos_id]
+    return [tokenizer.bos_id, *ids] if adds else ids
+
+
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """List the tokens that end a text: all that the model has, or EOS where it says no more."""
+    return getattr(tokenizer, "eos_ids", (tokenizer.eos_id,))
 
 
 def token_bytes(tokenizer: Tokenizer) -> Int32[np.ndarray, "V"]:

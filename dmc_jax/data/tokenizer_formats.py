@@ -1,18 +1,21 @@
 """Tokenizers of other libraries behind the same protocol: `tokenizer.json` and tiktoken files.
 
 Their libraries are optional and imported where a file asks for one. Special tokens that a text
-happens to spell are read as that text, as SentencePiece does; BOS and EOS are known by their names.
+happens to spell are read as that text, as SentencePiece does. `Marked` is what all kinds share:
+special tokens, as the files beside them say, and tokens added to a finished tokenizer.
 """
 
 import base64
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
+from dmc_jax.data.tokenizer_files import SpecialTokens
+from dmc_jax.data.tokenizer_marks import Marked
 from dmc_jax.errors import UserError
 
 _BYTE_PIECE = r"<0x[0-9A-Fa-f]{2}>"
@@ -24,11 +27,14 @@ _ENDS = (
     ("<s>", "</s>"),
     ("<|startoftext|>", "<|endoftext|>"),
     ("<bos>", "<eos>"),
+    ("<|im_start|>", "<|im_end|>"),
+    ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
 )
 _PADDING = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
 
-# Llama 3's: how text is cut before byte pairs are merged, and its 256 special tokens.
-_LLAMA3_PATTERN = "|".join(
+# Llama 3's: how text is cut before byte pairs are merged, and its 256 special tokens (as Llama 3.1
+# names them; they have the same places in 3.0, which reserves some).
+LLAMA3_PATTERN = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
         r"[^\r\n\p{L}\p{N}]?\p{L}+",
@@ -39,34 +45,39 @@ _LLAMA3_PATTERN = "|".join(
         r"\s+",
     )
 )
-_LLAMA3_SPECIAL = 256
-# Those that a text may name, by their place among them.
-_LLAMA3_NAMES = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
-}
 # Longer runs of spaces or of others exhaust the stack of tiktoken's pattern matcher; Llama 3's own
 # code cuts them there too.
 _LONGEST_RUN = 25_000
+LLAMA3_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+)
 _TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
 
-class JsonTokenizer:
-    """A `tokenizer.json` of Hugging Face's tokenizers library.
+class LibraryMissing(UserError):
+    """A tokenizer that cannot be looked into here, since its library is not installed."""
 
-    Attributes: as in `SentencePieceTokenizer`.
-    """
+
+class JsonTokenizer(Marked):
+    """A `tokenizer.json` of Hugging Face's tokenizers library."""
 
     def __init__(self, path: Path):
         try:
             import tokenizers
         except ImportError:
             raise _library_missing(path, "tokenizers") from None
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
@@ -76,34 +87,20 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True  # as plain text, where a text spells them
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._added = self._tokenizer.get_added_tokens_decoder()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.bos_id, self.eos_id = _ends(path, vocabulary)
-        self.pad_id = next((vocabulary[p] for p in _PADDING if p in vocabulary), self.eos_id)
-        self._vocabulary = vocabulary
+        self._in_file = self._tokenizer.get_added_tokens_decoder()
+        self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._is_byte_level = '"ByteLevel"' in text
+        super().__init__(max(self._vocabulary.values(), default=-1) + 1)
         self._closing = None  # ids that end a run of bytes, where a decoder reads runs as a whole
         if '"ByteFallback"' in text:
-            special = {token for token, added in self._added.items() if added.special}
-            plain = (t for piece, t in vocabulary.items() if not re.fullmatch(_BYTE_PIECE, piece))
+            pieces = self._vocabulary.items()
+            special = {token for token, added in self._in_file.items() if added.special}
+            plain = (token for piece, token in pieces if not re.fullmatch(_BYTE_PIECE, piece))
             self._closing = frozenset(plain) - special
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without BOS or EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_special(self, text: str) -> list[int]:
-        """Return the ids of `text`, in which the name of an added token means that token."""
-        self._tokenizer.encode_special_tokens = False
-        try:
-            return self.encode(text)
-        finally:
-            self._tokenizer.encode_special_tokens = True
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; control tokens stand for nothing."""
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def in_byte_run(self, token: int) -> bool:
         """Whether what a token stands for depends on all the bytes around it, to either side.
@@ -111,15 +108,49 @@ class JsonTokenizer:
         The decoder ByteFallback makes characters of a run of bytes if it is valid as a whole, and
         else of none of them. Tokens that stand for nothing do not end a run.
         """
-        return self._closing is not None and token not in self._closing
+        added = self.added.get(token)
+        closes = self._closing is None or token in self._closing
+        return not closes and (added is None or added.special)
 
-    def token_bytes(self) -> Int32[np.ndarray, "V"]:
-        """UTF-8 bytes of text by id."""
-        sizes = np.zeros(self.vocab_size, np.int32)
+    def _encode_special_own(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def _decode_own(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _id_of(self, name: str) -> int | None:
+        return self._vocabulary.get(name)
+
+    def _own_name(self, token: int) -> str | None:
+        return self._tokenizer.id_to_token(token)
+
+    def _own_marks(self) -> SpecialTokens:
+        """BOS and EOS by their usual names; BOS is added where the file's post-processor does."""
+        known = self._vocabulary
+        pairs = [(bos, eos) for bos, eos in _ENDS if bos in known and eos in known]
+        bos, eos = (known[name] for name in pairs[0]) if pairs else (-1, None)
+        if eos is None:
+            eos = next((known[name] for _, name in _ENDS if name in known), None)
+        pad = next((known[name] for name in _PADDING if name in known), -1)
+        if self._tokenizer.post_processor is None:
+            # Llamas that were SentencePiece models have BOS before every text.
+            add_bos = not self._is_byte_level
+        else:
+            marked = self._tokenizer.encode("a").ids
+            add_bos = len(marked) > len(self.encode("a")) and marked[0] != self.encode("a")[0]
+            bos = marked[0] if add_bos and bos < 0 else bos
+        return SpecialTokens(bos, () if eos is None else (eos,), pad, add_bos)
+
+    def _own_bytes(self) -> Int32[np.ndarray, "V"]:
+        sizes = np.zeros(self.own_size, np.int32)
         for piece, token in self._vocabulary.items():
-            if token in self._added:
-                special = self._added[token].special
-                sizes[token] = 0 if special else len(self._added[token].content.encode())
+            if token in self._in_file:
+                special = self._in_file[token].special
+                sizes[token] = 0 if special else len(self._in_file[token].content.encode())
             elif self._is_byte_level:
                 sizes[token] = len(piece)  # this alphabet has one letter for every byte
             elif re.fullmatch(_BYTE_PIECE, piece):
@@ -129,10 +160,11 @@ class JsonTokenizer:
         return sizes
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(Marked):
     """Llama 3's `tokenizer.model`: tiktoken's byte pairs, to which Llama's specials are added.
 
-    Attributes: as in `SentencePieceTokenizer`.
+    Attributes:
+        pieces: bytes of the ordinary tokens, by id; the special ones follow.
     """
 
     def __init__(self, path: Path):
@@ -140,19 +172,14 @@ class TiktokenTokenizer:
             import tiktoken
         except ImportError:
             raise _library_missing(path, "tiktoken") from None
-        self._pieces = _read_ranks(path)
-        ordinary = len(self._pieces)
-        names = {i: f"<|special_{i}|>" for i in range(_LLAMA3_SPECIAL)} | _LLAMA3_NAMES
-        self._special = {name: ordinary + i for i, name in names.items()}
+        self.pieces = _read_ranks(path)
         self._encoding = tiktoken.Encoding(
             name=path.name,
-            pat_str=_LLAMA3_PATTERN,
-            mergeable_ranks={piece: rank for rank, piece in enumerate(self._pieces)},
-            special_tokens=self._special,
+            pat_str=LLAMA3_PATTERN,
+            mergeable_ranks={piece: rank for rank, piece in enumerate(self.pieces)},
+            special_tokens=self._own_special(),
         )
-        self.vocab_size = ordinary + _LLAMA3_SPECIAL
-        self.bos_id, self.eos_id = ordinary, ordinary + 1
-        self.pad_id = self.eos_id
+        super().__init__(len(self.pieces) + len(LLAMA3_SPECIAL_TOKENS))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without BOS or EOS."""
@@ -160,39 +187,35 @@ class TiktokenTokenizer:
             token for part in short_runs(text) for token in self._encoding.encode_ordinary(part)
         ]
 
-    def encode_special(self, text: str) -> list[int]:
-        """Return the ids of `text`, in which the name of a special token means that token."""
-        return encode_around(self._special, text, self.encode)
+    def _own_special(self) -> dict[str, int]:
+        return {name: len(self.pieces) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; control tokens stand for nothing."""
-        data = b"".join(self._pieces[token] for token in ids if token < len(self._pieces))
+    def _decode_own(self, ids: list[int]) -> str:
+        data = b"".join(self.pieces[token] for token in ids if token < len(self.pieces))
         return data.decode(errors="replace")
 
-    def token_bytes(self) -> Int32[np.ndarray, "V"]:
-        """UTF-8 bytes of text by id."""
-        sizes = np.zeros(self.vocab_size, np.int32)
-        sizes[: len(self._pieces)] = [len(piece) for piece in self._pieces]
+    def _id_of(self, name: str) -> int | None:
+        if name in LLAMA3_SPECIAL_TOKENS:
+            return len(self.pieces) + LLAMA3_SPECIAL_TOKENS.index(name)
+        return None
+
+    def _own_name(self, token: int) -> str | None:
+        return LLAMA3_SPECIAL_TOKENS[token - len(self.pieces)]
+
+    def _own_marks(self) -> SpecialTokens:
+        """Meta's own: a base model ends with the first EOS, messages and turns with the others."""
+        ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+        return SpecialTokens(
+            bos_id=len(self.pieces),
+            eos_ids=tuple(self._id_of(name) for name in ends),
+            pad_id=-1,
+            add_bos=True,
+        )
+
+    def _own_bytes(self) -> Int32[np.ndarray, "V"]:
+        sizes = np.zeros(self.own_size, np.int32)
+        sizes[: len(self.pieces)] = [len(piece) for piece in self.pieces]
         return sizes
-
-
-def encode_around(
-    special: Mapping[str, int], text: str, encode: Callable[[str], list[int]]
-) -> list[int]:
-    """Encode a text in which names of tokens mean these tokens; the longest name counts.
-
-    Args:
-        special: ids of tokens by their names.
-        text: any.
-        encode: of the text around them.
-    """
-    names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    parts = re.split(f"({names})", text)  # texts at even places, names at odd ones
-    return [
-        token
-        for place, part in enumerate(parts)
-        for token in ([special[part]] if place % 2 else encode(part) if part else [])
-    ]
 
 
 def short_runs(text: str) -> Iterator[str]:
@@ -215,19 +238,8 @@ def format_of(data: bytes) -> str | None:
             parsed = json.loads(data)
         except (ValueError, RecursionError):
             return None
-        return "json" if "model" in parsed else None
+        return "json" if isinstance(parsed, dict) and "model" in parsed else None
     return None
-
-
-def _ends(path: Path, vocabulary: dict[str, int]) -> tuple[int, int]:
-    for bos, eos in _ENDS:
-        if bos in vocabulary and eos in vocabulary:
-            return vocabulary[bos], vocabulary[eos]
-    known = ", ".join(f"{bos} and {eos}" for bos, eos in _ENDS)
-    raise UserError(
-        f"tokenizer {path} has no BOS and EOS tokens of a known name ({known}), which mark the "
-        "ends of documents"
-    )
 
 
 def _read_ranks(path: Path) -> list[bytes]:
@@ -245,4 +257,4 @@ def _read_ranks(path: Path) -> list[bytes]:
 
 
 def _library_missing(path: Path, library: str) -> UserError:
-    return UserError(f"tokenizer {path} needs the library {library}: pip install {library}")
+    return LibraryMissing(f"tokenizer {path} needs the library {library}: pip install {library}")

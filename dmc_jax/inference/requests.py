@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
+from dmc_jax.data.tokenizer import Tokenizer, encode_prompt, end_ids
 from dmc_jax.errors import UserError
 from dmc_jax.inference.compiling import working_seconds
 from dmc_jax.inference.sampling import SamplingParams
@@ -119,7 +119,7 @@ def new_request(
     return Request(
         prompt=prompt,
         params=params,
-        stop_ids=frozenset((tokenizer.eos_id, *params.stop_token_ids)),
+        stop_ids=frozenset((*end_ids(tokenizer), *params.stop_token_ids)),
         text=begin_text(tokenizer, prompt),
         submitted=time.perf_counter(),
     )

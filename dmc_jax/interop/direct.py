@@ -1,12 +1,14 @@
 """Checkpoints of other formats as models of ours, read where they are, without a conversion."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from dmc_jax.checkpoints.models import StoredModel
 from dmc_jax.data.tokenizer import fingerprint
+from dmc_jax.errors import UserError
 from dmc_jax.interop.dmc_jax import metadata_of
-from dmc_jax.interop.formats import open_source, recognise
+from dmc_jax.interop.formats import open_source, recognise, with_tokenizer
 from dmc_jax.interop.parameters import read_params
 
 
@@ -23,6 +25,9 @@ def find_foreign(path: Path) -> StoredModel | None:
     if form is None:
         return None
     source = open_source(path, form)
+    # A tokenizer that cannot be read is said so by whoever needs it; there may be another.
+    with contextlib.suppress(UserError):
+        source = with_tokenizer(source)
 
     def read(abstract: Any) -> dict:
         return read_params(source, abstract)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
@@ -65,6 +66,7 @@ def open_dmc_jax(path: str | os.PathLike) -> Source:
         policy=metadata.policy,
         tensors={name: _tensor(ref.path, arrays[p.leaf], p) for name, p in table},
         tokenizer=files,
+        special=metadata.special_tokens,
     )
 
 
@@ -144,6 +146,8 @@ def metadata_of(source: Source, dtype: np.dtype | None = None) -> Metadata:
         step=0,
         model=source.config,
         policy=source.policy,
-        compute_dtype="float32" if dtype == np.float32 else "bfloat16",
+        # Float16 has more digits than bfloat16: only float32 computes with the weights as they are.
+        compute_dtype="bfloat16" if dtype == np.dtype(ml_dtypes.bfloat16) else "float32",
+        special_tokens=source.special,
         converted_from=Origin(source.format, str(source.path.absolute())),
     )

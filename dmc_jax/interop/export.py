@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dmc_jax.data.tokenizer import load_tokenizer
-from dmc_jax.errors import UserError
 from dmc_jax.interop.huggingface import DMC_CONFIG, dmc_config_json
 from dmc_jax.interop.huggingface_config import config_json
 from dmc_jax.interop.output import copy_tokenizer
 from dmc_jax.interop.safetensors_files import shard_names, split_into_shards, write_safetensors
 from dmc_jax.interop.source import Source, Tensor
+from dmc_jax.interop.tokenizer_export import ids_of, write_tokenizer_files
 from dmc_jax.policies.dmc import DMC
 
 SHARD_BYTES = 5_000_000_000
@@ -57,10 +56,14 @@ def write_huggingface(
     tensors = {name: _converted(tensor, dtype) for name, tensor in source.tensors.items()}
     written = str(tensors["model.embed_tokens.weight"].dtype)
     tokenizer = copy_tokenizer(source.tokenizer, folder)
-    special = {"bos_token_id": None, "eos_token_id": None}
+    ids = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
-        special = _special_ids(folder / tokenizer)
-    config = config_json(source.config, written, source.policy, special)
+        length = source.config.max_length
+        special = write_tokenizer_files(folder, tokenizer, source.special, length)
+        if special is not None:
+            bos = special.bos_id if special.bos_id >= 0 else None
+            ids = {"bos_token_id": bos, "eos_token_id": ids_of(special)}
+    config = config_json(source.config, written, source.policy, ids)
     if isinstance(source.policy, DMC):
         config["dmc"] = {"warning": _WARNING} | dmc_config_json(source.policy)
         _write_json(folder / DMC_CONFIG, dmc_config_json(source.policy))
@@ -133,14 +136,6 @@ def _converted(tensor: Tensor, dtype: np.dtype | None) -> Tensor:
         return tensor.read().astype(dtype)
 
     return dataclasses.replace(tensor, dtype=dtype, read=read)
-
-
-def _special_ids(file: Path) -> dict[str, int | None]:
-    try:
-        tokenizer = load_tokenizer(file)
-    except UserError:  # its library is not installed, for instance; it is passed on unread
-        return {"bos_token_id": None, "eos_token_id": None}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def _write_json(file: Path, content: dict) -> None:

@@ -1,14 +1,17 @@
 """Which format a checkpoint has, and what is in it."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 from dmc_jax.checkpoints.metadata import FORMAT
 from dmc_jax.checkpoints.run_directory import latest
-from dmc_jax.data.tokenizer import load_tokenizer
+from dmc_jax.data.tokenizer import TOKENIZER_NAMES, load_tokenizer
+from dmc_jax.data.tokenizer_files import COMPANIONS
+from dmc_jax.data.tokenizer_formats import LibraryMissing
 from dmc_jax.errors import UserError
 from dmc_jax.interop.dmc_jax import open_dmc_jax
-from dmc_jax.interop.huggingface import is_huggingface, open_huggingface
+from dmc_jax.interop.huggingface import is_huggingface, open_huggingface, tokenizer_files
 from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.meta import is_meta, open_meta
 from dmc_jax.interop.source import Source
@@ -73,20 +76,69 @@ def describe(source: Source) -> str:
         + (", embedding tied" if c.tied_embeddings else ""),
         f"  {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_dim}, {kv_heads} KV "
         f"heads, MLP {c.mlp_width}, vocabulary {c.vocab_size}, {c.max_length} tokens",
-        f"  tokenizer: {source.tokenizer[0].name if source.tokenizer else 'none'}",
+        f"  rope theta {c.rope_theta:g}{', scaled' if c.rope_scaling else ''}, eps {c.norm_eps:g}",
+        f"  tokenizer: {source.tokenizer[0].name if source.tokenizer else 'none'}{_marks(source)}",
     ]
     return "\n".join(lines + [f"  note: {note}" for note in source.notes])
 
 
-def check_tokenizer(source: Source) -> None:
-    """Refuse a tokenizer that has ids which the model does not know.
+def with_tokenizer(
+    source: Source, tokenizer: str | os.PathLike | None = None, add_bos: bool | None = None
+) -> Source:
+    """Read a checkpoint's tokenizer, and what its files say of how texts are marked.
+
+    Args:
+        source: the checkpoint.
+        tokenizer: another file to take for it.
+        add_bos: whether texts begin with BOS, whatever the files say.
+
+    Returns:
+        The same with `special`, and notes where the tokenizer and the model have different ids.
 
     Raises:
-        UserError: it has, or it cannot be read.
+        UserError: the tokenizer cannot be read, or has ids that the model does not know.
     """
-    size = load_tokenizer(source.tokenizer[0]).vocab_size
-    if size > source.config.vocab_size:
+    if tokenizer is not None:
+        path = Path(tokenizer)
+        beside = [file for file in tokenizer_files(path.parent) if file.name in COMPANIONS]
+        source = dataclasses.replace(source, tokenizer=(path, *beside), special=None)
+    rows, notes = source.config.vocab_size, list(source.notes)
+    if not source.tokenizer:
+        names = " or ".join(TOKENIZER_NAMES)
+        notes.append(f"{source.path} has no tokenizer ({names}): name one with --tokenizer=FILE")
+        return dataclasses.replace(source, notes=tuple(notes))
+    file = source.tokenizer[0]
+    try:
+        found = load_tokenizer(file, source.special, add_bos)
+    except LibraryMissing as missing:
+        notes.append(f"{missing}; until then it goes along unread")
+        return dataclasses.replace(source, notes=tuple(notes))
+    if found.own_size > rows:
         raise UserError(
-            f"{source.tokenizer[0]} has {size} ids, the model {source.config.vocab_size}: it is "
-            "another model's tokenizer"
+            f"{file} has {found.own_size} ids, the model {rows}: it is another model's tokenizer"
         )
+    beyond = {token: added.content for token, added in found.added.items() if token >= rows}
+    beyond |= {token: "EOS" for token in found.eos_ids if token >= rows}
+    for token, content in sorted(beyond.items()):
+        notes.append(f"the files of {file} name {content!r}, id {token}: the model has {rows} ids")
+    if found.vocab_size < rows:
+        notes.append(
+            f"the model has {rows} ids, its tokenizer {found.vocab_size}: the others stand for "
+            "nothing in text"
+        )
+    return dataclasses.replace(source, special=found.special, notes=tuple(notes))
+
+
+def _marks(source: Source) -> str:
+    """How texts are marked, in words."""
+    special = source.special
+    if special is None:
+        return ""
+    try:
+        name_of = load_tokenizer(source.tokenizer[0], special).name_of
+    except UserError:
+        return ""
+    ends = ", ".join(f"{name_of(token) or 'unnamed'} ({token})" for token in special.eos_ids)
+    bos = f"{name_of(special.bos_id)} ({special.bos_id})" if special.bos_id >= 0 else "none"
+    added = "before every text" if special.add_bos else "not added"
+    return f"; BOS {bos}, {added}; a text ends at {ends}"

@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face's Llama and its relatives: read in every spelling, written in both.
+"""`config.json` of Hugging Face's Llama and its relatives: read in every spelling, written in one.
 
 transformers 5 writes `rope_parameters` and `dtype` where older versions write `rope_theta`,
 `rope_scaling` and `torch_dtype`. What our model cannot compute is refused here, by name.
@@ -22,6 +22,7 @@ ARCHITECTURES = (
     "DeciLMForCausalLM",  # DeciLM, and NVIDIA's Llama-Nemotron
 )
 _MODEL_TYPES = ("llama", "mistral", "deci", "nemotron-nas")
+_DYNAMIC = "dynamic"  # a type of scaling
 _MOST_LAYERS = 10_000  # a limit for what a stranger's file may ask to be listed
 
 # What must be absent or have this value for the model to be the one that we compute.
@@ -82,7 +83,9 @@ def model_config(where: str, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
 def config_json(
     config: ModelConfig, dtype: str, policy: Trained, special: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`config.json` for a model, in the spelling of transformers 4 and in that of 5.
+    """`config.json` for a model, in the spelling of transformers 4, which 5 reads too.
+
+    Nothing is written twice, so that no edit of one place is lost to another.
 
     Args:
         config: sizes.
@@ -95,9 +98,9 @@ def config_json(
     """
     kv_heads = config.kv_heads_by_layer
     equal_layers = len(set(kv_heads)) == 1
-    rope, old_rope = {"rope_type": "default"}, None
+    rope = None
     if config.rope_scaling is not None:
-        old_rope = rope = {
+        rope = {
             "rope_type": "llama3",
             "factor": config.rope_scaling.factor,
             "low_freq_factor": config.rope_scaling.low_freq_factor,
@@ -121,10 +124,8 @@ def config_json(
         "attention_bias": False,
         "mlp_bias": False,
         "rope_theta": config.rope_theta,
-        "rope_scaling": old_rope,
-        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
+        "rope_scaling": rope,
         "torch_dtype": dtype,
-        "dtype": dtype,
         **special,
     }
     if not equal_layers:
@@ -153,22 +154,43 @@ def _check_architecture(fields: Fields) -> None:
 
 
 def _rope(fields: Fields, max_length: int) -> tuple[float, Llama3Scaling | None, tuple[str, ...]]:
-    """Base and scaling of the rotary embedding, from either spelling."""
+    """Base and scaling of the rotary embedding, from either spelling; both have to agree."""
     new, old = _table(fields, "rope_parameters"), _table(fields, "rope_scaling")
     bases = {
-        spelling.number("rope_theta") for spelling in (new, fields) if spelling.has("rope_theta")
+        spelling.number("rope_theta")
+        for spelling in (new, old, fields)
+        if spelling.has("rope_theta")
     }
     if len(bases) > 1:
         raise UserError(f"{fields.where}: two different values of rope_theta, {sorted(bases)}")
     theta = bases.pop() if bases else fields.number("rope_theta", 10_000.0)
-    table = new if new.values else old
-    table.require("partial_rotary_factor", 1.0, 1)
-    kind = table.values.get("rope_type", table.values.get("type", "default"))
-    if kind == "default":
-        return theta, None, ()
-    if kind == "dynamic":  # equal to no scaling up to the length that the model was trained on
-        note = f"{table.where}: dynamic scaling, beyond {max_length:,} tokens, is left out"
+    read = [(table, _scaling(table)) for table in (new, old) if table.values]
+    if len({scaling for _, scaling in read}) > 1:
+        said = " and ".join(f"{table.where.split(', ')[-1]} {what}" for table, what in read)
+        raise UserError(
+            f"{fields.where}: {said}, which disagree: make them equal, or leave one out"
+        )
+    scaling = read[0][1] if read else None
+    if scaling == _DYNAMIC:  # no scaling up to the length that the model was trained on
+        note = f"{read[0][0].where}: dynamic scaling, beyond {max_length:,} tokens, is left out"
         return theta, None, (note,)
+    return theta, scaling, ()
+
+
+def _scaling(table: Fields) -> Llama3Scaling | str | None:
+    """The scaling that an object says, None or `_DYNAMIC`."""
+    table.require("partial_rotary_factor", 1.0, 1)
+    nested = [name for name, value in table.values.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(f"{table.where} differs by kind of layer ({nested[0]!r:.60})")
+    kinds = {table.values[name] or "default" for name in ("rope_type", "type") if table.has(name)}
+    if len(kinds) > 1:
+        raise UserError(f"{table.where} has two types, {' and '.join(sorted(map(repr, kinds)))}")
+    kind = kinds.pop() if kinds else "default"
+    if kind == "default":
+        return None
+    if kind == _DYNAMIC:
+        return _DYNAMIC
     if kind != "llama3":
         raise UserError(
             f"{table.where} is of type {str(kind)[:60]!r}; default, llama3 and dynamic can be read"
@@ -184,7 +206,7 @@ def _rope(fields: Fields, max_length: int) -> tuple[float, Llama3Scaling | None,
             f"{table.where}: expected low_freq_factor < high_freq_factor, got "
             f"{scaling.low_freq_factor} and {scaling.high_freq_factor}"
         )
-    return theta, scaling, ()
+    return scaling
 
 
 def _check_sliding_window(fields: Fields, max_length: int) -> None:

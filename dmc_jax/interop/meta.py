@@ -230,7 +230,8 @@ def _scaling(fields: Fields, width: int, layers: int) -> Llama3Scaling:
 def _tensors(c: ModelConfig, shards: Shards) -> dict[str, Tensor]:
     D, F, H, V = c.width, c.mlp_width, c.head_dim, c.vocab_size
     N, K = c.heads, c.kv_heads_by_layer[0]
-    shards.divided(K, "n_kv_heads")  # a head is never in two shards
+    if len(shards) <= K or len(shards) % K:
+        shards.divided(K, "n_kv_heads")  # a head is never cut in two
     by_rows = shards.shape("tok_embeddings.weight")[1] == D
     tensors = {
         "model.embed_tokens.weight": shards.split(
@@ -242,12 +243,16 @@ def _tensors(c: ModelConfig, shards: Shards) -> dict[str, Tensor]:
         tensors["lm_head.weight"] = shards.split("output.weight", (V, D), axis=0)
     for layer in range(c.layers):
         split = functools.partial(_split_in_layer, shards, layer)
+
+        def heads(name: str, layer: int = layer) -> Tensor:
+            return shards.split_heads(f"layers.{layer}.{name}.weight", K, H, D)
+
         tensors |= {
             f"model.layers.{layer}.{name}.weight": tensor
             for name, tensor in {
                 "self_attn.q_proj": _reordered(split("attention.wq", (N * H, D), axis=0), N),
-                "self_attn.k_proj": _reordered(split("attention.wk", (K * H, D), axis=0), K),
-                "self_attn.v_proj": split("attention.wv", (K * H, D), axis=0),
+                "self_attn.k_proj": _reordered(heads("attention.wk"), K),
+                "self_attn.v_proj": heads("attention.wv"),
                 "self_attn.o_proj": split("attention.wo", (D, N * H), axis=1),
                 "mlp.gate_proj": split("feed_forward.w1", (F, D), axis=0),
                 "mlp.up_proj": split("feed_forward.w3", (F, D), axis=0),

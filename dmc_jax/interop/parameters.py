@@ -21,6 +21,16 @@ from dmc_jax.model.llama import layer_stacks
 PART_BYTES = 2**24
 _ROWS_AT_A_TIME = 16
 
+# Components of names that torch.compile, DistributedDataParallel, FullyShardedDataParallel,
+# checkpoint_wrapper and DeepSpeed put before or between those of the model.
+WRAPPERS = (
+    "_orig_mod",
+    "module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+)
+
 # Hugging Face's name -> (our leaf, our axes). A leaf of more than one axis is transposed, except
 # for the embedding, which both store as [V, D].
 _OF_MODEL = {
@@ -213,26 +223,26 @@ def check_tensors(
 
     Returns:
         The tensors of the model, in Hugging Face's order. Rotary frequencies, which old files
-        hold although the config gives them, are left out, as is the head of a tied model.
+        hold although the config gives them, are left out.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape, or not of a floating dtype.
     """
     table = places(config)
     missing = [name for name in table if name not in tensors]
+    unknown = [name for name in tensors if name not in table and not _is_redundant(name)]
     if missing:
-        hint = ""
+        hint, more = "", f" It has {_some(unknown)} besides." if unknown else ""
         if missing == ["lm_head.weight"]:
             hint = "; a model that reuses the embedding says so, tie_word_embeddings: true"
         raise UserError(
-            f"{where} lacks {_some(missing)}, which its config asks for: the download is "
-            f"incomplete, or the config belongs to another model{hint}"
+            f"{where} lacks {_some(missing)}{hint}: {len(missing)} of the {len(table)} tensors "
+            f"that its config asks for, while the weights hold {len(tensors)}.{more}"
         )
-    unknown = [name for name in tensors if name not in table and not _is_redundant(name, config)]
     if unknown:
         raise UserError(
-            f"{where} has {_some(unknown)}, which a Llama of its config does not have: another "
-            "architecture, or the config belongs to another model"
+            f"{where} has {_some(unknown)}: {len(unknown)} tensors besides the {len(table)} that a "
+            "Llama of its config has"
         )
     for name, place in table.items():
         tensor = tensors[name]
@@ -249,10 +259,41 @@ def check_tensors(
     return {name: tensors[name] for name in table}
 
 
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    return name.endswith(".rotary_emb.inv_freq") or (
-        name == "lm_head.weight" and config.tied_embeddings
-    )
+def canonical_name(name: str) -> str:
+    """Return a tensor's name at Hugging Face, from one with other modules wrapped around it.
+
+    Compiling, data parallelism, sharding and recomputation each add a component of their own, and
+    who saves the body of a model alone leaves `model.` out.
+    """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts[:1] == ["model"]:
+        parts = parts[1:]
+    return ".".join(parts if parts[:1] == ["lm_head"] else ["model", *parts])
+
+
+def canonical_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give tensors the names that Hugging Face's Llama has for them, where they have others.
+
+    Args:
+        where: the checkpoint, for messages.
+        tensors: by their names there.
+
+    Raises:
+        UserError: two names that mean the same tensor.
+    """
+    found: dict[str, str] = {}
+    for name in tensors:
+        ours = canonical_name(name)
+        if ours in found:
+            raise UserError(
+                f"{where} has both {found[ours]!r:.100} and {name!r:.100}, which are one tensor"
+            )
+        found[ours] = name
+    return {ours: tensors[name] for ours, name in found.items()}
+
+
+def _is_redundant(name: str) -> bool:
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 def _some(names: list[str]) -> str:

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from dmc_jax.errors import UserError
+from dmc_jax.files import lfs_pointer
 from dmc_jax.interop.source import Tensor
 
 _DTYPES = {
@@ -56,7 +57,7 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
         UserError: not such a file, truncated, or a header that contradicts itself or the file.
     """
     size, start, header = _read_header(file)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors, spans = {}, []
     for name, entry in header.items():
         dtype, shape, begin, end = _check_entry(file, name, entry)
@@ -69,12 +70,33 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
             raise _bad(file, f"{name[:100]!r} {what} (byte {begin} of the data, not {position})")
         position = end
     if start + position != size:
+        apart = size - start - position
         raise _bad(
             file,
-            f"its header describes {position:,} bytes of data, the file has {size - start:,}: the "
-            "download is incomplete, or something was appended",
+            f"its header describes {position:,} bytes of data, the file has {size - start:,}, "
+            f"{abs(apart):,} {'more' if apart > 0 else 'fewer'}",
         )
-    return tensors
+    return with_aliases(tensors, metadata)
+
+
+def with_aliases(tensors: dict[str, Tensor], metadata: Any) -> dict[str, Tensor]:
+    """Add tensors that were left out because they share the memory of another one.
+
+    Args:
+        tensors: by name.
+        metadata: such as `safetensors.torch.save_model` writes for tied weights: the name that was
+            left out, and the one that stands for both.
+
+    Returns:
+        All of them; what in `metadata` speaks of something else is ignored.
+    """
+    pairs = metadata.items() if isinstance(metadata, dict) else ()
+    found = {
+        name: tensors[other]
+        for name, other in pairs
+        if isinstance(other, str) and other in tensors and name not in tensors
+    }
+    return tensors | found
 
 
 def parse_json(file: Path, data: bytes) -> Any:
@@ -103,7 +125,7 @@ def parse_json(file: Path, data: bytes) -> Any:
         return json.loads(data.decode(), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
-        raise UserError(f"{file}: its JSON cannot be read ({reason}); fetch it again") from None
+        raise UserError(f"{file}: its JSON cannot be read ({reason})") from None
 
 
 def read_json_object(file: Path) -> dict:
@@ -118,10 +140,20 @@ def read_json_object(file: Path) -> dict:
         data = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+    if pointer := lfs_pointer(data):
+        raise UserError(f"{file} {pointer}")
     found = parse_json(file, data)
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def listing(folder: Path) -> str:
+    """Name what is in a folder, some of it where that is much."""
+    names = sorted(child.name[:100] for child in folder.iterdir())
+    return (", ".join(names[:8]) or "nothing") + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
 
 
 def _read_header(file: Path) -> tuple[int, int, dict]:
@@ -131,12 +163,16 @@ def _read_header(file: Path) -> tuple[int, int, dict]:
             size = os.fstat(opened.fileno()).st_size
             if size < 8:
                 raise _bad(file, f"it has only {size} bytes")
-            length = int.from_bytes(opened.read(8), "little")
+            head = opened.read(200)
+            if pointer := lfs_pointer(head):
+                raise UserError(f"{file} {pointer}")
+            opened.seek(8)
+            length = int.from_bytes(head[:8], "little")
             if length > min(size - 8, _HEADER_LIMIT):
                 raise _bad(
                     file,
                     f"it claims a header of {length:,} bytes; the file has {size:,}, and a "
-                    f"header at most {_HEADER_LIMIT:,}",
+                    f"header at most {_HEADER_LIMIT:,} (it begins with {head[:16]!r})",
                 )
             header = parse_json(file, opened.read(length))
     except OSError as error:

@@ -1,5 +1,6 @@
 """Tensors put together from the shards of tensor parallelism, still on disk."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from dmc_jax.errors import UserError
+from dmc_jax.interop.parameters import WRAPPERS
 from dmc_jax.interop.source import Tensor
 
 _WEIGHT_DTYPES = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
@@ -45,6 +47,10 @@ def transformed(
     return Tensor(shape, tensor.dtype, read)
 
 
+def _unwrapped(name: str) -> list[str]:
+    return [part for part in name.split(".") if part not in WRAPPERS]
+
+
 class Shards:
     """The state dictionaries of all ranks of a model, taken apart name by name.
 
@@ -68,7 +74,10 @@ class Shards:
         for path, state in zip(paths, states, strict=True):
             if not isinstance(state, Mapping) or not all(type(name) is str for name in state):
                 raise UserError(f"{path}: expected a dictionary of tensors by name")
-            kept = {name: value for name, value in state.items() if not re.search(skip, name)}
+            named = [(".".join(_unwrapped(name)), value) for name, value in state.items()]
+            kept = {name: value for name, value in named if not re.search(skip, name)}
+            if len({name for name, _ in named}) < len(named):
+                raise UserError(f"{path}: two names of it mean one tensor")
             for name, value in kept.items():
                 if type(value) is not Tensor or value.dtype not in _WEIGHT_DTYPES:
                     raise UserError(
@@ -138,6 +147,36 @@ class Shards:
         part[axis] = self.divided(shape[axis], name)
         return concatenated(self.take(name, tuple(part)), axis)
 
+    def split_heads(self, name: str, heads: int, head_dim: int, width: int) -> Tensor:
+        """A projection onto heads, [heads * head_dim, width], that the ranks hold by heads.
+
+        Where there are more ranks than heads, neighbours hold the same head, as in Llama 3.1 405B.
+
+        Raises:
+            UserError: heads do not divide among ranks or ranks among heads, or, when it is read,
+                neighbours hold different ones.
+        """
+        if len(self) <= heads or len(self) % heads:
+            return self.split(name, (heads * head_dim, width), axis=0)
+        copies, parts = len(self) // heads, self.take(name, (head_dim, width))
+        folder = self.paths[0].parent
+
+        def checked(first: int) -> Tensor:
+            def read() -> np.ndarray:
+                weight = parts[first].read()
+                for other in parts[first + 1 : first + copies]:
+                    if not np.array_equal(other.read(), weight):
+                        raise UserError(
+                            f"{folder}: {name!r} of {heads} heads is in {len(self)} shards, and "
+                            f"those from {first} to {first + copies - 1} hold different rows; "
+                            "expected the same head in each of them"
+                        )
+                return weight
+
+            return dataclasses.replace(parts[first], read=read)
+
+        return concatenated([checked(head * copies) for head in range(heads)], axis=0)
+
     def divided(self, size: int, what: str) -> int:
         """A size divided among the ranks.
 
@@ -147,7 +186,7 @@ class Shards:
         if size % len(self):
             raise UserError(
                 f"{self.paths[0].parent}: {size} rows or columns of {what!r} cannot be split among "
-                f"{len(self)} shard(s): are all files of the checkpoint there, and no others?"
+                f"{len(self)} shard(s), which is how many are there"
             )
         return size // len(self)
 
@@ -161,5 +200,5 @@ class Shards:
             if state:
                 raise UserError(
                     f"{path}: {len(state)} tensor(s) that a Llama of these sizes does not have, "
-                    f"such as {min(state)!r:.80}: another architecture, or another model's file"
+                    f"such as {min(state)!r:.80}: another architecture cannot be read"
                 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dmc_jax.config import ModelConfig
+from dmc_jax.data.tokenizer_files import SpecialTokens
 from dmc_jax.policies.choice import Trained
 
 
@@ -40,4 +41,5 @@ class Source:
     policy: Trained  # that the model was trained for
     tensors: dict[str, Tensor]  # by name, such as "model.layers.0.self_attn.q_proj.weight"
     tokenizer: tuple[Path, ...]  # files to go along with the weights; the one to load comes first
+    special: SpecialTokens | None = None  # how texts are marked; None: as the tokenizer's files say
     notes: tuple[str, ...] = ()  # what the user should know, a sentence each

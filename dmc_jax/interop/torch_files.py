@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from dmc_jax.errors import UserError
+from dmc_jax.files import lfs_pointer
 from dmc_jax.interop.pickles import MAX_BYTES, Name, read_pickle
 from dmc_jax.interop.source import Tensor
 
@@ -97,8 +98,10 @@ def _members(path: Path) -> dict[str, _Member]:
     """Every member of the archive by name, with its place checked against the file's size."""
     try:
         with open(path, "rb") as file:
-            head = file.read(2)
-            if head != b"PK":
+            head = file.read(200)
+            if pointer := lfs_pointer(head):
+                raise UserError(f"{path} {pointer}")
+            if head[:2] != b"PK":
                 raise UserError(_not_an_archive(path, head))
             size = os.fstat(file.fileno()).st_size
             with zipfile.ZipFile(file) as archive:

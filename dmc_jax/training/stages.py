@@ -9,6 +9,7 @@ import numpy as np
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.config import MERGING, RunConfig
 from dmc_jax.data.prepared import PreparedData
+from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
 from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.policies.choice import Trained
@@ -41,6 +42,7 @@ def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> Metad
         data=str(data.path.absolute()),
         tokenizer=str(data.tokenizer_path.absolute()),
         tokenizer_sha256=data.manifest["tokenizer_sha256"],
+        special_tokens=load_tokenizer(data.tokenizer_path).special,
         run=run,
     )
 

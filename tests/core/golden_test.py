@@ -302,9 +302,8 @@ def compression_loss_and_schedule_match_test():
         file["sched_args"], file["sched_cr"], file["sched_prior"], strict=True
     ):
         # Fixed target: the end of the ramp. "Iteration not known" is -1, which clips to 0.
-        actual = compression_target(
-            N if fixed and iteration >= 0 else int(iteration), int(N), float(CR)
-        )
+        step = N if fixed and iteration >= 0 else iteration
+        actual = compression_target(int(step), int(N), float(CR))
         close(actual[0], ratio)
         close(actual[1], prior)
 

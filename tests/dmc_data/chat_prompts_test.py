@@ -39,7 +39,8 @@ def folder(tmp_path):
     made.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
     made.save(str(tmp_path / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": TEMPLATE}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **names}
+    config["chat_template"] = TEMPLATE
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
 

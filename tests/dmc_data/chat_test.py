@@ -168,6 +168,8 @@ def conversations_that_cannot_be_rendered_are_bad_rows_test(folder, tmp_path):
 
 def names_of_special_tokens_in_a_text_mean_them_where_that_is_asked_test(folder, tmp_path):
     file = folder / "tokenizer.json"
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
     tokenizer = load_tokenizer(file)
     for number in range(80):
         (tmp_path / f"{number}.txt").write_text(f"<s>{number}<|im_end|>")

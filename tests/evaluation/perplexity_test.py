@@ -65,7 +65,7 @@ def a_loss_beyond_709_nats_has_infinite_perplexity_test(data, model_config, spre
 
 
 def ratios_are_tokens_over_slots_counted_one_by_one_test(data, model_config, spread_params):
-    policy = DMC(SETTINGS, -1.5)
+    policy = DMC(SETTINGS, -2.0)
     options = {"policy": policy, **SIZES}
     measured = evaluate(spread_params, model_config, data, "validation", **options)
 

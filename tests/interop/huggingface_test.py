@@ -193,8 +193,11 @@ def a_converted_checkpoint_is_complete_for_whoever_loads_it_test(tmp_path):
     expected = logits(random_weights(sizes), sizes, tokens[0], base=10_000.0)
     np.testing.assert_allclose(output.logits[0], expected, atol=TOLERANCE)
     back = to_huggingface(open_source(tmp_path / "moved"), tmp_path / "back")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        assert (back / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    name = "tokenizer.model"
+    assert (back / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    # The model's own configuration is kept, and what it leaves to guess is added.
+    kept = json.loads((back / "tokenizer_config.json").read_text())
+    assert (kept["chat_template"], kept["add_bos_token"], kept["eos_token"]) == ("x", True, "</s>")
     written = json.loads((back / "config.json").read_text())
     assert (written["bos_token_id"], written["eos_token_id"]) == (1, 2)
 
