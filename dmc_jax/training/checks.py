@@ -136,8 +136,10 @@ def _check_unchanged(data: PreparedData) -> None:
 def _tokenizer_flag(run: RunConfig, start: StoredModel | None) -> str:
     if start is not None and start.tokenizer is not None:
         return f"--input=TEXT --tokenizer={start.tokenizer}"
-    if run.init_from or run.stage_names[0] != "pretrain":
-        return "--input=TEXT --tokenizer=FILE (of that checkpoint: tokenizer.model or .json)"
+    if run.init_from:
+        return "--input=TEXT --tokenizer=FILE"
+    if run.stage_names[0] != "pretrain":  # DIR, as the demand for `init_from` calls it
+        return "--input=TEXT --tokenizer=DIR/tokenizer.model"
     return f"--vocab_size={run.model.vocab_size}"
 
 

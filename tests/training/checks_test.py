@@ -164,7 +164,7 @@ def a_large_recipe_alone_says_all_that_it_needs_in_order_test(tmp_path):
             "Hugging Face",
             "--config.init_from=DIR",
             f"2. {data} is not a prepared data folder",
-            "python -m dmc_jax.prepare_data --input=TEXT --tokenizer=FILE",
+            "python -m dmc_jax.prepare_data --input=TEXT --tokenizer=DIR/tokenizer.model",
             f"--output={data}",
             "3. mesh data -1 x fsdp",
             "devices",
