@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -456,8 +457,8 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         path="run",
         format="dmc_jax",
         metadata=Metadata("finetune", 1, config, DMC(SETTINGS, HALF), "float32"),
-        tokenizer="its own",
-        tokenizer_sha256=frozenset(["its own"]),
+        tokenizer=Path(__file__),
+        tokenizer_sha256=frozenset([Path(__file__)]),
         read_params=None,
         params=params,
     )
