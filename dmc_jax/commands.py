@@ -72,8 +72,8 @@ def _ignores(name: str) -> bool:
 def stop_requests(notice: str) -> Iterator[list[int]]:
     """A list that fills when a signal asks to stop; the second SIGINT stops at once.
 
-    For work that may end between two steps only. SIGHUP is ignored where this process was started to
-    ignore it, by nohup.
+    For work that may end between two steps only. SIGHUP is ignored where this process was started
+    to ignore it, by nohup.
 
     Args:
         notice: logged when that is asked.

@@ -463,7 +463,7 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         params=params,
     )
     monkeypatch.setattr(engine_module, "find_model", lambda path: loaded)
-    monkeypatch.setattr(models, "load_tokenizer", lambda path: Pieces())
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: Pieces())
     monkeypatch.setattr(models, "fingerprint", lambda path: path)
     ratios = {}
     for policy in ("dmc", "dense"):
