@@ -64,12 +64,16 @@ def show_notes(notes: Iterable[str]) -> None:
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
+def _ignores(name: str) -> bool:
+    return hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+
+
 @contextlib.contextmanager
 def stop_requests(notice: str) -> Iterator[list[int]]:
     """A list that fills when a signal asks to stop; the second SIGINT stops at once.
 
-    For work that may end between two steps only. A signal that this process was started to ignore
-    (SIGHUP, by nohup) is ignored.
+    For work that may end between two steps only. SIGHUP is ignored where this process was started
+    to ignore it, by nohup.
 
     Args:
         notice: logged when that is asked.
@@ -83,7 +87,8 @@ def stop_requests(notice: str) -> Iterator[list[int]]:
         logging.info(notice)
 
     numbers = [getattr(signal, name) for name in _STOPPING if hasattr(signal, name)]
-    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
+    ignored = {getattr(signal, "SIGHUP", None)} if _ignores("SIGHUP") else set()
+    heard = [n for n in numbers if n not in ignored]
     try:
         previous = {n: signal.signal(n, ask) for n in heard}
     except ValueError:  # not the main thread: a notebook's worker, for instance

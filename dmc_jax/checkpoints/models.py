@@ -133,7 +133,7 @@ def load_tokenizer_of(
     path = path or model.tokenizer
     if path is None:
         raise UserError(f"{model.path} came without a tokenizer: name one with --tokenizer=FILE")
-    if path == model.tokenizer and not path.is_file():
+    if path == model.tokenizer and not Path(path).is_file():
         raise UserError(
             f"{path}, the tokenizer of {model.path}, is not there any more: say where it is with "
             "--tokenizer=FILE"

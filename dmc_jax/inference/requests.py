@@ -132,7 +132,7 @@ def check_text(prompt: Prompt) -> None:
         UserError: there is one.
     """
     try:
-        b"" if isinstance(prompt, list) else prompt.encode()
+        prompt.encode() if isinstance(prompt, str) else b""
     except UnicodeEncodeError as error:
         half = f"\\u{ord(prompt[error.start]):04x}"
         raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -456,13 +457,13 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         path="run",
         format="dmc_jax",
         metadata=Metadata("finetune", 1, config, DMC(SETTINGS, HALF), "float32"),
-        tokenizer="its own",
-        tokenizer_sha256=frozenset(["its own"]),
+        tokenizer=Path(__file__),
+        tokenizer_sha256=frozenset([Path(__file__)]),
         read_params=None,
         params=params,
     )
     monkeypatch.setattr(engine_module, "find_model", lambda path: loaded)
-    monkeypatch.setattr(models, "load_tokenizer", lambda path: Pieces())
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: Pieces())
     monkeypatch.setattr(models, "fingerprint", lambda path: path)
     ratios = {}
     for policy in ("dmc", "dense"):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -188,7 +189,7 @@ def a_converted_checkpoint_is_complete_for_whoever_loads_it_test(tmp_path):
     assert model.metadata.compute_dtype == "bfloat16"
     assert load_tokenizer_of(model).encode("the cache")
     tokens = np.arange(12)[None]
-    attend = attend_whole(Dense(), model.config, tokens)
+    attend = attend_whole(Dense(), model.config, jnp.asarray(tokens))
     output = Llama(model.config).apply({"params": model.params}, tokens, attend=attend)
     expected = logits(random_weights(sizes), sizes, tokens[0], base=10_000.0)
     np.testing.assert_allclose(output.logits[0], expected, atol=TOLERANCE)
