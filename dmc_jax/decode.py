@@ -80,6 +80,15 @@ _EXISTING = flags.DEFINE_enum(
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Its file, where it did not come along or is no longer where it was."
 )
+_ADD_BOS = flags.DEFINE_bool(
+    "add_bos", None, "Whether prompts begin with BOS; default: as the model's files say."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Of the computation; default: that of the checkpoint, but float32 on a CPU.",
+)
 
 
 def main() -> int:
@@ -101,6 +110,8 @@ def main() -> int:
         window=_WINDOW.value,
         budget=_BUDGET.value,
         threshold=_THRESHOLD.value,
+        add_bos=_ADD_BOS.value,
+        dtype=_DTYPE.value,
     )
     ask = functools.partial(_ask, engine, Path(_TOKENIZER.value or model.tokenizer))
     with results_file(output) as write:

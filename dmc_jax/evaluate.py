@@ -48,6 +48,13 @@ _BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=to
 _DENSE = flags.DEFINE_string(
     "dense", None, "Dense checkpoint to compare with; default: the one before the retrofit."
 )
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Of the computation; default: that of training; for other formats bfloat16 where the weights "
+    "are, and else float32.",
+)
 _JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of text.")
 
 
@@ -128,9 +135,13 @@ def _measure(model: LoadedModel, policy: Policy, data: PreparedData, length: int
         length=length,
         batch=_BATCH.value,
         limit=_WINDOWS.value,
-        dtype=model.metadata.compute_dtype,
+        dtype=_dtype(model),
         attention=evaluation_attention(run.attention, run.attention_block),
     )
+
+
+def _dtype(model: StoredModel) -> str:
+    return _DTYPE.value or model.metadata.compute_dtype
 
 
 def _about(
@@ -140,6 +151,7 @@ def _about(
         "checkpoint": str(model.path),
         "stage": model.metadata.stage,
         "step": model.metadata.step,
+        "dtype": _dtype(model),
         "mode": policy.name,
         "threshold": getattr(policy, "threshold", 0.0),
         "data": str(data.path),
@@ -165,7 +177,7 @@ def _as_text(about: dict) -> str:
         f"{about['checkpoint']} ({about['stage']}, step {about['step']}"
         + (f", merging above {about['threshold']:.4g})" if merging else ", dense)"),
         f"{about['data']}, {about['split']}: {ours['windows']:,} windows of {about['length']:,} "
-        f"tokens, {ours['tokens']:,} predicted",
+        f"tokens, {ours['tokens']:,} predicted in {about['dtype']}",
         "",
         f"{'':<20}" + "".join(f"{name:>14}" for name, _ in columns),
     ]

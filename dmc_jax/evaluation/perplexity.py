@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Int32
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.attention import CausalAttention, causal_attention
@@ -20,6 +21,8 @@ from dmc_jax.errors import UserError
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Policy, attend_whole, slots_taken
+
+_TOKENS_AT_A_TIME = 2**22  # of a file that may be larger than memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ def evaluate(
     limit: int | None = None,
     dtype: str = "float32",
     attention: CausalAttention = causal_attention,
+    count_bytes: bool = True,
 ) -> Evaluation:
     """Run a model over a split with the decisions it makes at inference.
 
@@ -66,6 +70,8 @@ def evaluate(
         limit: windows to read at most.
         dtype: of the forward pass.
         attention: what computes the attention itself; see `model.causal_attention`.
+        count_bytes: whether bits per byte are wanted, for which all tokens of the split are read;
+            NaN without.
 
     Raises:
         UserError: the data has ids that the model does not have.
@@ -94,6 +100,7 @@ def evaluate(
         windows += int((numpy_batch["window"] >= 0).sum())
         slots = batch_slots if slots is None else jax.tree.map(np.add, slots, batch_slots)
     slots = [layer for stack in slots for layer in np.asarray(stack)]
+    real_bytes *= text_bytes_per_piece_byte(data, split, bytes_of) if count_bytes else math.nan
     return Evaluation(
         loss=nats / tokens,
         perplexity=_exp(nats / tokens),
@@ -111,6 +118,25 @@ def _exp(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:  # beyond 709 nats
         return math.inf
+
+
+def text_bytes_per_piece_byte(
+    data: PreparedData, split: str, bytes_of: Int32[np.ndarray, " V"]
+) -> float:
+    """Measure how many bytes of a split's text stand behind each byte of its tokens' pieces.
+
+    That is 1 where the tokens give back the text. A tokenizer that normalises (folds case, drops
+    indentation, knows no byte) has pieces of another length than the text that they stand for.
+
+    Args:
+        data: from `open_data`.
+        split: of it.
+        bytes_of: of the pieces, by id.
+    """
+    tokens = data.tokens[split]
+    parts = range(0, len(tokens), _TOKENS_AT_A_TIME)
+    pieces = sum(int(bytes_of[tokens[at : at + _TOKENS_AT_A_TIME]].sum()) for at in parts)
+    return data.manifest["splits"][split]["bytes"] / pieces
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -170,6 +196,7 @@ def calibrate_threshold(
             limit=windows,
             dtype=dtype,
             attention=attention,
+            count_bytes=False,
         ).ratio
         low, high = (middle, high) if measured >= ratio else (low, middle)
     if low == -bracket:

@@ -111,6 +111,7 @@ class Engine:
         window: int | None = None,
         budget: int | None = None,
         threshold: float | None = None,
+        add_bos: bool | None = None,
         **options: Any,
     ) -> "Engine":
         """Make an engine for a checkpoint, ours or of another format.
@@ -127,6 +128,7 @@ class Engine:
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova".
             threshold: merge logit above which "dmc" merges; None: that of training.
+            add_bos: whether prompts of text begin with BOS; None: as the model has it.
             options: `page_size`, `max_length` of the engine.
 
         Raises:
@@ -140,7 +142,7 @@ class Engine:
         if dtype is None:
             on_cpu = jax.default_backend() == "cpu"
             dtype = "float32" if on_cpu else model.metadata.compute_dtype
-        text = load_tokenizer_of(model, tokenizer)
+        text = load_tokenizer_of(model, tokenizer, add_bos)
         return cls(
             model.params if isinstance(model, LoadedModel) else model.load(dtype=dtype).params,
             model.config,

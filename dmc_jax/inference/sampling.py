@@ -148,7 +148,11 @@ def sample(
         params: how to choose.
         keys: one per sequence; unused at temperature 0.
         seen: tokens that the sequence has, those of its prompt included.
+
+    Returns:
+        The tokens; -1 where the logits are no numbers.
     """
+    broken = ~jnp.isfinite(jnp.max(logits, axis=-1))
     penalty = params.repetition_penalty[:, None]
     logits = logits.astype(jnp.float32)
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -157,7 +161,7 @@ def sample(
 
     # The vocabulary is neither given noise nor sorted unless some sequence asks for it.
     if not params.draws:
-        return greedy.astype(jnp.int32)
+        return jnp.where(broken, -1, greedy).astype(jnp.int32)
     drawn = params.temperature > 0
     scaled = logits / jnp.where(drawn, params.temperature, 1.0)[:, None]
     if params.limits:
@@ -165,7 +169,7 @@ def sample(
     # Noise belongs to a token and not to its rank: two that nearly tie may change places between
     # machines without the draw of a third one changing.
     chosen = jax.vmap(jax.random.categorical)(keys, scaled)
-    return jnp.where(drawn, chosen, greedy).astype(jnp.int32)
+    return jnp.where(broken, -1, jnp.where(drawn, chosen, greedy)).astype(jnp.int32)
 
 
 def _kept(logits: Float[Array, "B V"], params: SamplingArrays) -> Bool[Array, "B V"]:

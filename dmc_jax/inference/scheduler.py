@@ -16,6 +16,7 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.data.tokenizer import Tokenizer
+from dmc_jax.errors import RunFailure
 from dmc_jax.inference import programs
 from dmc_jax.inference.programs import Tally
 from dmc_jax.inference.requests import Event, Request, finish, take_token
@@ -229,6 +230,13 @@ class Scheduler:
                 self._take(request, int(chosen[request.seat]))
 
     def _take(self, request: Request, token: int) -> None:
+        if token < 0:
+            self._leave(request)  # others can go on
+            raise RunFailure(
+                f"sequence {request.id}: after {len(request.prompt) + len(request.tokens)} tokens "
+                "the model's logits are NaN or infinite: its weights hold such values, or numbers "
+                f"that {self._options['dtype']} cannot compute with"
+            )
         request.usage = programs.usage(self._batch.cache, self._counts, request.seat)
         self._events.append(take_token(request, token, self._tokenizer))
         if self._events[-1].finish_reason:

@@ -4,6 +4,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dmc_jax.checkpoints.models import StoredModel
 from dmc_jax.data.tokenizer import fingerprint
 from dmc_jax.errors import UserError
@@ -32,6 +34,10 @@ def find_foreign(path: Path) -> StoredModel | None:
     def read(abstract: Any) -> dict:
         return read_params(source, abstract)
 
+    notes = [f"{source.path} is a {source.format} checkpoint, read directly", *source.notes]
+    if any(tensor.dtype == np.float16 for tensor in source.tensors.values()):
+        # Said, for on a GPU it takes twice the memory of what one might expect.
+        notes.append("its weights are float16, which float32 holds exactly: it computes in that")
     return StoredModel(
         path=source.path,
         format=source.format,
@@ -39,5 +45,5 @@ def find_foreign(path: Path) -> StoredModel | None:
         tokenizer=source.tokenizer[0] if source.tokenizer else None,
         tokenizer_sha256=frozenset(map(fingerprint, source.tokenizer)),
         read_params=read,
-        notes=(f"{source.path} is a {source.format} checkpoint, read directly", *source.notes),
+        notes=tuple(notes),
     )

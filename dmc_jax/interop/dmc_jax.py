@@ -20,6 +20,7 @@ from dmc_jax.interop.orbax_arrays import open_arrays, read_part, replace_array, 
 from dmc_jax.interop.output import copy_tokenizer
 from dmc_jax.interop.parameters import (
     Place,
+    cast,
     leaf_dtypes,
     leaf_shapes,
     places,
@@ -128,7 +129,7 @@ def write_dmc_jax(
             rows = slice(begin, end)
             index = (place.layer, rows) if stacked else rows
             part = to_ours(place, whole, begin, end)
-            write_part(arrays[place.leaf], index, part.astype(to, copy=False))
+            write_part(arrays[place.leaf], index, cast(part, to, name))
         del whole, part  # before the next is read
         progress(tensor.nbytes)
 
@@ -140,14 +141,15 @@ def metadata_of(source: Source, dtype: np.dtype | None = None) -> Metadata:
         source: the checkpoint; a dense model counts as pretrained, a DMC model as fine-tuned.
         dtype: of the weights, where they are written in another than the source's.
     """
-    dtype = dtype or source.tensors["model.embed_tokens.weight"].dtype
+    dtypes = {t.dtype for t in source.tensors.values()} if dtype is None else {np.dtype(dtype)}
+    wide = np.dtype(np.float16) in dtypes or np.dtype(ml_dtypes.bfloat16) not in dtypes
     return Metadata(
         stage="pretrain" if isinstance(source.policy, Dense) else "finetune",
         step=0,
         model=source.config,
         policy=source.policy,
-        # Float16 has more digits than bfloat16: only float32 computes with the weights as they are.
-        compute_dtype="bfloat16" if dtype == np.dtype(ml_dtypes.bfloat16) else "float32",
+        # Float16 has more digits than bfloat16: only float32 takes the weights as they are.
+        compute_dtype="float32" if wide else "bfloat16",
         special_tokens=source.special,
         converted_from=Origin(source.format, str(source.path.absolute())),
     )

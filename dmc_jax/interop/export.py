@@ -16,6 +16,7 @@ import numpy as np
 from dmc_jax.interop.huggingface import DMC_CONFIG, dmc_config_json
 from dmc_jax.interop.huggingface_config import config_json
 from dmc_jax.interop.output import copy_tokenizer
+from dmc_jax.interop.parameters import cast
 from dmc_jax.interop.safetensors_files import shard_names, split_into_shards, write_safetensors
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.interop.tokenizer_export import ids_of, write_tokenizer_files
@@ -53,7 +54,7 @@ def write_huggingface(
         OSError: the disk is full.
         UserError: the source is damaged.
     """
-    tensors = {name: _converted(tensor, dtype) for name, tensor in source.tensors.items()}
+    tensors = {name: _converted(name, tensor, dtype) for name, tensor in source.tensors.items()}
     written = str(tensors["model.embed_tokens.weight"].dtype)
     tokenizer = copy_tokenizer(source.tokenizer, folder)
     ids = {"bos_token_id": None, "eos_token_id": None}
@@ -128,12 +129,12 @@ def model_card(source: Source) -> str:
     )
 
 
-def _converted(tensor: Tensor, dtype: np.dtype | None) -> Tensor:
+def _converted(name: str, tensor: Tensor, dtype: np.dtype | None) -> Tensor:
     if dtype is None or tensor.dtype == dtype:
         return tensor
 
     def read() -> np.ndarray:
-        return tensor.read().astype(dtype)
+        return cast(tensor.read(), dtype, name)
 
     return dataclasses.replace(tensor, dtype=dtype, read=read)
 

@@ -16,6 +16,7 @@ import numpy as np
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
+from dmc_jax.files import lfs_pointer
 from dmc_jax.interop.fields import Fields
 from dmc_jax.interop.shards import Shards, transformed
 from dmc_jax.interop.source import Source, Tensor
@@ -124,7 +125,10 @@ def to_meta_order(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def _read_params(path: Path) -> Fields:
     try:
-        values = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        if pointer := lfs_pointer(data):
+            raise UserError(f"{path} {pointer}")
+        values = json.loads(data)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -160,6 +160,32 @@ def _transpose_into(target: np.ndarray, matrix: np.ndarray) -> None:
         target[:, rows] = matrix[rows].T
 
 
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Convert a part of a tensor to another dtype.
+
+    Args:
+        array: of a floating dtype.
+        dtype: wanted.
+        name: of the tensor, for messages.
+
+    Raises:
+        UserError: a number is too large for the dtype, which would make it infinite.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):  # said below, with its place
+        converted = array.astype(dtype)
+    largest = jnp.finfo(dtype).max
+    if largest < jnp.finfo(array.dtype).max:
+        lost = np.isfinite(array) & ~np.isfinite(converted)
+        if lost.any():
+            raise UserError(
+                f"{name} has the value {float(array[lost][0]):g}; the largest in {dtype} is "
+                f"{float(largest):g}: choose another --dtype, such as bfloat16"
+            )
+    return converted
+
+
 def read_params(source: Source, abstract: Mapping | None = None) -> dict:
     """Load a checkpoint of any format as our parameters, a leaf at a time.
 

@@ -158,6 +158,11 @@ class Shards:
         """
         if len(self) <= heads or len(self) % heads:
             return self.split(name, (heads * head_dim, width), axis=0)
+        if self.shape(name) != (head_dim, width):
+            raise UserError(
+                f"{self.paths[0]}: {name!r} has shape {self.shape(name)}; n_kv_heads {heads} and "
+                f"{len(self)} shard(s) ask for {(head_dim, width)}, a whole head in each"
+            )
         copies, parts = len(self) // heads, self.take(name, (head_dim, width))
         folder = self.paths[0].parent
 

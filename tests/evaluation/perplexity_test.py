@@ -1,14 +1,17 @@
 """Measured figures against cases counted by hand."""
 
 import dataclasses
+import io
 import math
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from dmc_jax.core.dmc import DECISION_CHANNEL, DMCSettings
 from dmc_jax.data.loader import windows
+from dmc_jax.data.prepare import prepare
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation import perplexity
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
@@ -62,6 +65,44 @@ def a_loss_beyond_709_nats_has_infinite_perplexity_test(data, model_config, spre
     lost = {**spread_params, "embedding": 1e5 * spread_params["embedding"]}
     measured = evaluate(lost, model_config, data, "validation", policy=Dense(), **SIZES)
     assert 709 < measured.loss < math.inf and measured.perplexity == math.inf
+
+
+def bits_per_byte_count_the_bytes_of_the_text_that_was_prepared_test(
+    tmp_path, model_config, spread_params
+):
+    """With a tokenizer that folds case, drops indentation and knows no byte for what is strange."""
+    texts, rng = tmp_path / "texts", np.random.default_rng(0)
+    texts.mkdir()
+    for number in range(40):
+        words = rng.choice(
+            ["The", "CACHE", "ＭＥＲＧＥＳ", "    a", "token", "日"], rng.integers(20, 90)
+        )
+        (texts / f"{number:02}.txt").write_text(" ".join(words) + "\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cache merges a token " * 9] * 20),
+        model_writer=model,
+        vocab_size=30,
+        model_type="bpe",
+        normalization_rule_name="nmt_nfkc_cf",
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer").write_bytes(model.getvalue())
+    quiet = {"report": lambda _: None}
+    data = prepare(tmp_path / "data", source=texts, tokenizer=tmp_path / "tokenizer", **quiet)
+    config = dataclasses.replace(model_config, vocab_size=30)
+    params = {**spread_params, "embedding": 0 * spread_params["embedding"][:30]}
+    facts = data.manifest["splits"]["train"]
+    # Everything is as likely; of every document all tokens are predicted but its BOS.
+    expected = (facts["tokens"] - facts["documents"]) * math.log2(30) / facts["bytes"]
+    sizes = {"policy": Dense(), **SIZES}
+    assert facts["bytes"] == sum(len(file.read_bytes()) for file in texts.iterdir()) - sum(
+        data.manifest["splits"][split]["bytes"] for split in ("validation", "test")
+    )
+    whole = evaluate(params, config, data, "train", **sizes).bits_per_byte
+    assert whole == pytest.approx(expected, rel=1e-5)
+    some = evaluate(params, config, data, "train", limit=3, **sizes).bits_per_byte
+    assert some == pytest.approx(expected, rel=0.2)
 
 
 def ratios_are_tokens_over_slots_counted_one_by_one_test(data, model_config, spread_params):

@@ -12,7 +12,7 @@ import pytest
 from dmc_jax.checkpoints import models
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.errors import UserError
+from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.inference import engine as engine_module
 from dmc_jax.inference import layers, programs
 from dmc_jax.inference.engine import Engine
@@ -584,3 +584,38 @@ def a_snapshot_is_refused_where_it_cannot_go_on_test(tiny_model, roomy, tmp_path
             load_snapshot(tmp_path / "broken")
     with pytest.raises(UserError, match="absent is not a snapshot"):
         load_snapshot(tmp_path / "absent")
+
+
+def logits_that_are_no_numbers_end_their_sequence_with_an_error_test(tiny_model):
+    params, config = tiny_model
+    # The token 7 poisons whoever reads it; others are not touched.
+    broken = {**params, "embedding": np.array(params["embedding"])}
+    broken["embedding"][7] = np.nan
+    engine = build_engine((broken, config))
+    greedy = SamplingParams(max_new_tokens=4, temperature=0.0, stop_token_ids=(7,))
+    alone = build_engine(tiny_model).generate([[1, 5, 6]], greedy)
+    engine.submit([1, 5, 6], greedy)
+    engine.submit([1, 7, 6], greedy)
+    with pytest.raises(RunFailure, match="sequence 1: after 3 tokens the model's logits are NaN"):
+        engine.step()
+    results = []
+    while engine.unfinished:
+        results += [event.result for event in engine.step() if event.finish_reason]
+    assert [result.tokens for result in results] == [alone[0].tokens]
+
+
+def every_eos_ends_a_text_test(tiny_model):
+    class TwoEnds(Pieces):
+        eos_ids = (2, 30)
+
+    params, config = tiny_model
+    # Greedy, one token follows whatever was read.
+    head = np.zeros_like(params["head"])
+    certain = {**params, "head": head, "embedding": np.ones_like(params["embedding"])}
+    head[:, 30] = 1.0
+    options = {"policy": Dense(), "max_sequences": 1, "pages": 99, "page_size": PAGE}
+    greedy = SamplingParams(max_new_tokens=5, temperature=0.0)
+    [ended] = Engine(certain, config, TwoEnds(), **options).generate([[1, 5]], greedy)
+    [went_on] = Engine(certain, config, Pieces(), **options).generate([[1, 5]], greedy)
+    assert (ended.finish_reason, ended.tokens) == ("stop", ())
+    assert (went_on.finish_reason, went_on.tokens) == ("length", (30,) * 5)

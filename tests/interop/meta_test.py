@@ -47,7 +47,7 @@ def interleaved(weight, head_dim):
     return result
 
 
-def as_meta(weights, sizes, shards, embedding_axis=0):
+def as_meta(weights, sizes, shards, embedding_axis=0, copies=1):
     """The state dictionaries of a model's shards."""
     states = [{} for _ in range(shards)]
     for full, weight in weights.items():
@@ -65,7 +65,9 @@ def as_meta(weights, sizes, shards, embedding_axis=0):
         for state in states:
             state[theirs + ".weight"] = weight
         if axis is not None:
-            for state, part in zip(states, np.split(weight, shards, axis), strict=True):
+            repeated = copies if theirs.endswith(("wk", "wv")) else 1
+            parts = [p for p in np.split(weight, shards // repeated, axis) for _ in range(repeated)]
+            for state, part in zip(states, parts, strict=True):
                 state[theirs + ".weight"] = np.ascontiguousarray(part)
     return states
 
@@ -104,6 +106,35 @@ def every_tensor_comes_back_bit_for_bit_test(tmp_path, shards, embedding_axis, d
     assert (c.vocab_size, c.width, c.layers, c.mlp_width) == (20, 16, 2, 24)
     assert (c.heads, c.kv_heads, c.head_dim, c.norm_eps) == (4, 2, 6, 1e-5)
     assert not c.tied_embeddings and c.rope_scaling is None
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def more_shards_than_kv_heads_repeat_them_test(tmp_path, kv_heads):
+    sizes = Sizes(V=20, K=kv_heads)
+    weights = random_weights(sizes)
+    states = as_meta(weights, sizes, 4, copies=4 // kv_heads)
+    source = open_meta(write(tmp_path / "model", states, n_kv_heads=kv_heads))
+    assert_same_bits(source.tensors, weights)
+    # Neighbours that disagree are no copies.
+    states[1]["layers.0.attention.wk.weight"] = states[3]["layers.0.attention.wk.weight"] + 1
+    source = open_meta(write(tmp_path / "model", states, n_kv_heads=kv_heads))
+    with pytest.raises(UserError, match="'layers.0.attention.wk.weight' .* hold different rows"):
+        source.tensors["model.layers.0.self_attn.k_proj.weight"].read()
+
+
+def wrapped_modules_have_the_names_of_what_they_wrap_test(tmp_path):
+    weights = random_weights(SIZES)
+    [state] = as_meta(weights, SIZES, 1)
+    state = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    assert_same_bits(open_meta(write(tmp_path / "model", [state])).tensors, weights)
+
+
+def a_git_lfs_pointer_is_called_one_test(tmp_path):
+    folder = write(tmp_path / "model", as_meta(random_weights(SIZES), SIZES, 1))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13476939516\n"
+    (folder / "consolidated.00.pth").write_text(pointer)
+    with pytest.raises(UserError, match="00.pth is a Git LFS pointer .* has 13,476,939,516 bytes"):
+        open_meta(folder)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
