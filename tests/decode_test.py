@@ -194,4 +194,9 @@ def programs_are_kept_for_the_next_start_and_their_time_is_stated_test(
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"\n\ncompiling took " in done.stdout
         kept[start] = {path.name for path in tmp_path.glob("dmc_jax/programs/*-cache")}
-    assert kept[0] and kept[0] == kept[1]
+
+    # Whether a small program took long enough to be kept is a matter of how busy the machine is.
+    def layers(start):
+        return {name for name in kept[start] if name.startswith("jit__run_layer")}
+
+    assert layers(0) and layers(0) == layers(1)
