@@ -46,7 +46,7 @@ compile() {
     limited 150 "compile_$i" bash -c "end_to_end --compile=$i/$processes --seconds=${COMPILE_SECONDS:-100}" &
   done
   limited 150 tests $PYTHON -m pytest -o minversion=8 -W default -q -n 4 --maxfail=9 -m "not slow" \
-    -k triton tests/pallas_kernels/decode_attention/api_test.py \
+    -k "triton or causal_attention" tests/pallas_kernels/decode_attention/api_test.py \
     tests/pallas_kernels/cache_update/api_test.py tests/pallas_kernels/causal_attention/api_test.py
   wait
 }
