@@ -52,9 +52,11 @@ test-all: $(STAMP)
 GPU_RUN = JAX_PLATFORMS=cuda,cpu PYTHONPATH="$(CURDIR)$(if $(PACKAGES),:$(abspath $(PACKAGES)))" \
   $(or $(PYTHON_GPU),$(VENV_PYTHON))
 
+GPU_CHECK = $(GPU_RUN) -c 'import jax; jax.devices("gpu")' >/dev/null 2>&1 || { \
+  echo "make: JAX sees no NVIDIA GPU with $(or $(PYTHON_GPU),$(VENV_PYTHON)): it needs one, and JAX with CUDA (docs/gpu.md)" >&2; exit 1; }
+
 gpu: $(if $(PYTHON_GPU),,$(STAMP))
-	@$(GPU_RUN) -c 'import jax; jax.devices("gpu")' >/dev/null 2>&1 || { \
-	  echo "make: JAX sees no NVIDIA GPU with $(or $(PYTHON_GPU),$(VENV_PYTHON)): it needs one, and JAX with CUDA (docs/gpu.md)" >&2; exit 1; }
+	@$(GPU_CHECK)
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_RUN) -m pytest -W default --numprocesses 4 \
 	  --dist worksteal --ignore-glob='*compile_test.py' tests/pallas_kernels
 	$(GPU_RUN) -m pallas_kernels.bench --tune
@@ -67,6 +69,7 @@ gpu: $(if $(PYTHON_GPU),,$(STAMP))
 # The figures that matter most in ten minutes, into OUT; a second call goes on.
 gpu-quick: $(if $(PYTHON_GPU),,$(STAMP))
 	@test -n "$(OUT)" || { echo "make: name a folder for the results: make gpu-quick OUT=DIR" >&2; exit 1; }
+	@$(if $(QUICK),,$(GPU_CHECK))
 	PYTHON="$(abspath $(or $(PYTHON_GPU),$(VENV_PYTHON)))" \
 	  PYTHONPATH="$(if $(PACKAGES),$(abspath $(PACKAGES)))" benchmarks/gpu_quick.sh "$(OUT)" $(PARTS)
 

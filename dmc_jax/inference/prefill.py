@@ -35,7 +35,7 @@ from dmc_jax.inference.paged_cache import (
     write,
 )
 from dmc_jax.inference.pages import Pages
-from dmc_jax.model.llama import Attend, forward
+from dmc_jax.model.llama import Attend
 from dmc_jax.policies.policy import Edit, Policy, Tokens
 
 # Chunks are padded to 32, 128, 512, ... tokens: each of these lengths is compiled.
@@ -112,41 +112,6 @@ def _end_chunk(cache, x, counts, seats, last):
     x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     x = x if last is None else jnp.where(counts[:, None] > 0, x, last)
     return dataclasses.replace(cache, position=position), x
-
-
-def prefill_chunk(
-    params: Any,
-    config: ModelConfig,
-    cache: PagedCache,
-    tokens: Int[Array, "B T"],
-    counts: Int[Array, " B"],
-    seats: Int[Array, " B"],
-    *,
-    policy: Policy,
-    dtype: str = "float32",
-    only: Int[Array, " B"] | None = None,
-) -> tuple[PagedCache, Float[Array, "B T V"]]:
-    """Read the next tokens of some sequences in one pass.
-
-    Args:
-        params: of the model.
-        config: its sizes.
-        cache: holds the tokens before.
-        tokens: ids in [0, V); those from `counts` on are padding and leave no trace.
-        counts: tokens to read per row, 0 to T.
-        seats: of each row, all different; rows whose seat is outside the cache are padding.
-        policy: that the cache was made for.
-        dtype: of the forward pass.
-        only: index of the one token of each row whose logits are wanted; None: all.
-
-    Returns:
-        (the cache with the tokens, logits after each, or [B, 1, V] with `only`); those of padding
-        mean nothing.
-    """
-    attend = attend_chunk(config, policy, counts=counts, seats=seats)
-    output = forward(params, config, tokens, dtype=dtype, attend=attend, state=cache, only=only)
-    position = output.state.position.at[seats].add(counts, mode="drop")
-    return dataclasses.replace(output.state, position=position), output.logits
 
 
 def attend_chunk(

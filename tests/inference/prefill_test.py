@@ -18,6 +18,7 @@ from dmc_jax.model.llama import Llama
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Edit, attend_whole
+from tests.inference import chunks
 
 TOLERANCE = 1e-5  # float32 logits and states of size 1
 # Above every merge logit; at the middle of them; below most; below all.
@@ -80,7 +81,7 @@ def read_one_by_one(params, config, settings, cache, tokens, lengths, threshold)
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def read_chunk(params, config, settings, cache, tokens, counts, seats, threshold):
-    return prefill.prefill_chunk(
+    return chunks.read_chunk(
         params,
         config,
         cache,

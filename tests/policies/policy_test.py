@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
-from dmc_jax.inference import decoding, paged_cache, prefill
+from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import Llama
@@ -22,6 +22,7 @@ from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole
 from dmc_jax.policies.tova import TOVA
+from tests.inference import chunks
 from tests.tiny_llama import build
 
 TABLE = {
@@ -73,7 +74,7 @@ def empty_cache(config, policy):
 
 @functools.partial(jax.jit, static_argnames="config")
 def read_chunk(params, config, policy, cache, tokens, counts, seats):
-    return prefill.prefill_chunk(params, config, cache, tokens, counts, seats, policy=policy)
+    return chunks.read_chunk(params, config, cache, tokens, counts, seats, policy=policy)
 
 
 @functools.partial(jax.jit, static_argnames="config")
