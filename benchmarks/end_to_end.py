@@ -5,8 +5,9 @@
     python -m benchmarks.end_to_end --compile 2/8                # only fills JAX's program cache
 
 What is timed is the engine's own step, `inference.programs.next_tokens`: forward pass, merging or
-appending, pages, attention, the most likely token. Left out: prompts, the host's
-bookkeeping between steps, waiting for a place.
+appending, pages, attention, the most likely token. Left out: the host's
+bookkeeping between steps, waiting for a place; and the prompts, but for the figures "with prefill":
+there the prompts of the largest batch are read first, one after the other, as the engine does.
 
 The weights are random, made on the device in bfloat16 a matrix at a time. What they would decide
 says nothing of a trained model, so rows are given the lengths that they would have in one. The demo
@@ -136,15 +137,33 @@ def compare(results: list[dict]) -> list[dict]:
                 {
                     **{"memory": memory, "prompt": prompt, "new": new, "ratio": ratio},
                     "batch_over_dense": round(one["batch"] / dense["batch"], 2),
-                    "tokens_per_second_over_dense": round(
-                        one["tokens_per_second"] / dense["tokens_per_second"], 2
-                    ),
+                }
+                | {
+                    f"{name}_over_dense": round(one[name] / dense[name], 2)
+                    for name in ("tokens_per_second", "tokens_per_second_with_prefill")
+                    if name in one and name in dense
                 }
             )
     return found
 
 
-def run_all(setup: Setup, runs: list[Run], report: dict, file: Path, until: float) -> None:
+def add_costs(results: list[dict], dollars_per_hour: float | None) -> None:
+    """Adds what a million new tokens cost, of the rows whose prompts were read too with these."""
+    for one in results:
+        for name in ("tokens_per_second", "tokens_per_second_with_prefill"):
+            if dollars_per_hour and name in one:
+                cost = dollars_per_hour * 1e6 / (3600 * one[name])
+                one[name.replace("tokens_per_second", "dollars_per_million")] = round(cost, 4)
+
+
+def run_all(
+    setup: Setup,
+    runs: list[Run],
+    report: dict,
+    file: Path,
+    until: float,
+    dollars_per_hour: float | None = None,
+) -> None:
     """Measures in order; prints and writes what each gives.
 
     Args:
@@ -153,11 +172,16 @@ def run_all(setup: Setup, runs: list[Run], report: dict, file: Path, until: floa
         report: gets `results`, `against_dense` and `left_out`.
         file: for the report.
         until: none is begun that might not be done by then, by `time.perf_counter`.
+        dollars_per_hour: of the device; None leaves costs out.
     """
     results, longest = report.setdefault("results", []), 0.0
     done = {Run(**{f.name: one[f.name] for f in dataclasses.fields(Run)}) for one in results}
     left = [run for run in runs if run not in done]
-    print("prompt  new ratio batch memory   tokens/s  floors: weights   +cache   ms a step")
+    add_costs(results, dollars_per_hour)
+    print(
+        "prompt  new ratio batch memory   tokens/s  with prefill  floors: weights   +cache"
+        f"   {'$/M tokens  ' if dollars_per_hour else ''}ms a step"
+    )
     report["against_dense"], report["left_out"] = compare(results), len(left)
     for run in left:
         started = time.perf_counter()
@@ -170,6 +194,7 @@ def run_all(setup: Setup, runs: list[Run], report: dict, file: Path, until: floa
                 "failed": f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
             }
         results.append(result)
+        add_costs(results, dollars_per_hour)
         _print_row(result)
         longest = max(longest, time.perf_counter() - started)
         report["against_dense"], report["left_out"] = compare(results), report["left_out"] - 1
@@ -183,9 +208,11 @@ def _print_row(result: dict) -> None:
         print(of_run, f"{result['memory'] or '':7} failed: {result['failed']}", flush=True)
         return
     steps = " ".join(f"{point['milliseconds']:.2f}" for point in result["points"])
+    cost = f"{result['dollars_per_million']:10.3f}  " if "dollars_per_million" in result else ""
     print(
         f"{of_run} {result['memory'] or '':7} {result['tokens_per_second']:9.1f}",
-        f"{result['floor_weights']:15.1f} {result['floor_weights_and_cache']:8.1f}   {steps}",
+        f"{result.get('tokens_per_second_with_prefill', ''):>13}",
+        f"{result['floor_weights']:16.1f} {result['floor_weights_and_cache']:8.1f}   {cost}{steps}",
         flush=True,
     )
 
@@ -255,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="7b", choices=sorted(PRESETS))
     parser.add_argument("--page", type=int, default=16, help="slots of a page")
     parser.add_argument("--reserve", type=float, default=4e9, help="bytes for activations")
+    parser.add_argument("--dollars-per-hour", type=float, help="adds dollars a million new tokens")
     parser.add_argument("--seconds", type=float, default=540, help="begin none that may end later")
     parser.add_argument("--resume", action="store_true", help="keep what the file has")
     parser.add_argument(
@@ -288,7 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": timing.machine(command),
         "model": options.model,
         "dtype": DTYPE,
-        "implementations_that_run": [x for x in api.IMPLEMENTATIONS if not api.unavailable(x)],
+        "implementations_that_run": [
+            x for x in api.IMPLEMENTATIONS.names if not api.unavailable(x)
+        ],
         "page": options.page,
         "weight_bytes_a_step": setup.weight_bytes,
         "copy_bytes_per_second": rate,
@@ -302,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--resume: {file} is of another device or model; take another --output")
         report["results"] = old["results"]
     print(f"{options.model} on {device.device_kind}; copy {rate / 1e9:.1f} GB/s")
-    run_all(setup, runs, report, file, until)
+    run_all(setup, runs, report, file, until, options.dollars_per_hour)
     for one in report.get("against_dense", []):
         print(one)
     if report["left_out"]:

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.inference import paged_cache, programs
 from dmc_jax.inference.paged_cache import PagedCache
 from dmc_jax.inference.pages import Pages
+from dmc_jax.inference.prefill import prefill
 from dmc_jax.inference.sampling import SamplingParams, stack_params
 from dmc_jax.model.llama import init_params, unstack_layers
 from dmc_jax.policies.dense import Dense
@@ -34,6 +36,7 @@ _MEASURED = Path(__file__).with_name("demo_cpu.json")
 _BLOCK_PAGES = 2**12  # random pages, which the pool repeats
 _BISECTIONS = 10
 _WARM_UP = 2
+_SAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,24 +288,54 @@ class Decoder:
             low, high = (middle, high) if grown < 1 / self.run.ratio else (low, middle)
         return grown
 
-    def seconds(self, tokens: int) -> tuple[float, int]:
-        """Of a step after so many tokens, and the slots of a sequence then.
+    def seconds(self, tokens: int) -> tuple[list[float], int]:
+        """Of a step after so many tokens, several times, and the slots of a sequence then.
 
         Raises:
             RuntimeError: the pages ran out.
         """
-        slots = self.fill(tokens)
-        for _ in range(_WARM_UP):
-            self.step()
-        jax.block_until_ready(self.tokens)
+        taken = []
+        for _ in range(_SAMPLES):
+            slots = self.fill(tokens)
+            for _ in range(_WARM_UP):
+                self.step()
+            jax.block_until_ready(self.tokens)
+            started = time.perf_counter()
+            for _ in range(self.setup.steps):  # nothing is read: the device does one after another
+                tally = self.step()
+            jax.block_until_ready((self.tokens, tally))
+            taken.append((time.perf_counter() - started) / self.setup.steps)
+            if bool(tally.failed.any()):
+                raise RuntimeError("a sequence had no page left")
+        return taken, slots
+
+
+def prefill_seconds(setup: Setup, run: Run, policy: Policy) -> float:
+    """Of reading one prompt as the engine does, alone, the pages of its seat empty before.
+
+    Args:
+        setup: shared by all.
+        run: gives the prompt.
+        policy: with its threshold: what is merged is up to the model, alike in all rows.
+
+    Raises:
+        RuntimeError: the pages ran out.
+    """
+    cache = jax.jit(lambda: new_cache(setup, run, 1, jax.random.key(3)))()
+    prompt = np.random.default_rng(0).integers(0, setup.config.vocab_size, run.prompt)
+    taken = []
+    for _ in range(1 + _SAMPLES):  # the first compiles
+        cache = paged_cache.free(cache, jnp.ones(1, bool))
+        jax.block_until_ready(cache)
         started = time.perf_counter()
-        for _ in range(self.setup.steps):  # nothing is read: the device does one after another
-            tally = self.step()
-        jax.block_until_ready((self.tokens, tally))
-        seconds = (time.perf_counter() - started) / self.setup.steps
-        if bool(tally.failed.any()):
-            raise RuntimeError("a sequence had no page left")
-        return seconds, slots
+        cache, logits = prefill(
+            *(setup.params, setup.config, cache, [prompt], [0]), policy=policy, dtype=DTYPE
+        )
+        jax.block_until_ready((cache, logits))
+        taken.append(time.perf_counter() - started)
+    if bool(cache.failed.any()):
+        raise RuntimeError("the prompt had no page left")
+    return statistics.median(taken[1:])
 
 
 def measure(setup: Setup, run: Run) -> dict:
@@ -322,7 +355,9 @@ def measure(setup: Setup, run: Run) -> dict:
         points.append(
             {
                 "tokens": tokens,
-                "milliseconds": round(1e3 * seconds, 4),
+                "milliseconds": round(1e3 * statistics.median(seconds), 4),
+                "fastest": round(1e3 * min(seconds), 4),
+                "slowest": round(1e3 * max(seconds), 4),
                 "live_bytes": live,
                 "floor_milliseconds": round(1e3 * (setup.weight_bytes + live) / setup.rate, 4),
                 "slots_per_token": round(slots / tokens / setup.config.kv_rows, 4),
@@ -333,15 +368,31 @@ def measure(setup: Setup, run: Run) -> dict:
         return sum(w * point[name] for w, point in zip(WEIGHTS, points, strict=True))
 
     memory = decoder.read.memory_analysis()
-    return vars(run) | {
-        "tokens_per_second": round(1e3 * run.batch / mean("milliseconds"), 1),
-        "floor_weights": round(run.batch * setup.rate / setup.weight_bytes, 1),
-        "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
-        "copy_bytes_per_second": setup.rate,
-        "points": points,
-        "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
-        "slots_per_token_in_the_steps": round(grown, 4),
-        "cache_bytes": paged_cache.bytes_reserved(decoder.cache),
-        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
-        "compile_seconds": round(decoder.compile_seconds, 1),
-    }
+    cache_bytes, with_prompts = paged_cache.bytes_reserved(decoder.cache), {}
+    if run.memory:  # the largest batch: its prompts are read too, one after the other
+        decoder.cache = None  # leaves room for the prompt's
+        prompt = prefill_seconds(setup, run, decoder.policy)
+        whole = run.batch * prompt + 1e-3 * run.new * mean("milliseconds")
+        with_prompts = {
+            "prefill_milliseconds": round(1e3 * prompt, 3),
+            "tokens_per_second_with_prefill": round(run.batch * run.new / whole, 1),
+        }
+    return (
+        vars(run)
+        | with_prompts
+        | {
+            "tokens_per_second": round(1e3 * run.batch / mean("milliseconds"), 1),
+            "slowest_and_fastest": [
+                round(1e3 * run.batch / mean(name), 1) for name in ("slowest", "fastest")
+            ],
+            "floor_weights": round(run.batch * setup.rate / setup.weight_bytes, 1),
+            "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
+            "copy_bytes_per_second": setup.rate,
+            "points": points,
+            "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
+            "slots_per_token_in_the_steps": round(grown, 4),
+            "cache_bytes": cache_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+            "compile_seconds": round(decoder.compile_seconds, 1),
+        }
+    )

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 1 ] || { echo "usage: benchmarks/gpu_quick.sh OUT [PART ...]" >&2; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 shift
-PARTS=${*:-environment compile end_to_end kernels cache_update training more_end_to_end tune}
+PARTS=${*:-environment tests compile end_to_end kernels cache_update training more_end_to_end tune}
 PYTHON=${PYTHON:-python3}
 SIZE=${QUICK:+--quick}
 
@@ -38,16 +38,14 @@ end_to_end() {
 export -f end_to_end
 export PYTHON SIZE OUT
 
-# Most of every measurement is compilation: beside it, and beside the tests, nothing is timed.
+# Most of a measurement is compilation. Beside it nothing is timed, and nothing else runs: XLA
+# chooses products of matrices by timing them, and chooses worse ones where others are at work.
 compile() {
-  export XLA_PYTHON_CLIENT_PREALLOCATE=false
-  local processes=${PROCESSES:-8}
+  local processes=${PROCESSES:-9}
   for ((i = 0; i < processes; i++)); do
-    limited 150 "compile_$i" bash -c "end_to_end --compile=$i/$processes --seconds=${COMPILE_SECONDS:-100}" &
+    XLA_PYTHON_CLIENT_PREALLOCATE=false limited 100 "compile_$i" \
+      bash -c "end_to_end --compile=$i/$processes --seconds=${COMPILE_SECONDS:-30}" &
   done
-  limited 150 tests $PYTHON -m pytest -o minversion=8 -W default -q -n 4 --maxfail=9 -m "not slow" \
-    -k "triton or causal_attention" tests/pallas_kernels/decode_attention/api_test.py \
-    tests/pallas_kernels/cache_update/api_test.py tests/pallas_kernels/causal_attention/api_test.py
   wait
 }
 
@@ -55,20 +53,27 @@ for part in $PARTS; do
   case $part in
     environment)
       { nvidia-smi; $PYTHON -m pip list; nproc; } >"$OUT/environment.txt" 2>&1 ;;
+    tests)
+      XLA_PYTHON_CLIENT_PREALLOCATE=false limited 120 tests \
+        $PYTHON -m pytest -o minversion=8 -W default -q -n ${WORKERS:-12} --maxfail=9 -m "not slow" \
+        -k "triton or causal_attention" tests/pallas_kernels/decode_attention/api_test.py \
+        tests/pallas_kernels/cache_update/api_test.py tests/pallas_kernels/causal_attention/api_test.py ;;
     compile) LINES_SHOWN=4 compile ;;
-    end_to_end) limited 170 end_to_end bash -c "end_to_end --resume --seconds=145" ;;
+    end_to_end) limited 170 end_to_end bash -c "end_to_end --resume --seconds=${END_TO_END_SECONDS:-145}" ;;
     more_end_to_end) limited 130 more_end_to_end bash -c "end_to_end --resume --seconds=110" ;;
     kernels)
       limited 70 kernels $PYTHON -m pallas_kernels.bench $SIZE $([ -n "$SIZE" ] || echo --implementations=triton,pallas_gpu) \
         $([ -n "$SIZE" ] || echo --pages=16) --seconds=50 --output="$OUT/kernels.json" ;;
     cache_update)
       limited 60 cache_update $PYTHON -m benchmarks.cache_update $SIZE --output="$OUT/cache_update.json" ;;
+    training_tune)
+      [ -n "$SIZE" ] || limited 75 training_tune $PYTHON -m benchmarks.training_attention --tune --seconds=60 ;;
     training)
       limited 80 training $PYTHON -m benchmarks.training_attention $SIZE --seconds=60 \
         --output="$OUT/training_attention.json" ;;
     tune)
       [ -n "$SIZE" ] || limited 80 tune $PYTHON -m pallas_kernels.bench --tune --implementations=triton \
-        --seconds=65 ;;
+        --seconds=65 --output="$OUT/tuning.json" ;;
     *) echo "no part '$part'" >&2; exit 2 ;;
   esac
 done

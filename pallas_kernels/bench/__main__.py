@@ -104,10 +104,10 @@ def goals(results: list[dict]) -> dict[str, dict[str, float]]:
 
 _WITH_SETTINGS = ("triton", "pallas_gpu")
 _TUNED_ON = (
-    Case("uneven", 256 * MB, 64, 128, 1),
     Case("uneven", 256 * MB, 16, 128, 1),
-    Case("even", 64 * MB, 64, 64, 8),
-    Case("even", 8 * MB, 64, 128, 1),
+    Case("uneven", 1024 * MB, 16, 128, 1),
+    Case("even", 256 * MB, 16, 128, 1),
+    Case("even", 8 * MB, 16, 128, 1),
 )
 
 
@@ -118,7 +118,7 @@ def tune(
     until: float,
     cases: tuple[Case, ...] = _TUNED_ON,
     candidates: tuple[Settings, ...] = CANDIDATES,
-) -> Path:
+) -> tuple[Path, list[dict]]:
     """Time every candidate and keep the fastest settings of this device.
 
     Args:
@@ -129,33 +129,35 @@ def tune(
         candidates: to choose from. One that cannot be built or is wrong is passed over.
 
     Returns:
-        The file with the settings.
+        (the file with the settings, what each candidate took).
     """
     kind, made = target.current().kind, {case: make_pages(case) for case in cases}
     source = timing.source("pallas_kernels.bench --tune")
-    chosen = {name: settings_for(name, kind) for name in _WITH_SETTINGS}
+    chosen, tried = {name: settings_for(name, kind) for name in _WITH_SETTINGS}, []
     for name in (name for name in names if name in chosen):
 
         def seconds(settings, name=name):
-            taken = []
+            rows = []
             for case, pages in made.items():
                 try:
                     if time.perf_counter() > until:
                         raise TimeoutError("no time left for it")
                     contender = make_contender(name, case, pages, settings=settings)
-                    taken.append(1e-6 * measure(contender, case, pages, rate)["microseconds"])
+                    row = measure(contender, case, pages, rate)
+                    rows.append({"contender": name, **vars(settings), **vars(case), **row})
                 except Exception as error:  # compilers have errors of many kinds
                     print(f"{name} {settings}: passed over, {timing.in_a_line(error)}", flush=True)
                     return [np.inf] * len(made)
-            print(f"{name} {settings}: {[round(1e6 * t, 1) for t in taken]} us", flush=True)
-            return taken
+            print(f"{name} {settings}: {[row['of_copy'] for row in rows]} of copy", flush=True)
+            tried.extend(rows)
+            return [1e-6 * row["microseconds"] for row in rows]
 
         # Those in use first: they stay where no other is faster.
         first = chosen[name], *(one for one in candidates if one != chosen[name])
         chosen[name] = tuning.fastest(seconds, first)
         tuning.save(kind, source, {name: chosen[name]})
         print(f"{name}: {chosen[name]}")
-    return tuning.file_of(kind)
+    return tuning.file_of(kind), tried
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -250,7 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--implementations", help="separated by commas; all that run here")
     parser.add_argument("--pages", help="slots of a page, separated by commas; only these cases")
-    parser.add_argument("--output", type=Path, help="benchmarks/<device>/kernels.json")
+    parser.add_argument(
+        "--output", type=Path, help="benchmarks/<device>/kernels.json, or tuning.json"
+    )
     options = parser.parse_args(arguments)
     until = time.perf_counter() + options.seconds
     if jax.default_backend() != "gpu" and (options.tune or not options.quick):
@@ -261,14 +265,18 @@ def main(arguments: list[str] | None = None) -> int:
         names = _implementations(options.implementations)
     except ValueError as error:
         parser.error(str(error))
-    name = "kernels_quick.json" if options.quick else "kernels.json"
+    name = "tuning.json" if options.tune else "kernels.json"
+    name = "kernels_quick.json" if options.quick else name
     file = options.output or timing.result_file(name)
     rates = timing.copy_rates(2**22 if options.quick else 2**30)
     rate = max(rates.values())
-    if options.tune:
-        print(f"wrote {tune(names, rate, until=until)}")
-        return 0
     command = " ".join(["python -m pallas_kernels.bench", *arguments])
+    if options.tune:
+        report = {"machine": timing.machine(command), "copy_bytes_per_second": rate}
+        written, report["results"] = tune(names, rate, until=until)
+        timing.write_json(file, report)
+        print(f"wrote {written} and {file}")
+        return 0
     report = {
         "measures": "decode attention of one layer, useful bytes/s against the rate of copying",
         "machine": timing.machine(command),

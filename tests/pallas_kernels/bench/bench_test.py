@@ -221,16 +221,18 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
         seen.append(settings)
         if settings == CANDIDATES[2]:
             raise Wrong("relative error 1")
-        return {"microseconds": 9.0 - CANDIDATES.index(settings)}
+        return {"microseconds": 9.0 - CANDIDATES.index(settings), "of_copy": 0.5}
 
     monkeypatch.setattr(bench, "measure", measure)
-    file = bench.tune(
+    file, tried = bench.tune(
         *(("triton", "xla"), 1e9),
         until=np.inf,
         cases=(SMALL,),
         candidates=CANDIDATES[:4],
     )
     assert seen == list(CANDIDATES[:4])
+    assert [row["microseconds"] for row in tried] == [9.0, 8.0, 6.0]  # the wrong one has no time
+    assert tried[0].items() >= (vars(CANDIDATES[0]) | vars(SMALL)).items()
     kept = json.loads(file.read_text())
     assert Settings(**kept["triton"]) == CANDIDATES[3]
     assert kept.keys() == {"source", "triton"}  # the other was not timed
