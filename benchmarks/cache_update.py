@@ -3,11 +3,11 @@
     python -m benchmarks.cache_update                # --tune: keep the faster form for this device
     python -m benchmarks.cache_update --quick        # small sizes, on any device: whether it works
 
-Timed is `decoding.read_token` as a decoding step calls it, pages reserved and all. One compiled
-program makes the updates of many steps, each of as many layers as it takes for a layer's rings to
-have left every cache before they are read again (`timing.COLD_BYTES`); the cache is donated to it.
-Its wall time over its updates is the time of one. Before anything is timed, all forms must give the
-same cache after such a program; one that does not gets no time.
+Timed is `decoding.read_token` as a decoding step calls it, with pages granted and settled once a
+step. One compiled program makes the updates of many steps, each of as many layers as it takes for a
+layer's rings to have left every cache before they are read again (`timing.COLD_BYTES`); the cache
+is donated to it. Its wall time over its updates is the time of one. Before anything is timed, all
+forms must give the same cache after such a program; one that does not gets no time.
 
 Three tokens of four merge, at random, from segments of random lengths: rows differ as they do in
 decoding at 4x. Heads are 128 wide, the window is 12 tokens, pages are bfloat16.
@@ -152,6 +152,8 @@ def program(cache: PagedCache, tokens: Read, case: Case, implementation: str) ->
     active = jnp.ones(case.shape[0], bool)
 
     def step(i, cache):
+        cache, reads, granted = decoding.begin_step(cache, active)
+
         # Not one after another in the program: that takes minutes to compile.
         def update(layer, cache):
             first = layer * case.heads
@@ -161,11 +163,11 @@ def program(cache: PagedCache, tokens: Read, case: Case, implementation: str) ->
             k = k.at[..., -1].set(jnp.where(decision > 0, 100, -100).astype(k.dtype))
             token = Tokens(q, k, v, cache.position, frequencies)
             return decoding.read_token(
-                *(cache, POLICY, first, token), active=active, implementation=implementation
-            )
+                *(cache, POLICY, first, token), active=reads, implementation=implementation
+            )[1]
 
         cache = jax.lax.fori_loop(0, case.layers, update, cache)
-        return dataclasses.replace(cache, position=cache.position + 1)
+        return decoding.end_step(cache, active, granted)
 
     return jax.lax.fori_loop(0, case.steps, step, cache)
 

@@ -62,7 +62,7 @@ for part in $PARTS; do
     end_to_end) limited 170 end_to_end bash -c "end_to_end --resume --seconds=${END_TO_END_SECONDS:-145}" ;;
     more_end_to_end) limited 130 more_end_to_end bash -c "end_to_end --resume --seconds=110" ;;
     kernels)
-      limited 70 kernels $PYTHON -m pallas_kernels.bench $SIZE $([ -n "$SIZE" ] || echo --implementations=triton,pallas_gpu) \
+      limited 70 kernels $PYTHON -m pallas_kernels.bench $SIZE $([ -n "$SIZE" ] || echo --implementations=triton) \
         $([ -n "$SIZE" ] || echo --pages=16) --seconds=50 --output="$OUT/kernels.json" ;;
     cache_update)
       limited 60 cache_update $PYTHON -m benchmarks.cache_update $SIZE --output="$OUT/cache_update.json" ;;

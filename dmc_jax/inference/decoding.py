@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.inference.paged_cache import (
+    Granted,
     PagedCache,
     first_rows,
-    places,
+    grant,
+    owned,
     put_rows,
-    reserve,
+    settle,
     take_rows,
     write,
 )
@@ -38,64 +40,57 @@ def read_token(
     active: Bool[Array, " B"],
     seats: Int[Array, " B"] | None = None,
     implementation: str | None = None,
-) -> PagedCache:
+) -> tuple[Float[Array, "B N H"], PagedCache]:
     """Let the rows of one layer read a token, as the policy says.
 
-    The position stays as it is: it moves on once all layers have read the token.
+    Pages were set aside for it by `grant`, and `settle` comes after it. The position stays as it
+    is: it moves on once all layers have read the token.
 
     Args:
         cache: made for the policy.
         policy: of the rows.
         first: row of the layer's first KV head.
         token: of B sequences.
-        active: those that read it; the others, and failed ones, stay as they are.
+        active: those that read it, none that `failed`; the others stay as they are.
         seats: of the sequences; None: all seats, in order.
         implementation: "xla", or a kernel that the policy has for it; None: the faster one as
             measured here.
+
+    Returns:
+        (the queries, rotated, the cache).
     """
-    K = token.k.shape[1]
-    active = _readable(cache, active, seats)[:, None]  # [B, 1]
-    rows = functools.partial(take_rows, first=first, heads=K, seats=seats)
-    lengths, before = rows(cache.lengths), jax.tree.map(rows, cache.state)
     kernel = policy.kernel(implementation)
     if kernel is not None and seats is None:
-        slot = policy.slot(before, token, lengths)
-        cache, granted = _grow(cache, lengths, slot, active, first)
-        at = places(cache, slot[..., None], (granted & active)[..., None], first)
-        k_pages, v_pages, state = policy.launch(
-            *(cache.pages.k, cache.pages.v, cache.state, token),
+        rotated, k_pages, v_pages, lengths, state = policy.launch(
+            *(cache.pages.k, cache.pages.v, cache.lengths, cache.state, token),
+            page_table=cache.page_table,
             first=first,
-            active=active[:, 0],
-            at=(at[0][..., 0], at[1][..., 0]),
+            active=active,
             implementation=kernel,
         )
         pages = dataclasses.replace(cache.pages, k=k_pages, v=v_pages)
-        return dataclasses.replace(cache, pages=pages, state=state)
+        return rotated, dataclasses.replace(cache, pages=pages, lengths=lengths, state=state)
+    K = token.k.shape[1]
+    rows = functools.partial(take_rows, first=first, heads=K, seats=seats)
+    lengths, before = rows(cache.lengths), jax.tree.map(rows, cache.state)
     after, edit = policy.step(before, token, lengths)
-    cache = _remember(cache, after, before, active, first, seats)
-    cache, granted = _grow(cache, lengths, edit.slot, active, first, seats)
-    return write(
+    reads = active[:, None]
+    cache = _remember(cache, after, before, reads, first, seats)
+    has_page = owned(cache, edit.slot, first, seats)
+    grown = jnp.where(has_page, jnp.maximum(lengths, edit.slot + 1), ~lengths)
+    grown = jnp.where(reads, grown, lengths)
+    cache = dataclasses.replace(cache, lengths=put_rows(cache.lengths, grown, first, seats))
+    cache = write(
         cache,
         edit.key[:, :, None],
         edit.value[:, :, None],
         edit.slot[..., None],
-        (granted & active)[..., None],
+        (has_page & reads)[..., None],
         first,
         seats=seats,
     )
-
-
-def _readable(cache, active, seats) -> Bool[Array, " B"]:
-    """Say which sequences read a token: none that failed, or whose seat the cache does not have."""
-    if seats is None:
-        return active & ~cache.failed
-    return active & ~cache.failed.at[seats].get(mode="fill", fill_value=True)
-
-
-def _grow(cache, lengths, slot, active, first, seats=None):
-    """Reserve the slots that active rows write to, where they do not have them."""
-    wanted = jnp.where(active, jnp.maximum(lengths, slot + 1), lengths)
-    return reserve(cache, wanted, first, seats=seats)
+    rotated = policy.rotate(token.q[:, None], token.positions[:, None], token.frequencies)
+    return rotated[:, 0], cache
 
 
 def _remember(cache, after, before, active, first, seats) -> PagedCache:
@@ -128,35 +123,33 @@ def attend_token(
         implementation: of `decode_attention`; None: the fastest here that can do what the policy
             asks for.
         update: implementation of `read_token`; None: the fastest here.
-        plan: of `plan_step`; None: the attention makes its own.
+        plan: of `plan_step`, which leaves out who does not read; None: the attention makes its own.
 
     Returns:
         (the attention output, the cache).
     """
     (B, N, H), K = token.q.shape, token.k.shape[1]
-    cache = read_token(
+    rotated, cache = read_token(
         cache, policy, first, token, active=active, seats=seats, implementation=update
     )
     # Attention reads the pool after the layer wrote to it, and nothing reads it before: that
     # order lets XLA update it in place.
-    rows = functools.partial(take_rows, first=first, heads=K, seats=seats)
-    active = _readable(cache, active, seats)[:, None]
-    lengths = jnp.where(active, rows(cache.lengths), 0)
-    rotated = policy.rotate(token.q[:, None], token.positions[:, None], token.frequencies)
-    arguments = (
-        rotated.reshape(B * K, N // K, H),
-        cache.pages.k,
-        cache.pages.v,
-        rows(cache.page_table).reshape(B * K, -1),
-        lengths.reshape(-1),
-    )
+    queries = rotated.reshape(B * K, N // K, H), cache.pages.k, cache.pages.v
     options = {"scale": H**-0.5, "implementation": implementation}
+    if plan is not None:
+        out = decode_attention(
+            *(*queries, cache.page_table, cache.lengths), **options, first=first, plan=plan
+        )
+        return out.reshape(B, N, H), cache
+    rows = functools.partial(take_rows, first=first, heads=K, seats=seats)
+    lengths = jnp.where(active[:, None], rows(cache.lengths), 0)
+    arguments = *queries, rows(cache.page_table).reshape(B * K, -1), lengths.reshape(-1)
     if not policy.watches:
-        return decode_attention(*arguments, **options, plan=plan).reshape(B, N, H), cache
+        return decode_attention(*arguments, **options).reshape(B, N, H), cache
     out, weights = decode_attention_and_weights(*arguments, **options)
     before = jax.tree.map(rows, cache.state)
-    after = policy.observe(before, weights.reshape(B, K, N // K, -1), lengths)
-    return out.reshape(B, N, H), _remember(cache, after, before, active, first, seats)
+    after = policy.observe(before, weights.reshape(B, K, N // K, -1), jnp.maximum(lengths, 0))
+    return out.reshape(B, N, H), _remember(cache, after, before, active[:, None], first, seats)
 
 
 def attend_cached(
@@ -170,13 +163,13 @@ def attend_cached(
 ) -> Attend:
     """Make an attention function whose state is the `PagedCache`; one token per seat, T = 1.
 
-    Every layer adds the token to its own rows and attends over them. The position stays as it is:
-    whoever calls the model moves it on once all layers have read the token.
+    Every layer adds the token to its own rows and attends over them. Whoever calls the model has
+    set pages aside by `grant`, and settles and moves the position on once all layers have read.
 
     Args:
         config: gives the layout of the rows, the rotary base and scaling.
         policy: that the cache was made for.
-        active: seats that read a token; the output of the others is zero.
+        active: seats that read a token, none that `failed`; the output of the others is zero.
         implementation: of `decode_attention`; None: the fastest here.
         update: implementation of `read_token`; None: the fastest here.
         plans: of `plan_step`; None: every layer makes its own.
@@ -185,14 +178,14 @@ def attend_cached(
     offsets = first_rows(config)
 
     def attend(q, k, v, layer, cache):
-        K = k.shape[2]
+        plan = plans and plans[k.shape[2]]
         out, cache = attend_token(
             *(cache, policy, offsets[layer]),
             Tokens(q[:, 0], k[:, 0], v[:, 0], cache.position, frequencies),
             active=active,
             implementation=implementation,
             update=update,
-            plan=None if plans is None else jax.tree.map(lambda x: x[layer], plans[K]),
+            plan=plan and dataclasses.replace(plan, layer=layer),
         )
         return out[:, None], cache, None
 
@@ -212,14 +205,14 @@ def plan_step(
     Args:
         config: gives the layout of the rows.
         cache: as the step finds it.
-        active: seats that read a token.
+        active: seats that read a token, none that `failed`.
         implementation: of `decode_attention`.
 
     Returns:
         For each number K of KV heads that some layer has, plans with a leading axis of layers.
     """
     seats, R, maxp = cache.page_table.shape
-    lengths = jnp.where((active & ~cache.failed)[:, None], cache.lengths + 1, 0)
+    lengths = jnp.where(active[:, None], cache.lengths + 1, 0)
 
     def plans_of(K):
         # Of a layer with other heads this reads other rows than its own; nobody uses that plan.
@@ -263,14 +256,33 @@ def decode_step(
         (the cache with the tokens, logits of the tokens after them). Both mean nothing for the
         seats that `failed` marks, which ran out of pages, and the logits of inactive ones.
     """
+    cache, reads, granted = begin_step(cache, active)
     attend = attend_cached(
         *(config, policy),
-        active=active,
+        active=reads,
         implementation=implementation,
         update=update,
         # Whoever watches gets the weights from implementations that know no plans.
-        plans=None if policy.watches else plan_step(config, cache, active, implementation),
+        plans=None if policy.watches else plan_step(config, cache, reads, implementation),
     )
     output = forward(params, config, tokens[:, None], dtype=dtype, attend=attend, state=cache)
-    cache = dataclasses.replace(output.state, position=output.state.position + active)
-    return cache, output.logits[:, 0]
+    return end_step(output.state, active, granted), output.logits[:, 0]
+
+
+def begin_step(
+    cache: PagedCache, active: Bool[Array, " seats"]
+) -> tuple[PagedCache, Bool[Array, " seats"], Granted]:
+    """Set pages aside for a token of every active sequence.
+
+    Returns:
+        (the cache, the sequences that read, which are those that did not fail, what was set aside).
+    """
+    reads = active & ~cache.failed
+    cache, granted = grant(cache, reads)
+    return cache, reads, granted
+
+
+def end_step(cache: PagedCache, active: Bool[Array, " seats"], granted: Granted) -> PagedCache:
+    """Settle what was set aside, and move the positions on, after all layers have read."""
+    cache = settle(cache, granted)
+    return dataclasses.replace(cache, position=cache.position + active)

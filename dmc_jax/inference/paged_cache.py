@@ -3,7 +3,8 @@
 A row is one KV head of one layer of one sequence. What it keeps of its tokens, a `policies.policy`
 says; so rows differ in length, and each holds as many pages of the common pool as its own slots
 need. Free pages are a stack; pages are handed out by prefix sums over what the rows ask for, so
-nothing here waits for the host. Three facts hold after every function, and the tests check them:
+nothing here waits for the host. Three facts hold after every function but `grant`, and the tests
+check them:
 
     a row of n slots owns the first ceil(n / page) entries of its page table;
     a page is owned by one row, or lies in `free_pages[:free_count]` once;
@@ -11,6 +12,7 @@ nothing here waits for the host. Three facts hold after every function, and the 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +183,87 @@ def reserve(
     return cache, granted
 
 
+class Granted(NamedTuple):
+    """What `grant` set aside for some rows, and how long they were."""
+
+    lengths: Int[Array, "B K"]
+    pages: Int[Array, "B K"]  # -1 where a row needs none, or there was none
+
+
+def grant(
+    cache: PagedCache,
+    active: Bool[Array, " B"],
+    first: int | Array = 0,
+    *,
+    heads: int | None = None,
+    seats: Int[Array, " B"] | None = None,
+) -> tuple[PagedCache, Granted]:
+    """Set pages aside for rows that are about to read a token, for all layers at once.
+
+    Which rows take a slot more is known only in their layers. So every row whose pages are full
+    gets a page in its table ahead, or -1 where the free list is used up; rows of the first seat
+    come first. Until `settle` has taken back what was not needed, nothing else may take pages.
+
+    Args:
+        cache: the cache.
+        active: sequences that read a token.
+        first: row of the layer's first KV head.
+        heads: K of the layer; None: the rows of all layers.
+        seats: of the sequences; None: all. Those outside the cache must not be active.
+
+    Returns:
+        (the cache, what `settle` needs).
+    """
+    page, maxp = cache.pages.page_size, cache.page_table.shape[2]
+    heads = cache.lengths.shape[1] if heads is None else heads
+    lengths = take_rows(cache.lengths, first, heads, seats)
+    full = active[:, None] & (lengths % page == 0) & (lengths < maxp * page)
+    ends = jnp.cumsum(full.reshape(-1)).reshape(full.shape)
+    pages = cache.free_pages.at[cache.free_count - ends].get(mode="clip")
+    pages = jnp.where(full & (ends <= cache.free_count), pages, -1)
+    everyone = jnp.arange(full.shape[0]) if seats is None else seats
+    rows, of_layer = _row_indices(first, heads, everyone)
+    entry = jnp.where(full, lengths // page, maxp)  # maxp is dropped
+    table = cache.page_table.at[rows, of_layer, entry].set(pages, mode="drop")
+    return dataclasses.replace(cache, page_table=table), Granted(lengths, pages)
+
+
+def settle(
+    cache: PagedCache,
+    granted: Granted,
+    first: int | Array = 0,
+    *,
+    seats: Int[Array, " B"] | None = None,
+) -> PagedCache:
+    """Take back what rows did not need of `grant`, once all of them have read their token.
+
+    A row that found no page for its slot has the length ~n for its n. It keeps that n, and its seat
+    is marked as failed.
+
+    Args:
+        cache: with the lengths after the token.
+        granted: from `grant`.
+        first, seats: as for `grant`.
+    """
+    heads = granted.pages.shape[1]
+    lengths = take_rows(cache.lengths, first, heads, seats)
+    refused = lengths < 0
+    lengths = jnp.where(refused, ~lengths, lengths)
+    back = (granted.pages >= 0) & (lengths == granted.lengths)
+    base = cache.free_count - (granted.pages >= 0).sum(dtype=jnp.int32)
+    place = base + jnp.cumsum(back.reshape(-1)).reshape(back.shape) - 1
+    place = jnp.where(back, place, cache.pages.count)  # is dropped
+    everyone = jnp.arange(back.shape[0]) if seats is None else seats
+    failed = jnp.where(refused.any(axis=1), everyone, cache.failed.size)
+    return dataclasses.replace(
+        cache,
+        lengths=put_rows(cache.lengths, lengths, first, seats),
+        free_pages=cache.free_pages.at[place].set(granted.pages, mode="drop"),
+        free_count=base + back.sum(dtype=jnp.int32),
+        failed=cache.failed.at[failed].set(True, mode="drop"),
+    )
+
+
 def write(
     cache: PagedCache,
     keys: Float[Array, "B K T H"],
@@ -201,23 +284,30 @@ def write(
         first: row of the layer's first KV head.
         seats: that the rows belong to; None: all.
     """
-    at = places(cache, slots, where, first, seats)
+    pages = _page_ids(cache, slots, first, seats)
+    at = jnp.where(where, pages, cache.pages.count), slots % cache.pages.page_size
     return dataclasses.replace(cache, pages=cache.pages.write(at, keys, values))
 
 
-def places(
+def owned(
     cache: PagedCache,
-    slots: Int[Array, "B K T"],
-    where: Bool[Array, "B K T"],
+    slots: Int[Array, "B K"],
     first: int | Array,
     seats: Int[Array, " B"] | None = None,
-) -> tuple[Int[Array, "B K T"], Int[Array, "B K T"]]:
-    """Find the pages of some slots, and where in them; page P, which nobody has, of the others."""
-    P, page = cache.pages.count, cache.pages.page_size
+) -> Bool[Array, "B K"]:
+    """Say which rows have a page for a slot, which is none past their next, after `grant`."""
+    return _page_ids(cache, slots[..., None], first, seats)[..., 0] >= 0
+
+
+def _page_ids(cache, slots, first, seats) -> Int[Array, "B K T"]:
+    """Look up the pages of slots; -1 where the table ends before."""
     everyone = jnp.arange(slots.shape[0]) if seats is None else seats
     rows, heads = _row_indices(first, slots.shape[1], everyone)
-    pages = cache.page_table.at[rows[..., None], heads[:, None], slots // page].get(mode="clip")
-    return jnp.where(where, pages, P), slots % page
+    entry = slots // cache.pages.page_size
+    of_row = jnp.clip(rows, 0, cache.lengths.shape[0] - 1)
+    return cache.page_table.at[of_row[..., None], heads[:, None], entry].get(
+        mode="fill", fill_value=-1
+    )
 
 
 def free(cache: PagedCache, leaving: Bool[Array, " seats"]) -> PagedCache:

@@ -28,9 +28,11 @@ from dmc_jax.inference.layers import logits_of, run_layers
 from dmc_jax.inference.paged_cache import (
     PagedCache,
     first_rows,
+    grant,
     pages_of,
     put_rows,
     reserve,
+    settle,
     take_rows,
     write,
 )
@@ -136,24 +138,22 @@ def attend_chunk(
     offsets = first_rows(config)
 
     def by_steps(q, k, v, layer, cache):
-        start = cache.position.at[seats].get(mode="clip")
+        start, first = cache.position.at[seats].get(mode="clip"), offsets[layer]
 
         def read(t, carry):
             out, cache = carry
             token = Tokens(q[:, t], k[:, t], v[:, t], start + t, frequencies)
-            out_t, cache = attend_token(
-                *(cache, policy, offsets[layer], token), active=t < counts, seats=seats
-            )
-            return out.at[:, t].set(out_t), cache
+            active = (t < counts) & _readable(cache, seats)
+            cache, granted = grant(cache, active, first, heads=k.shape[2], seats=seats)
+            out_t, cache = attend_token(*(cache, policy, first, token), active=active, seats=seats)
+            return out.at[:, t].set(out_t), settle(cache, granted, first, seats=seats)
 
         out, cache = jax.lax.fori_loop(0, counts.max(), read, (jnp.zeros_like(q), cache))
         return out, cache, None
 
     def attend(q, k, v, layer, cache):
         (_, T, K, _), first = k.shape, offsets[layer]
-        # A failed sequence stays as it is, and so does a seat that the cache does not have.
-        readable = ~cache.failed.at[seats].get(mode="fill", fill_value=True)
-        count = jnp.where(readable, counts, 0)
+        count = jnp.where(_readable(cache, seats), counts, 0)
         real = jnp.arange(T) < count[:, None]  # [B, T]
         at = cache.position.at[seats].get(mode="clip")[:, None] + jnp.arange(T)
         of_layer = functools.partial(take_rows, first=first, heads=K, seats=seats)
@@ -170,6 +170,11 @@ def attend_chunk(
         return attend_pages(q, edits.key, edits.value, slot, cache, first, seats), cache, None
 
     return attend if policy.chunked else by_steps
+
+
+def _readable(cache: PagedCache, seats: Int[Array, " B"]) -> Bool[Array, " B"]:
+    """Say which rows read: no sequence that failed, no seat that the cache does not have."""
+    return ~cache.failed.at[seats].get(mode="fill", fill_value=True)
 
 
 # ---- into the pages ---------------------------------------------------------------------------

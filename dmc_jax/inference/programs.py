@@ -289,19 +289,23 @@ def read_tokens_by_layer(
     dtype: str,
 ) -> tuple[PagedCache, Float[Array, "seats V"], Tally]:
     """Do what `read_tokens` does with a program for each kind of layer."""
+    cache, reads, granted = _begin_step(cache, active)
     x, cache = run_layers(
         *(params, config, tokens[:, None], cache),
         make_attend=decoding.attend_cached,
-        inputs={"policy": policy, "active": active},
+        inputs={"policy": policy, "active": reads},
         dtype=dtype,
     )
-    cache, x, counts = _end_step(cache, x, active)
+    cache, x, counts = _end_step(cache, x, active, granted)
     return cache, logits_of(params, config, x), counts
 
 
+_begin_step = jax.jit(decoding.begin_step, donate_argnames="cache")
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
-def _end_step(cache, x, active):
-    cache = dataclasses.replace(cache, position=cache.position + active)
+def _end_step(cache, x, active, granted):
+    cache = decoding.end_step(cache, active, granted)
     return cache, x[:, 0], tally(cache)
 
 

@@ -10,6 +10,7 @@ from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DECISION_CHANNEL, dense_attention
 from dmc_jax.core.rope import rotate
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
+from pallas_kernels.cache_update.api import XLA, State, cache_update, choose
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,30 @@ class Dense(Policy):
         key = self.rotate(tokens.k, tokens.positions, tokens.frequencies)
         slot = lengths[..., None] + jnp.arange(key.shape[1])
         return state, Edit(slot, key, tokens.v)
+
+    # ---- a step in one launch -----------------------------------------------------------------
+
+    def kernel(self, implementation):
+        """Name the kernel of `pallas_kernels.cache_update` that is faster as measured here."""
+        name = choose(implementation)
+        return None if name == XLA else name
+
+    def launch(
+        self, k_pages, v_pages, lengths, state, token, *, page_table, first, active, implementation
+    ):
+        """Do a step: the rotations and the pages."""
+        rotated, (k_pages, v_pages, lengths, _) = cache_update(
+            State(k_pages, v_pages, lengths, None),
+            *(token.q, token.k, token.v),
+            page_table=page_table,
+            first=first,
+            active=active,
+            position=token.positions,
+            frequencies=token.frequencies,
+            channel=1.0 if self.channel_scale is None else self.channel_scale,
+            implementation=implementation,
+        )
+        return rotated, k_pages, v_pages, lengths, state
 
 
 def rotate_scaled(x, positions, frequencies, channel_scale):

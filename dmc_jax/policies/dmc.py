@@ -20,7 +20,7 @@ from dmc_jax.core.dmc import (
 )
 from dmc_jax.core.pooling import pool_chunk
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
-from pallas_kernels.cache_update.api import XLA, State, cache_update, choose
+from pallas_kernels.cache_update.api import XLA, Segment, State, cache_update, choose
 
 
 @jax.tree_util.register_dataclass
@@ -98,24 +98,23 @@ class DMC(Policy):
         name = choose(implementation)
         return None if name == XLA else name
 
-    def slot(self, state, token, lengths):
-        """Choose the slot that `step` would."""
-        decision, _ = self._decide(token.q[:, None], token.k[:, None])
-        return lengths - ((state.count > 0) & (decision[:, 0] > 0))
-
-    def launch(self, k_pages, v_pages, state, token, *, first, active, at, implementation):
-        """Do a step: the ring, the average, its rotation and the pages."""
-        decision, omega = self._decide(token.q[:, None], token.k[:, None])
-        k_pages, v_pages, *segment = cache_update(
-            State(k_pages, v_pages, **vars(state)),
-            *(token.k, token.v, decision[:, 0], omega[:, 0]),
+    def launch(
+        self, k_pages, v_pages, lengths, state, token, *, page_table, first, active, implementation
+    ):
+        """Do a step: decision and importance, the ring, the average, its rotation and the pages."""
+        rotated, (k_pages, v_pages, lengths, segment) = cache_update(
+            State(k_pages, v_pages, lengths, Segment(**vars(state))),
+            *(token.q, token.k, token.v),
+            page_table=page_table,
             first=first,
             active=active,
             position=token.positions,
-            page_ids=at[0],
-            offsets=at[1],
             frequencies=token.frequencies,
+            channel=0.0,
+            threshold=self.threshold,
+            offset=self.settings.offset,
+            eps=self.settings.eps,
             window=self.settings.window,
             implementation=implementation,
         )
-        return k_pages, v_pages, OpenSegment(*segment)
+        return rotated, k_pages, v_pages, lengths, OpenSegment(*segment)

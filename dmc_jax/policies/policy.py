@@ -180,36 +180,33 @@ class Policy(abc.ABC):
         """
         return None
 
-    def slot(self, state: State, token: Tokens, lengths: Int[Array, "B K"]) -> Int[Array, "B K"]:
-        """Choose the slot of `step`'s edit, for a kernel that does the rest."""
-        raise NotImplementedError(f"{self.name} has no kernel")
-
     def launch(
         self,
         k_pages: Float[Array, "P page H"],
         v_pages: Float[Array, "P page H"],
+        lengths: Int[Array, "seats R"],
         state: State,
         token: Tokens,
         *,
+        page_table: Int[Array, "seats R maxp"],
         first: int | Array,
-        active: Bool[Array, " B"],
-        at: tuple[Int[Array, "B K"], Int[Array, "B K"]],
+        active: Bool[Array, " seats"],
         implementation: str,
-    ) -> tuple[Array, Array, State]:
-        """Do a step of all sequences by a kernel.
+    ) -> tuple[Array, Array, Array, Array, State]:
+        """Do a step of all sequences in one layer by a kernel.
 
         Args:
             k_pages, v_pages: the pool.
-            state: of the rows of all layers [seats, R, ...].
+            lengths, state: of the rows of all layers.
             token: of every seat.
+            page_table: of all rows, -1 where a row has no page for the slot after its last.
             first: row of the layer's first KV head.
             active: seats that read a token; the rows of the others stay as they are.
-            at: pages of the slots from `slot`, and the places in them; page P is that of the rows
-                that write nowhere.
             implementation: from `kernel`.
 
         Returns:
-            (keys and values of the pool, the state), after the token.
+            (the queries, rotated; keys and values of the pool, lengths and state after the token).
+            A row that would take a slot for which it has no page has the length ~n for its n.
         """
         raise NotImplementedError(f"{self.name} has no kernel")
 

@@ -39,7 +39,7 @@ from pallas_kernels.decode_attention.settings import CANDIDATES, Settings, setti
 
 SIZES = (8 * MB, 64 * MB, 256 * MB, 1024 * MB)
 PAGES, WIDTHS, QUERIES = (16, 64, 256), (64, 128), (1, 4, 8)
-ON_GPU = ("triton", "pallas_gpu", "xla")
+ON_GPU = ("triton", "xla")
 _QUICK_COLD_BYTES = 2**20
 
 
@@ -102,7 +102,7 @@ def goals(results: list[dict]) -> dict[str, dict[str, float]]:
 
 # ---- settings ---------------------------------------------------------------------------------
 
-_WITH_SETTINGS = ("triton", "pallas_gpu")
+_WITH_SETTINGS = ("triton",)
 _TUNED_ON = (
     Case("uneven", 256 * MB, 16, 128, 1),
     Case("uneven", 1024 * MB, 16, 128, 1),

@@ -71,7 +71,13 @@ def paged(name: str, case: Case, pages: Pages, settings: Settings | None = None)
         )
     else:
         module = api.IMPLEMENTATIONS.load(implementation)
-        attend = functools.partial(module.decode_attention, settings=settings)
+
+        def attend(q, k_pages, v_pages, table, lengths, *, scale, plan):
+            rows = table[None], lengths[None]  # of one layer, which is all
+            return module.decode_attention(
+                *(q, k_pages, v_pages, *rows, scale, plan), settings=settings
+            )
+
         plan_rows = functools.partial(module.plan_rows, settings=settings)
     plan = None if inside else jax.jit(plan_rows)(pages.lengths, pages.k_pages)
 

@@ -5,8 +5,12 @@ row that appends reads nothing of it, and zeroes the entries that its last segme
 that merges reads the entries that its segment has used, and writes one. (XLA reads and writes all
 W entries of all rows.)
 
+    last channels of q and k -> joins? weight?   -> slot, its page
     ring[used], token -> new ring entry          [W, H] -> [H], twice: keys and values
     sum of the ring / sum of weights -> average  -> key rotated at the token -> page
+    queries -> rotated at the token
+
+Where nothing is merged there is no ring, and the token itself goes to the page.
 
 Cosines and sines come from XLA, in the very bits that rotate the queries: they are the same for all
 heads and layers of a step, and exact ones take a kernel a detour through memory for large angles.
@@ -22,7 +26,7 @@ import triton.language as tl
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import target
-from pallas_kernels.cache_update.api import State
+from pallas_kernels.cache_update.api import Segment, State
 from pallas_kernels.cache_update.settings import SETTINGS, Settings
 from pallas_kernels.triton_call import launch, unavailable
 
@@ -34,34 +38,39 @@ _LEAST_WIDTH = 16
 @triton.jit
 @no_type_check
 def update_rows(
-    k_pages_before,  # these six are the last six: see `launch`
+    k_pages_before,  # these seven are the last seven: see `launch`
     v_pages_before,
+    lengths_before,
     keys_before,
     values_before,
     weights_before,
     count_before,
+    q_ptr,  # [seats, K * G, H]
     k_ptr,  # [seats, K, H]
     v_ptr,
-    decision_ptr,  # [seats, K], float32
-    omega_ptr,
-    page_ptr,  # [seats, K]
-    offset_ptr,
+    table_ptr,  # [seats, R, maxp]
     active_ptr,  # [seats], int32
     cos_ptr,  # [seats, H / 2], float32
     sin_ptr,
-    first_ptr,  # [1]
+    at_ptr,  # [2]: the layer's first row, maxp
+    number_ptr,  # [2]: the threshold, the factor on the last channel; float32
+    rotated_ptr,  # [seats, K * G, H]
     k_pages_ptr,  # [P, PAGE, H]
     v_pages_ptr,
-    keys_ptr,  # [seats, R, W, H], float32
+    lengths_ptr,  # [seats, R]
+    keys_ptr,  # [seats, R, W, H], float32; these four are of any shape where nothing is merged
     values_ptr,
     weights_ptr,  # [seats, R, W], float32
     count_ptr,  # [seats, R]
-    P: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EPS: tl.constexpr,
     PAGE: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
+    G: tl.constexpr,
     W: tl.constexpr,
     H: tl.constexpr,
+    MERGES: tl.constexpr,
     SUMS: tl.constexpr,  # an unlimited window: the ring's one entry is added to
     HALF: tl.constexpr,  # H / 2, padded to a power of two
     ENTRIES: tl.constexpr,  # of the ring at a time, a power of two
@@ -71,82 +80,110 @@ def update_rows(
     seat = of_layer // K
     # All that needs no other first: a load that stands behind a store waits for it.
     active = tl.load(active_ptr + seat)
-    first = tl.load(first_ptr)
-    decision = tl.load(decision_ptr + of_layer)
-    omega = tl.load(omega_ptr + of_layer)
-    page = tl.load(page_ptr + of_layer)
-    offset = tl.load(offset_ptr + of_layer)
+    first = tl.load(at_ptr)
+    maxp = tl.load(at_ptr + 1)
+    threshold = tl.load(number_ptr)
+    channel = tl.load(number_ptr + 1)
     if active == 0:
         return
     row = seat.to(tl.int64) * R + first + of_layer % K
-    count = tl.load(count_ptr + row)
-    kept = tl.where(decision != 0.0, count, 0)  # tokens that it joins
-    newest = 0 if SUMS else kept % W  # the ring entry that it takes
-    used = tl.minimum(kept, W)
-    stale = tl.where(kept == 0, tl.minimum(count, W), 0)
+    length = tl.load(lengths_ptr + row)
+    token = of_layer.to(tl.int64) * H
+    queries = token * G
 
     # Both halves of a head side by side, each padded: channels f and f + H / 2 rotate as a pair.
     column = tl.arange(0, 2 * HALF)
     pair = column % HALF
     h = tl.where(column < HALF, pair, pair + H // 2)
     real = pair < H // 2
-    token = of_layer.to(tl.int64) * H
-    new_key = omega * tl.load(k_ptr + token + h, mask=real, other=0.0).to(tl.float32)
-    new_value = omega * tl.load(v_ptr + token + h, mask=real, other=0.0).to(tl.float32)
+    scaled = tl.where(h == H - 1, channel, 1.0)
+    key = tl.load(k_ptr + token + h, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(v_ptr + token + h, mask=real, other=0.0).to(tl.float32)
 
     f = tl.arange(0, HALF)
     angles = seat.to(tl.int64) * (H // 2)
     cos = tl.load(cos_ptr + angles + f, mask=f < H // 2, other=0.0)
     sin = tl.load(sin_ptr + angles + f, mask=f < H // 2, other=0.0)
 
-    # Addresses within a row take 32 bits, so half the registers.
-    weights_ptr += row * W
-    keys_ptr += row * W * H
-    values_ptr += row * W * H
-    key = tl.full([2 * HALF], 0.0, tl.float32)
-    value = tl.full([2 * HALF], 0.0, tl.float32)
-    total = 0.0
-    for start in tl.range(0, W, ENTRIES, num_stages=1):
-        entry = start + tl.arange(0, ENTRIES)
-        tile = entry[:, None] * H + h[None, :]
-        # Not `&`: in interpreted kernels it is wrong for masks that broadcast, in some versions.
-        read = tl.where(entry < used, True if SUMS else entry != newest, False)
-        reads = tl.where(read[:, None], real[None, :], False)
-        total += tl.sum(tl.load(weights_ptr + entry, mask=read, other=0.0), 0)
-        key += tl.sum(tl.load(keys_ptr + tile, mask=reads, other=0.0), 0)
-        value += tl.sum(tl.load(values_ptr + tile, mask=reads, other=0.0), 0)
-        clear = tl.where(entry < stale, entry != newest, False)
-        clears = tl.where(clear[:, None], real[None, :], False)
-        zeros = tl.full([ENTRIES, 2 * HALF], 0.0, tl.float32)
-        tl.store(weights_ptr + entry, tl.full([ENTRIES], 0.0, tl.float32), mask=clear)
-        tl.store(keys_ptr + tile, zeros, mask=clears)
-        tl.store(values_ptr + tile, zeros, mask=clears)
-    total += omega
-    key += new_key
-    value += new_value
-    # Every warp must have read what one of them writes now.
-    tl.debug_barrier()
-    tl.store(count_ptr + row, kept + 1)
-    tl.store(weights_ptr + newest, total if SUMS else omega)
-    tl.store(keys_ptr + newest * H + h, key if SUMS else new_key, mask=real)
-    tl.store(values_ptr + newest * H + h, value if SUMS else new_value, mask=real)
+    joins = 0
+    if MERGES:
+        count = tl.load(count_ptr + row)
+        merge = tl.load(k_ptr + token + H - 1).to(tl.float32) - OFFSET > threshold
+        logit = 0.0
+        for g in tl.static_range(G):
+            logit += tl.load(q_ptr + queries + g * H + H - 1).to(tl.float32)
+        omega = 1.0 / (1.0 + tl.exp(-(logit / G + OFFSET))) + EPS
+        kept = tl.where(merge, count, 0)  # tokens that it joins
+        joins = (kept > 0).to(tl.int32)
+        newest = 0 if SUMS else kept % W  # the ring entry that it takes
+        used = tl.minimum(kept, W)
+        stale = tl.where(kept == 0, tl.minimum(count, W), 0)
+    slot = length - joins
+    entry = slot // PAGE
+    page = tl.load(table_ptr + row * maxp + entry, mask=entry < maxp, other=-1)
 
-    has_page = tl.where(page >= 0, page < P, False)
-    to = page.to(tl.int64) * (PAGE * H) + offset * H
-    total = tl.full([2 * HALF], 0.0, tl.float32) + total
-    tl.store(
-        v_pages_ptr + to + h,
-        tl.div_rn(value, total).to(v_pages_ptr.dtype.element_ty),
-        mask=tl.where(real, has_page, False),
-    )
-    # Rounded as the token is, and the channel that speaks of merging takes no part in attention.
-    key = tl.div_rn(key, total).to(k_ptr.dtype.element_ty).to(tl.float32)
-    key = tl.where(h == H - 1, 0.0, key)
-    left, right = tl.split(tl.trans(tl.reshape(key, [2, HALF])))
+    for g in tl.static_range(G):
+        of_query = queries + g * H
+        x = tl.load(q_ptr + of_query + h, mask=real, other=0.0).to(tl.float32) * scaled
+        left, right = tl.split(tl.trans(tl.reshape(x, [2, HALF])))
+        turned_left = (left * cos - right * sin).to(rotated_ptr.dtype.element_ty)
+        turned_right = (right * cos + left * sin).to(rotated_ptr.dtype.element_ty)
+        turned_right = turned_right * tl.where(f == H // 2 - 1, channel, 1.0)
+        to = rotated_ptr + of_query + f
+        tl.store(to, turned_left, mask=f < H // 2)
+        tl.store(to + H // 2, turned_right.to(turned_left.dtype), mask=f < H // 2)
+
+    if MERGES:
+        new_key = omega * key
+        new_value = omega * value
+        # Addresses within a row take 32 bits, so half the registers.
+        weights_ptr += row * W
+        keys_ptr += row * W * H
+        values_ptr += row * W * H
+        key = tl.full([2 * HALF], 0.0, tl.float32)
+        value = tl.full([2 * HALF], 0.0, tl.float32)
+        total = 0.0
+        for start in tl.range(0, W, ENTRIES, num_stages=1):
+            at = start + tl.arange(0, ENTRIES)
+            tile = at[:, None] * H + h[None, :]
+            # Not `&`: interpreted, it is wrong for masks that broadcast, in some versions.
+            read = tl.where(at < used, True if SUMS else at != newest, False)
+            reads = tl.where(read[:, None], real[None, :], False)
+            total += tl.sum(tl.load(weights_ptr + at, mask=read, other=0.0), 0)
+            key += tl.sum(tl.load(keys_ptr + tile, mask=reads, other=0.0), 0)
+            value += tl.sum(tl.load(values_ptr + tile, mask=reads, other=0.0), 0)
+            clear = tl.where(at < stale, at != newest, False)
+            clears = tl.where(clear[:, None], real[None, :], False)
+            zeros = tl.full([ENTRIES, 2 * HALF], 0.0, tl.float32)
+            tl.store(weights_ptr + at, tl.full([ENTRIES], 0.0, tl.float32), mask=clear)
+            tl.store(keys_ptr + tile, zeros, mask=clears)
+            tl.store(values_ptr + tile, zeros, mask=clears)
+        total += omega
+        key += new_key
+        value += new_value
+        # Every warp must have read what one of them writes now.
+        tl.debug_barrier()
+        tl.store(count_ptr + row, kept + 1)
+        tl.store(weights_ptr + newest, total if SUMS else omega)
+        tl.store(keys_ptr + newest * H + h, key if SUMS else new_key, mask=real)
+        tl.store(values_ptr + newest * H + h, value if SUMS else new_value, mask=real)
+        total = tl.full([2 * HALF], 0.0, tl.float32) + total
+        value = tl.div_rn(value, total)
+        # Rounded as the token is.
+        key = tl.div_rn(key, total).to(k_ptr.dtype.element_ty).to(tl.float32)
+    else:
+        tl.debug_barrier()  # every warp must have read the length
+    tl.store(lengths_ptr + row, tl.where(page >= 0, slot + 1, -1 - length))
+
+    to = page.to(tl.int64) * (PAGE * H) + (slot % PAGE) * H
+    value = value.to(v_pages_ptr.dtype.element_ty)
+    tl.store(v_pages_ptr + to + h, value, mask=tl.where(real, page >= 0, False))
+    left, right = tl.split(tl.trans(tl.reshape(key * scaled, [2, HALF])))
     turned_left = (left * cos - right * sin).to(k_ptr.dtype.element_ty)
-    turned_right = right * cos + left * sin
-    turned_right = tl.where(f == H // 2 - 1, 0.0, turned_right).to(k_ptr.dtype.element_ty)
-    writes = tl.where(f < H // 2, has_page, False)
+    turned_right = (right * cos + left * sin).to(k_ptr.dtype.element_ty).to(tl.float32)
+    turned_right = turned_right * tl.where(f == H // 2 - 1, channel, 1.0)
+    turned_right = turned_right.to(k_ptr.dtype.element_ty)
+    writes = tl.where(f < H // 2, page >= 0, False)
     to_left = k_pages_ptr + to + f
     tl.store(to_left, turned_left.to(k_pages_ptr.dtype.element_ty), mask=writes)
     tl.store(to_left + H // 2, turned_right.to(k_pages_ptr.dtype.element_ty), mask=writes)
@@ -154,28 +191,31 @@ def update_rows(
 
 def cache_update(
     state: State,
+    q: Float[Array, "seats N H"],
     k_t: Float[Array, "seats K H"],
     v_t: Float[Array, "seats K H"],
-    decision: Float[Array, "seats K"],
-    omega: Float[Array, "seats K"],
     *,
+    page_table: Int[Array, "seats R maxp"],
     first: Int[Array, ""],
     active: Bool[Array, " seats"],
     position: Int[Array, " seats"],
-    page_ids: Int[Array, "seats K"],
-    offsets: Int[Array, "seats K"],
     frequencies: Float[Array, " H//2"],
+    channel: Float[Array, ""],
+    threshold: Float[Array, ""],
+    offset: float,
+    eps: float,
     unlimited: bool,
     settings: Settings | None = None,
-) -> State:
+) -> tuple[Float[Array, "seats N H"], State]:
     """Update all rows at once; see `api.cache_update` for the contract.
 
     Args:
         settings: to try others than the usual ones.
     """
     return _update(
-        *(state, k_t, v_t, decision, omega, first, active, position, page_ids, offsets),
-        frequencies,
+        *(state, q, k_t, v_t, page_table, first, active, position, frequencies, channel, threshold),
+        offset=offset,
+        eps=eps,
         unlimited=unlimited,
         settings=settings or SETTINGS,
         capability=target.current().capability,
@@ -183,53 +223,67 @@ def cache_update(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("unlimited", "settings", "capability", "launch"))
+@functools.partial(
+    jax.jit, static_argnames=("offset", "eps", "unlimited", "settings", "capability", "launch")
+)
 def _update(
     state,
+    q,
     k_t,
     v_t,
-    decision,
-    omega,
+    page_table,
     first,
     active,
     position,
-    page_ids,
-    offsets,
     frequencies,
+    channel,
+    threshold,
     *,
+    offset,
+    eps,
     unlimited,
     settings,
     capability,
     launch,
 ):
     angles = position[:, None].astype(jnp.float32) * frequencies  # [seats, H/2]
-    constants = update_constants(state, k_t, unlimited, settings)
-    after = launch(
+    constants = update_constants(state, q, k_t, unlimited, settings)
+    *pages, segment = state
+    merges = segment is not None
+    changed = *pages, *(segment if merges else [jnp.zeros(1)] * 4)
+    rotated, *after = launch(
         update_rows,
-        *(*state, k_t, v_t, decision, omega, page_ids, offsets, active.astype(jnp.int32)),
-        *(jnp.cos(angles), jnp.sin(angles), first.reshape(1)),
-        out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state),
-        in_place={i: i for i in range(len(state))},
+        *(*changed, q, k_t, v_t, page_table, active.astype(jnp.int32)),
+        *(jnp.cos(angles), jnp.sin(angles)),
+        jnp.stack([first, jnp.int32(page_table.shape[2])]),
+        jnp.stack([threshold, channel]),
+        out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *changed)),
+        in_place={i: i + 1 for i in range(len(changed) if merges else len(pages))},
         grid=(k_t.shape[0] * k_t.shape[1],),
         num_warps=warps_for(constants, settings),
         num_stages=1,
         capability=capability,
+        OFFSET=offset,
+        EPS=eps,
         **constants,
     )
-    return State(*after)
+    return rotated, State(*after[:3], Segment(*after[3:]) if merges else None)
 
 
-def update_constants(state: State, k_t: Any, unlimited: bool, settings: Settings) -> dict[str, Any]:
+def update_constants(
+    state: State, q: Any, k_t: Any, unlimited: bool, settings: Settings
+) -> dict[str, Any]:
     """The compile-time arguments of `update_rows` for arrays of these shapes."""
-    P, page, H = state.k_pages.shape
-    R, W = state.keys.shape[1:3]
+    page, H = state.k_pages.shape[1:]
+    W = state.segment.keys.shape[2] if state.segment is not None else 1
     return {
-        "P": P,
         "PAGE": page,
-        "R": R,
+        "R": state.lengths.shape[1],
         "K": k_t.shape[1],
+        "G": q.shape[1] // k_t.shape[1],
         "W": W,
         "H": H,
+        "MERGES": state.segment is not None,
         "SUMS": unlimited,
         "HALF": max(triton.next_power_of_2(H), _LEAST_WIDTH) // 2,
         "ENTRIES": min(triton.next_power_of_2(W), settings.entries),

@@ -5,8 +5,11 @@ Every row has its own length and its own list of pages, so a cache whose heads a
 unevenly needs no padding to the longest row.
 
 An implementation takes the arguments after they were validated. One that splits its work by a plan
-has `plan_rows`, one that can give the weights too has `decode_attention_and_weights`.
+has `plan_rows`, and finds its rows among those of all layers; the others get them cut out. One that
+can give the weights too has `decode_attention_and_weights`.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.implementations import Implementations
 
-IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton", "pallas_gpu"))
+IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton"))
 unavailable = IMPLEMENTATIONS.unavailable
 
 SMALLEST_PAGE = 8
@@ -24,16 +27,17 @@ DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def decode_attention(
-    q: Float[Array, "R G H"],
+    q: Float[Array, "rows G H"],
     k_pages: Float[Array, "P page H"],
     v_pages: Float[Array, "P page H"],
-    page_table: Int[Array, "R maxp"],
-    lengths: Int[Array, "R"],
+    page_table: Int[Array, "*seats R maxp"],
+    lengths: Int[Array, "*seats R"],
     *,
     scale: float,
+    first: int | Int[Array, ""] = 0,
     implementation: str | None = None,
     plan: Plan | None = None,
-) -> Float[Array, "R G H"]:
+) -> Float[Array, "rows G H"]:
     """Softmax attention of G queries a row over the first `lengths[r]` slots of that row.
 
     Slot s of row r is in page `page_table[r, s // page]` at `s % page`. Works eagerly and under
@@ -43,11 +47,13 @@ def decode_attention(
         q: queries, float32 or bfloat16.
         k_pages, v_pages: the pool, float32 or bfloat16. Pages and slots that no row uses may hold
             anything, NaN included.
-        page_table: int32. Entries past a row's last page may be any number at all; those before
-            must name a page of the pool.
+        page_table: int32, of these rows, or with an axis of sequences of the rows of all layers:
+            then q has the rows of one layer, those of the first sequence first. Entries past a
+            row's last page may be any number at all; those before must name a page of the pool.
         lengths: int32, slots in use; a row of length 0 gives zeros. Values outside
             [0, maxp * page] count as the nearest one inside: under jit they cannot be refused.
         scale: factor on the dot products.
+        first: with all layers' rows, the layer's first.
         implementation: as for `choose`; the machine is asked while tracing.
         plan: of `plan_decode_attention` for these rows, with lengths no less than `lengths`; None:
             an implementation that works by a plan makes its own.
@@ -62,17 +68,34 @@ def decode_attention(
     """
     name = choose(implementation)
     module = IMPLEMENTATIONS.load(name)
-    arguments = _validated(q, k_pages, v_pages, page_table, lengths, scale)
-    if plan is None:
-        return module.decode_attention(*arguments)
+    _validate(q, k_pages, v_pages, page_table, lengths)
+    if page_table.ndim == 2:
+        page_table, lengths = page_table[None], lengths[None]
     if not hasattr(module, "plan_rows"):
-        raise ValueError(f"implementation {name!r} of decode_attention works without a plan")
-    if plan.of_row.shape != (q.shape[0] + 1,):
+        if plan is not None:
+            raise ValueError(f"implementation {name!r} of decode_attention works without a plan")
+        table, lengths = (rows_of(x, first, q.shape[0]) for x in (page_table, lengths))
+        lengths = _clip(lengths, table, k_pages)
+        return module.decode_attention(q, k_pages, v_pages, table, lengths, scale)
+    if plan is None:
+        lengths = _clip(lengths, page_table, k_pages)
+    elif plan.of_row.shape[-1] != q.shape[0] + 1:
         raise ValueError(
             f"the plan must be for R = {q.shape[0]} rows as in q,"
             f" got one with of_row of shape {tuple(plan.of_row.shape)}, which is [R + 1]"
         )
-    return module.decode_attention(*arguments, plan)
+    # A plan's lengths are clipped, and none is exceeded.
+    return module.decode_attention(
+        q, k_pages, v_pages, page_table, lengths, scale, plan, first=first
+    )
+
+
+def rows_of(
+    x: Int[Array, "seats R *any"], first: int | Array, rows: int
+) -> Int[Array, "rows *any"]:
+    """Cut the rows of a layer, from `first` on, out of those of all layers."""
+    x = jax.lax.dynamic_slice_in_dim(x, first, rows // x.shape[0], axis=1)
+    return x.reshape(rows, *x.shape[2:])
 
 
 def decode_attention_and_weights(
@@ -105,13 +128,14 @@ def decode_attention_and_weights(
         raise ValueError(
             f"implementation {name!r} of decode_attention cannot give the weights: take 'xla'"
         )
+    _validate(q, k_pages, v_pages, page_table, lengths)
     return module.decode_attention_and_weights(
-        *_validated(q, k_pages, v_pages, page_table, lengths, scale)
+        q, k_pages, v_pages, page_table, _clip(lengths, page_table, k_pages), scale
     )
 
 
 def plan_decode_attention(
-    lengths: Int[Array, "*layers R"],
+    lengths: Int[Array, "*L R"],
     k_pages: Float[Array, "P page H"],
     *,
     longest: int,
@@ -119,7 +143,7 @@ def plan_decode_attention(
 ) -> Plan | None:
     """Split the work of `decode_attention` ahead of it, for many layers at once.
 
-    The arrays of the plan have the leading axes of `lengths`: a layer's plan is its slice.
+    The arrays of the plan have the leading axis of `lengths`; its field `layer` says whose it is.
 
     Args:
         lengths: int32, slots of each row. Where a step appends a slot to some rows and not to
@@ -143,7 +167,7 @@ def plan_decode_attention(
 
     for _ in lengths.shape[:-1]:
         plan = jax.vmap(plan)
-    return plan(jnp.clip(lengths, 0, longest))
+    return dataclasses.replace(plan(jnp.clip(lengths, 0, longest)), layer=0)
 
 
 def choose(implementation: str | None) -> str:
@@ -151,28 +175,27 @@ def choose(implementation: str | None) -> str:
 
     Args:
         implementation: one of `IMPLEMENTATIONS.names`, which never falls back to another; None: on
-            a GPU "triton" with jax-triton and "pallas_gpu" without, elsewhere "xla".
+            an NVIDIA GPU "triton" where jax-triton is installed, elsewhere "xla".
 
     Raises:
         ValueError, RuntimeError: as `decode_attention`.
     """
-    return IMPLEMENTATIONS.choose(implementation, on_gpu=("triton", "pallas_gpu"))
+    return IMPLEMENTATIONS.choose(implementation, on_gpu=("triton",))
 
 
-def _validated(q, k_pages, v_pages, page_table, lengths, scale) -> tuple:
-    """Check the arguments of an implementation, and make them so."""
-    _validate(q, k_pages, v_pages, page_table, lengths)
-    capacity = page_table.shape[1] * k_pages.shape[1]
-    return q, k_pages, v_pages, page_table, jnp.clip(jnp.asarray(lengths), 0, capacity), scale
+def _clip(lengths, page_table, k_pages):
+    """Bring lengths between 0 and the slots that the page table has room for."""
+    return jnp.clip(jnp.asarray(lengths), 0, page_table.shape[-1] * k_pages.shape[1])
 
 
 def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
+    whole = page_table.ndim == 3
     arrays = {
-        "q": (q, "R G H"),
+        "q": (q, "rows G H" if whole else "R G H"),
         "k_pages": (k_pages, "P page H"),
         "v_pages": (v_pages, "P page H"),
-        "page_table": (page_table, "R maxp"),
-        "lengths": (lengths, "R"),
+        "page_table": (page_table, "seats R maxp" if whole else "R maxp"),
+        "lengths": (lengths, "seats R" if whole else "R"),
     }
     sizes: dict[str, tuple[str, int]] = {}  # axis -> who said so first, and what
     for name, (array, axes) in arrays.items():
@@ -187,6 +210,11 @@ def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
                 )
             if size == 0:
                 raise ValueError(f"{name} is empty: {axis} = 0 in shape {tuple(array.shape)}")
+    if whole and (q.shape[0] % lengths.shape[0] or q.shape[0] > lengths.size):
+        raise ValueError(
+            f"q must have as many rows of each of the {lengths.shape[0]} sequences, and no more"
+            f" than their {lengths.shape[1]}; it has {q.shape[0]} in all"
+        )
     page = k_pages.shape[1]
     if page < SMALLEST_PAGE or page & (page - 1):
         raise ValueError(f"page must be a power of two >= {SMALLEST_PAGE}, got {page}")

@@ -28,15 +28,17 @@ class Plan:
 
     A plan serves every call with these rows and no greater lengths: a slot past a row's length is
     masked by whoever uses the plan. So one made for a decoding step ahead of it, for lengths that
-    may or may not grow by a slot, holds for the whole step.
+    may or may not grow by a slot, holds for the whole step. Those of several layers are one, with
+    an axis of layers.
     """
 
-    row: Int[Array, " items"]  # of each item; nothing is said about those past the last
-    begin: Int[Array, " items"]  # first slot, a multiple of `block`
-    end: Int[Array, " items"]  # one past the last slot; `begin` where there is no item
-    of_program: Int[Array, " programs+1"]  # program p has items of_program[p] to of_program[p + 1]
-    of_row: Int[Array, " R+1"]  # row r has items of_row[r] to of_row[r + 1]
-    block: int = dataclasses.field(metadata={"static": True})
+    row: Int[Array, "*L items"]  # of each item; nothing is said about those past the last
+    begin: Int[Array, "*L items"]  # first slot, a multiple of `block`
+    end: Int[Array, "*L items"]  # one past the last slot; `begin` where there is no item
+    of_program: Int[Array, "*L programs+1"]  # program p has items of_program[p] to [p + 1]
+    of_row: Int[Array, "*L R+1"]  # row r has items of_row[r] to of_row[r + 1]
+    layer: int | Int[Array, ""] = 0  # whose plan is meant, of those of several layers
+    block: int = dataclasses.field(metadata={"static": True}, kw_only=True)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "programs"))

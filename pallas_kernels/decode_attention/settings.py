@@ -43,13 +43,11 @@ CANDIDATES = tuple(
     Settings(*values)
     for values in (
         (16384, 4, 5, 2),
-        (16384, 4, 5, 3),
         (16384, 4, 7, 2),
         (16384, 8, 5, 2),
         (8192, 4, 5, 4),
-        (8192, 4, 5, 6),
         (8192, 4, 7, 4),
-        (8192, 2, 5, 6),
+        (8192, 2, 5, 4),
     )
 )
 
@@ -58,7 +56,7 @@ def settings_for(implementation: str, device_kind: str) -> Settings:
     """Read the settings of an implementation on a device, or the default ones.
 
     Args:
-        implementation: "triton" or "pallas_gpu".
+        implementation: "triton".
         device_kind: as JAX names the device.
     """
     return Settings(**tuning.entry(implementation, device_kind))

@@ -11,9 +11,13 @@ are padded to 16, the least that tensor cores take. That is no waste where memor
 tensor cores do the padded product with fewer instructions than a sum over G = 1 takes, since that
 would have to widen every element first.
 
-An item's result is its own softmax and its log-sum-exp (to base 2). The second kernel joins the
-items of each row: o = sum_i 2^(l_i - m) o_i / sum_i 2^(l_i - m), with m the largest l_i, as in
-FlashDecoding.
+A row that is one item is done then. Of the others, an item's result is its own softmax and its
+log-sum-exp (to base 2), and the second kernel joins them: o = sum_i 2^(l_i - m) o_i / sum_i
+2^(l_i - m), with m the largest l_i, as in FlashDecoding. Few rows are in several pieces, as many as
+there are programs at most.
+
+Page tables, lengths and plans are those of all layers of a step, and never copied: a kernel is told
+where the rows of its layer begin.
 """
 
 import functools
@@ -26,40 +30,61 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target
-from pallas_kernels.decode_attention import gpu
-from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.decode_attention.api import rows_of
+from pallas_kernels.decode_attention.plan import Plan, make_plan
 from pallas_kernels.decode_attention.settings import Settings, settings_for
 from pallas_kernels.triton_call import launch, unavailable
 
 __all__ = ["decode_attention", "plan_rows", "unavailable"]
 
 
+_LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E), and exp2 is one instruction
+
+# The least rows and columns that tensor cores take of a left operand.
+_LEAST_QUERIES = 16
+_LEAST_WIDTH = 16
+
+# What joins items: partial results that a program holds at a time, 32 in a thread, and items.
+JOIN_WARPS = 4
+_JOINED_VALUES = 4096
+_MOST_JOINED_ITEMS = 16
+
+
 @triton.jit
 @no_type_check
 def attend_items(
-    q_ptr,  # [R, G, H]
+    q_ptr,  # [rows, G, H]
     k_ptr,  # [P, PAGE, H]
     v_ptr,
-    table_ptr,  # [R, MAXP]
-    lengths_ptr,  # [R]
+    table_ptr,  # [seats, R, maxp]
+    lengths_ptr,  # [seats, R]
     factor_ptr,  # [1]
-    row_ptr,  # [items]; these four are the plan's
+    at_ptr,  # [7], see `_where`
+    row_ptr,  # [layers, items]; these five are the plan's
     begin_ptr,
     end_ptr,
-    of_program_ptr,  # [programs + 1]
-    out_ptr,  # [items, G, H], float32
+    of_program_ptr,  # [layers, programs + 1]
+    of_row_ptr,  # [layers, rows + 1]
+    out_ptr,  # [rows, G, H]
+    partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2
     G: tl.constexpr,
     H: tl.constexpr,
     PAGE: tl.constexpr,
-    MAXP: tl.constexpr,
     QUERIES: tl.constexpr,  # G and H, padded to powers of two
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # slots at a time
     WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
 ):
-    """One program per stretch of the plan; item i goes to out[i] and lse[i]."""
+    """One program per stretch of the plan; item i of many goes to partial[i] and lse[i]."""
     program = tl.program_id(0)
+    heads, R, first = tl.load(at_ptr), tl.load(at_ptr + 1), tl.load(at_ptr + 2)
+    maxp, layer, items = tl.load(at_ptr + 3), tl.load(at_ptr + 4), tl.load(at_ptr + 5)
+    row_ptr += layer * items
+    begin_ptr += layer * items
+    end_ptr += layer * items
+    of_program_ptr += layer * (tl.num_programs(0) + 1)
+    of_row_ptr += layer * (tl.load(at_ptr + 6) + 1)
     g = tl.arange(0, QUERIES)[:, None]
     h = tl.arange(0, WIDTH)[None, :]
     block = tl.arange(0, BLOCK)
@@ -72,10 +97,13 @@ def attend_items(
     for item in tl.range(
         tl.load(of_program_ptr + program), tl.load(of_program_ptr + program + 1), num_stages=1
     ):
-        row = tl.load(row_ptr + item).to(tl.int64)
+        row = tl.load(row_ptr + item)
         begin = tl.load(begin_ptr + item)
+        alone = tl.load(of_row_ptr + row + 1) - tl.load(of_row_ptr + row) == 1
+        kept = (row // heads).to(tl.int64) * R + first + row % heads
         # The plan may have been made for rows that did not grow after all.
-        end = tl.minimum(tl.load(end_ptr + item), tl.load(lengths_ptr + row))
+        end = tl.minimum(tl.load(end_ptr + item), tl.load(lengths_ptr + kept))
+        row = row.to(tl.int64)
         q = tl.load(q_ptr + row * (G * H) + g * H + h, mask=real, other=0.0).to(dtype)
         peak = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.full([QUERIES], 0.0, tl.float32)
@@ -83,7 +111,7 @@ def attend_items(
         for start in tl.range(begin, end, BLOCK):
             slot = start + block
             live = slot < end
-            page = tl.load(table_ptr + row * MAXP + slot // PAGE, mask=live, other=0)
+            page = tl.load(table_ptr + kept * maxp + slot // PAGE, mask=live, other=0)
             at = page.to(tl.int64) * (PAGE * H) + (slot % PAGE) * H
             mask = live[:, None]
             if WIDTH != H:
@@ -101,32 +129,42 @@ def attend_items(
                 weights.to(dtype), values, weighted * shrink[:, None], input_precision=precision
             )
             peak = higher
-        of_item = tl.cast(item, tl.int64) * G
-        tl.store(lse_ptr + of_item + g, (peak + tl.log2(total))[:, None], mask=g < G)
-        total = tl.where(total == 0.0, 1.0, total)  # where nothing was live
-        tl.store(out_ptr + of_item * H + g * H + h, weighted / total[:, None], mask=real)
+        lse = (peak + tl.log2(total))[:, None]
+        weighted = weighted / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: nothing was live
+        if alone:
+            out = weighted.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * (G * H) + g * H + h, out, mask=real)
+        else:
+            of_item = tl.cast(item, tl.int64) * G
+            tl.store(lse_ptr + of_item + g, lse, mask=g < G)
+            tl.store(partial_ptr + of_item * H + g * H + h, weighted, mask=real)
 
 
 @triton.jit
 @no_type_check
 def join_items(
+    out_before,  # is the last
     partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2
-    of_row_ptr,  # [R + 1], the plan's
-    out_ptr,  # [R, G, H]
+    at_ptr,  # [7], see `_where`
+    of_row_ptr,  # [layers, rows + 1], the plan's
+    out_ptr,  # [rows, G, H]
     G: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,  # H, padded to a power of two
     QUERIES: tl.constexpr,  # a program
     ITEMS: tl.constexpr,  # at a time
 ):
-    """One program per row and `QUERIES` queries."""
+    """One program per row and `QUERIES` queries; a row of one item is done already."""
     row = tl.program_id(0)
+    of_row_ptr += tl.load(at_ptr + 4) * (tl.num_programs(0) + 1)
     g = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     h = tl.arange(0, WIDTH)
     real = tl.where((g < G)[:, None], (h < H)[None, :], False)
     first = tl.load(of_row_ptr + row)
     end = tl.load(of_row_ptr + row + 1)
+    if end - first == 1:
+        return
     peak = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.full([QUERIES], 0.0, tl.float32)
     weighted = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
@@ -156,32 +194,50 @@ def join_items(
 
 
 def decode_attention(
-    q: Float[Array, "R G H"],
+    q: Float[Array, "rows G H"],
     k_pages: Float[Array, "P page H"],
     v_pages: Float[Array, "P page H"],
-    page_table: Int[Array, "R maxp"],
-    lengths: Int[Array, "R"],
+    page_table: Int[Array, "seats R maxp"],
+    lengths: Int[Array, "seats R"],
     scale: float,
     plan: Plan | None = None,
+    *,
+    first: int | Int[Array, ""] = 0,
     settings: Settings | None = None,
-) -> Float[Array, "R G H"]:
+) -> Float[Array, "rows G H"]:
     """Attend as planned; see `api.decode_attention` for the contract.
 
     Args:
         settings: to try others than the kept ones, which tuning does.
     """
     settings = settings or settings_for("triton", target.current().kind)
+    if plan is None:
+        plan = plan_rows(rows_of(lengths, first, q.shape[0]), k_pages, settings)
     return _attend(
         *(q, k_pages, v_pages, page_table, lengths, jnp.asarray(scale, jnp.float32)),
-        gpu.plan_rows(settings, lengths, k_pages) if plan is None else plan,
+        plan,
+        _where(q, page_table, first, plan),
         settings=settings,
         capability=target.current().capability,
         launch=launch,
     )
 
 
+def _where(q, page_table, first, plan) -> Int[Array, " 7"]:
+    """Say which rows of all these are, and what one must know to find them.
+
+    Rows of a sequence in the layer and in all layers, the layer's first, pages in the table, the
+    layer of the plan, items of a plan, rows of a plan.
+    """
+    seats, R, maxp = page_table.shape
+    numbers = q.shape[0] // seats, R, first, maxp, plan.layer, plan.row.shape[-1], q.shape[0]
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
+
+
 def plan_rows(
-    lengths: Int[Array, "R"], k_pages: Float[Array, "P page H"], settings: Settings | None = None
+    lengths: Int[Array, " rows"],
+    k_pages: Float[Array, "P page H"],
+    settings: Settings | None = None,
 ) -> Plan:
     """Make the plan that suits this pool on this device.
 
@@ -189,35 +245,43 @@ def plan_rows(
         settings: as for `decode_attention`, which must be given the same.
     """
     settings = settings or settings_for("triton", target.current().kind)
-    return gpu.plan_rows(settings, lengths, k_pages)
+    return make_plan(
+        lengths,
+        block=settings.block(padded_width(k_pages.shape[-1]), k_pages.dtype.itemsize),
+        programs=target.current().cores * settings.programs_per_core,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "capability", "launch"))
-def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, capability, launch):
-    R, G, H = q.shape
-    items = plan.row.size
+def _attend(
+    q, k_pages, v_pages, page_table, lengths, scale, plan, at, *, settings, capability, launch
+):
+    rows, G, H = q.shape
+    items, programs = plan.row.shape[-1], plan.of_program.shape[-1] - 1
     joining = join_constants(q, plan)
-    partial, lse = launch(
+    out, partial, lse = launch(
         attend_items,
         *(q, k_pages, v_pages, page_table, lengths),
-        (scale * gpu.LOG2_E).reshape(1),
-        *(plan.row, plan.begin, plan.end, plan.of_program),
+        (scale * _LOG2_E).reshape(1),
+        *(at, plan.row, plan.begin, plan.end, plan.of_program, plan.of_row),
         out=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((items, G, H), jnp.float32),
             jax.ShapeDtypeStruct((items, G), jnp.float32),
         ),
-        grid=(plan.of_program.size - 1,),
+        grid=(programs,),
         num_warps=settings.warps,
         num_stages=settings.stages,
         capability=capability,
-        **attend_constants(q, k_pages, page_table, plan.block),
+        **attend_constants(q, k_pages, plan.block),
     )
     (out,) = launch(
         join_items,
-        *(partial, lse, plan.of_row),
+        *(out, partial, lse, at, plan.of_row),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
-        grid=(R, -(-G // joining["QUERIES"])),
-        num_warps=gpu.JOIN_WARPS,
+        in_place={0: 0},
+        grid=(rows, -(-G // joining["QUERIES"])),
+        num_warps=JOIN_WARPS,
         num_stages=1,
         capability=capability,
         **joining,
@@ -225,29 +289,59 @@ def _attend(q, k_pages, v_pages, page_table, lengths, scale, plan, *, settings, 
     return out
 
 
-def attend_constants(q: Any, k_pages: Any, page_table: Any, block: int) -> dict[str, Any]:
+def attend_constants(q: Any, k_pages: Any, block: int) -> dict[str, Any]:
     """The compile-time arguments of `attend_items` for arrays of these shapes and dtypes."""
     _, G, H = q.shape
     return {
         "G": G,
         "H": H,
         "PAGE": k_pages.shape[1],
-        "MAXP": page_table.shape[1],
-        "QUERIES": gpu.padded_queries(G),
-        "WIDTH": gpu.padded_width(H),
+        "QUERIES": padded_queries(G),
+        "WIDTH": padded_width(H),
         "BLOCK": block,
-        "WIDEN": gpu.widens(q, k_pages),
+        "WIDEN": widens(q, k_pages),
     }
 
 
 def join_constants(q: Any, plan: Plan) -> dict[str, Any]:
     """The compile-time arguments of `join_items` for these shapes."""
     _, G, H = q.shape
-    items, queries = gpu.joined_at_a_time(plan, G, H)
+    items, queries = joined_at_a_time(plan, G, H)
     return {
         "G": G,
         "H": H,
-        "WIDTH": gpu.padded_width(H),
+        "WIDTH": padded_width(H),
         "QUERIES": queries,
         "ITEMS": items,
     }
+
+
+def padded_queries(G: int) -> int:
+    """Queries a row inside the kernels, a power of two."""
+    return max(_LEAST_QUERIES, _power_of_two(G))
+
+
+def padded_width(H: int) -> int:
+    """Head width inside the kernels, a power of two."""
+    return max(_LEAST_WIDTH, _power_of_two(H))
+
+
+def joined_at_a_time(plan: Plan, G: int, H: int) -> tuple[int, int]:
+    """Items and queries of a row that a program joins at a time, powers of two.
+
+    Many rows: few items each, and so many programs that each should take all queries of its row.
+    Few rows: many items each, to be read at once, by as many programs as there are queries.
+    """
+    rows, programs = plan.of_row.shape[-1] - 1, plan.of_program.shape[-1] - 1
+    items = min(_power_of_two(programs // rows + 2), _MOST_JOINED_ITEMS)
+    queries = max(_JOINED_VALUES // (items * padded_width(H)), 1)
+    return items, min(queries, _power_of_two(G))
+
+
+def widens(q: Any, k_pages: Any) -> bool:
+    """Whether the kernels compute in float32, and not in bfloat16 with float32 sums."""
+    return jnp.promote_types(q.dtype, k_pages.dtype) == jnp.float32
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

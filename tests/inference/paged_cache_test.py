@@ -59,14 +59,15 @@ def read_token(cache, k, v, decision, omega, active, settings):
     k = k.at[..., -1].set(jnp.where(decision > 0, 100.0, -100.0)) if settings else k
     weight = omega - DMCSettings().eps
     q = jnp.zeros_like(k).at[..., -1].set(jnp.log(weight / (1 - weight)) - DMCSettings().offset)
+    cache, reads, granted = decoding.begin_step(cache, active)
     for first, heads in LAYERS:
         of_layer = slice(first, first + heads)
         token = Tokens(
             jnp.repeat(q[:, of_layer], SMALL.heads // heads, axis=1),
             *(k[:, of_layer], v[:, of_layer], cache.position, FREQUENCIES),
         )
-        cache = decoding.read_token(cache, policy, first, token, active=active)
-    return dataclasses.replace(cache, position=cache.position + active)
+        _, cache = decoding.read_token(cache, policy, first, token, active=reads)
+    return decoding.end_step(cache, active, granted)
 
 
 free = jax.jit(paged_cache.free)
@@ -137,25 +138,28 @@ class Allocator(RuleBasedStateMachine):
             self.cache = read_token(
                 self.cache, jnp.asarray(k), v, decision, omega, np.array(active), self.settings
             )
-            for first, heads in LAYERS:
-                self.expect_token(first, heads, active, decision, v, omega)
+            self.expect_token(active, decision, v, omega)
             assert tall or not enough or self.failed == before
             self.position = [p + a for p, a in zip(self.position, active, strict=True)]
 
-    def expect_token(self, first, heads, active, decision, v, omega):
-        reading = [s for s in range(SEATS) if active[s] and not self.failed[s]]
-        rows = [(s, r) for s in reading for r in range(first, first + heads)]
-        appends = {
-            row: self.settings is None or not self.open[row] or not decision[row] for row in rows
-        }
-        granted = self.grow({row: int(append) for row, append in appends.items()})
+    def expect_token(self, active, decision, v, omega):
+        rows = [row for row in self.slots if active[row[0]] and not self.failed[row[0]]]
+        # Rows whose pages are full are in line for the free ones, whatever they decide.
+        lengths = {row: len(self.slots[row]) for row in rows}
+        full = [row for row in rows if lengths[row] % PAGE == 0]
+        lucky = [row for row in full if lengths[row] < MAX_LENGTH][: PAGES - self.pages_held()]
         for row in rows:
-            if row in granted:
-                kept = [] if appends[row] else self.open[row]
-                self.open[row] = [*kept, (omega[row], v[row])]
-                window = self.open[row][-WINDOW:]
-                total = sum(weight for weight, _ in window)
-                self.slots[row][-1] = sum(weight * value for weight, value in window) / total
+            appends = self.settings is None or not self.open[row] or not decision[row]
+            if appends and row in full and row not in lucky:
+                self.failed[row[0]] = True
+                continue
+            if appends:
+                self.slots[row].append(None)
+                self.open[row] = []
+            self.open[row].append((omega[row], v[row]))
+            window = self.open[row][-WINDOW:]
+            total = sum(weight for weight, _ in window)
+            self.slots[row][-1] = sum(weight * value for weight, value in window) / total
 
     @rule(extra=st.lists(st.integers(0, 2 * PAGE), min_size=2 * SEATS, max_size=2 * SEATS))
     def take_many(self, extra):
@@ -233,7 +237,7 @@ def a_write_without_a_page_goes_nowhere_and_is_reported_test():
     assert cache.free_count == 0 and not cache.failed.any()
     full = read_token(cache, 2 * k, v, nothing, nothing, np.arange(SEATS) == 2, None)
     np.testing.assert_array_equal(full.failed, [False, False, True])
-    for name in ("page_table", "lengths", "free_count"):
+    for name in ("lengths", "free_count"):
         np.testing.assert_array_equal(getattr(full, name), getattr(cache, name), err_msg=name)
     jax.tree.map(np.testing.assert_array_equal, full.pages, cache.pages)
     # The others go on in the pages that they have, and the third where one of them leaves.

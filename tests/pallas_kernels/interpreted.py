@@ -1,9 +1,8 @@
 """GPU kernels on a machine without a GPU: interpreted, one program after another.
 
-Pallas brings an interpreter along. Triton interprets every kernel of a process in which
-TRITON_INTERPRET is set; here one kernel at a time is wrapped instead, so that the same process can
-also compile it. Triton's interpreter expects torch tensors, but of what these can do it asks little
-enough for `_Tensor`.
+Triton interprets every kernel of a process in which TRITON_INTERPRET is set; here one kernel at a
+time is wrapped instead, so that the same process can also compile it. Triton's interpreter expects
+torch tensors, but of what these can do it asks little enough for `_Tensor`.
 """
 
 import importlib
@@ -14,7 +13,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from pallas_kernels import target
 from pallas_kernels.implementations import Implementations
@@ -40,12 +38,7 @@ def let_run(kernel, name, monkeypatch):
     module = importlib.import_module(f"pallas_kernels.{kernel}.{name}")
     monkeypatch.setattr(target, "current", lambda: GPU)
     monkeypatch.setattr(module, "unavailable", lambda: None)
-    monkeypatch.setattr(module, "launch", LAUNCH[name])
-
-
-def launch_pallas(kernel, *inputs, out, grid, num_warps, num_stages):
-    """Stands in for `pallas_gpu.launch`."""
-    return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True)(*inputs)
+    monkeypatch.setattr(module, "launch", launch_triton)
 
 
 def launch_triton(
@@ -60,9 +53,6 @@ def launch_triton(
         return _interpret(kernel, arrays, out, grid, in_place or {}, constants)
 
     return jax.pure_callback(run, out, *inputs)
-
-
-LAUNCH = {"triton": launch_triton, "pallas_gpu": launch_pallas}
 
 
 def _interpret(kernel, inputs, out, grid, in_place, constants):

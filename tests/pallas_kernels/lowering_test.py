@@ -30,14 +30,7 @@ from tests.pallas_kernels.lowered import (
     shapes_of_a_step,
 )
 
-# Custom calls that run a kernel; Pallas has had two.
-CALLS = {
-    "triton": r"custom_call @triton_kernel_call_ffi\(",
-    "pallas_gpu": r"custom_call @__gpu\$xla\.gpu\.triton\(|custom_call @triton_kernel_call_ffi\(",
-}
-
-# Pallas says since jax 0.11 that its Triton lowering will go.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+CALL = r"custom_call @triton_kernel_call_ffi\("
 
 
 def step_by(implementation, dtype):
@@ -53,22 +46,21 @@ def step_by(implementation, dtype):
     return step
 
 
-def lowered_step(kernels, kind):
+def lowered_step(kind):
     shapes = shapes_of_a_step()
     with on(kind):
-        reason = api.unavailable(kernels)
+        reason = unavailable()
         if reason is not None:
-            pytest.skip(f"{kernels}: {reason}")
-        step = jax.jit(step_by(kernels, "bfloat16"))
+            pytest.skip(reason)
+        step = jax.jit(step_by("triton", "bfloat16"))
         return step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA A100-SXM4-80GB"])
-@pytest.mark.parametrize("kernels", CALLS)
-def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kernels, kind, monkeypatch):
+def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kind, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or Triton 3.9 warns that 3.10 changes it
-    text = lowered_step(kernels, kind)
-    assert len(re.findall(CALLS[kernels], text)) == 2
+    text = lowered_step(kind)
+    assert len(re.findall(CALL, text)) == 2
     assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xbf16>" in text
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xf32>" not in text, "the pool is widened"
@@ -100,7 +92,7 @@ def the_gradient_of_a_model_calls_the_attention_kernels_test(monkeypatch):
     # A body of the scan over layers forward, one backward, which attends once more.
     assert len(re.findall(r"call @_forward\w*\(", text)) == 2
     assert len(re.findall(r"call @_backward\w*\(", text)) == 1
-    assert len(re.findall(CALLS["triton"], text)) in (3, 4)  # functions may be shared
+    assert len(re.findall(CALL, text)) in (3, 4)  # functions may be shared
     assert f"{T}x{T}x" not in text, "some array has all scores"
 
 
@@ -123,13 +115,13 @@ def every_gpu_of_a_mesh_attends_for_its_own_sequences_and_heads_test(monkeypatch
             .trace(shape(8, 96, 8, 64), *[shape(8, 96, 2, 64)] * 2, shape(8, 96, 2))
             .lower(lowering_platforms=("cuda",))
         )
-    calls = [line for line in lowered.as_text().splitlines() if re.search(CALLS["triton"], line)]
+    calls = [line for line in lowered.as_text().splitlines() if re.search(CALL, line)]
     assert len(calls) == 3
     assert all("tensor<2x96x4x64xbf16>" in call for call in calls)
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("implementation", CALLS)
+@pytest.mark.parametrize("implementation", ["triton"])
 def a_decoding_step_gives_what_it_gives_by_xla_test(implementation):
     rng = np.random.default_rng(0)
     shapes, *_ = shapes_of_a_step()
@@ -169,4 +161,4 @@ def what_the_gpu_lacks_is_said_test(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with on("NVIDIA H200"):
         assert "jax_triton cannot be imported" in api.unavailable("triton")
-        assert api.choose(None) == "pallas_gpu"
+        assert api.choose(None) == "xla"

@@ -14,7 +14,7 @@ SETTINGS = Settings(block_bytes=16384, warps=4, stages=5, programs_per_core=2)
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
-    default = {name: dataclasses.asdict(SETTINGS) for name in ("triton", "pallas_gpu")}
+    default = {"triton": dataclasses.asdict(SETTINGS)}
     (tmp_path / "default.json").write_text(json.dumps(default))
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     tuning._read.cache_clear()
@@ -29,9 +29,9 @@ def every_kept_entry_can_be_read_and_says_its_source_test():
         content = json.loads(file.read_text())
         source = content.pop("source")
         assert content.keys() == source.keys() and all(source.values())
-        assert content.keys() <= {"triton", "pallas_gpu", "causal_attention", "cache_update"}
-        for name in content.keys() & {"triton", "pallas_gpu"}:
-            assert isinstance(Settings(**content[name]), Settings)
+        assert content.keys() <= {"triton", "causal_attention", "cache_update"}
+        if "triton" in content:
+            assert isinstance(Settings(**content["triton"]), Settings)
         if "causal_attention" in content:
             attention_settings.from_json(content["causal_attention"])
         assert content.get("cache_update", "xla") in ("xla", "triton")
@@ -44,7 +44,6 @@ def a_device_takes_its_own_settings_once_they_are_saved_test(empty_folder):
     file = tuning.save(device, "measured", {"triton": mine})
     assert file == empty_folder / "nvidia_h200_test.json"
     assert settings_for("triton", device) == mine
-    assert settings_for("pallas_gpu", device) == SETTINGS
     assert settings_for("triton", "another") == SETTINGS
 
 

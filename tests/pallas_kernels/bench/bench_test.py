@@ -124,13 +124,13 @@ def a_contender_is_built_with_the_settings_it_is_given_and_is_right_test(
 
 
 def on_a_gpu_every_case_of_the_grid_is_planned_once_test():
-    planned = bench.plan_cases(("triton", "pallas_gpu", "xla"))
+    planned = bench.plan_cases(("triton", "xla"))
     cases = [case for case, _ in planned]
     assert len(set(cases)) == len(cases)
     grid = itertools.product(("even", "uneven"), bench.SIZES, (16, 64, 256), (64, 128), (1, 4, 8))
     assert set(cases) >= {Case(*one) for one in grid}
     assert all(names[0] == "triton" for _, names in planned)
-    assert {"triton+plan", "dense_xla", "dense_cudnn", "pallas_gpu", "xla"} <= set(planned[0][1])
+    assert {"triton+plan", "dense_xla", "dense_cudnn", "xla"} <= set(planned[0][1])
 
 
 def a_cut_run_keeps_what_it_has_and_says_what_it_left_out_test(tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
     tmp_path, monkeypatch
 ):
     kept = dataclasses.asdict(CANDIDATES[0])
-    default = dict.fromkeys(("triton", "pallas_gpu"), kept)
+    default = {"triton": kept}
     (tmp_path / "default.json").write_text(json.dumps(default))
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     tuning._read.cache_clear()
@@ -251,8 +251,8 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
             "'tritium' of decode_attention; there is reference, xla",
         ),
         (
-            ["--quick", "--implementations=pallas_gpu"],
-            "'pallas_gpu' of decode_attention cannot run here: it needs a GPU",
+            ["--quick", "--implementations=triton"],
+            "'triton' of decode_attention cannot run here: it needs an NVIDIA GPU",
         ),
     ],
 )

@@ -5,6 +5,7 @@ Without a GPU the kernel runs interpreted.
 
 import dataclasses
 import functools
+import math
 import types
 
 import jax
@@ -22,7 +23,7 @@ from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Tokens
 from pallas_kernels import target, tuning
 from pallas_kernels.cache_update import api
-from pallas_kernels.cache_update.api import IMPLEMENTATIONS, State, cache_update
+from pallas_kernels.cache_update.api import IMPLEMENTATIONS, Segment, State, cache_update
 from pallas_kernels.cache_update.settings import Settings
 from pallas_kernels.cache_update.workloads import CORRECTNESS, make_inputs
 from pallas_kernels.implementations import Implementations
@@ -55,54 +56,67 @@ def assert_close(actual, expected, dtype):
 @pytest.mark.parametrize("window", [2, None])
 def a_segment_of_three_tokens_is_their_weighted_mean_within_the_window_test(update, window):
     pages, ring = jnp.full((1, 8, 4), jnp.nan), (1, 1, window or 1)
-    state = State(
-        *(pages, pages, jnp.zeros((*ring, 4)), jnp.zeros((*ring, 4))),
-        *(jnp.zeros(ring), jnp.zeros((1, 1), jnp.int32)),
+    segment = Segment(
+        *(jnp.zeros((*ring, 4)), jnp.zeros((*ring, 4)), jnp.zeros(ring)),
+        jnp.zeros((1, 1), jnp.int32),
     )
-    # Row's tokens 8, 16, 24 with weights 1, 1, 3; the first says "merge" and must not.
+    state = State(pages, pages, jnp.full((1, 1), 5, jnp.int32), segment)
+    # Row's tokens 8, 16, 24 with weights 1, 1, 3 (of two queries that say less and more); the first
+    # says "merge" and must not.
     for token, weight in ((8.0, 1.0), (16.0, 1.0), (24.0, 3.0)):
-        state = cache_update(
+        logit = math.log(weight / 4) - math.log(1 - weight / 4)
+        queries = jnp.zeros((1, 2, 4)).at[0, :, -1].set(jnp.array([logit + 3, logit - 1]))
+        _, state = cache_update(
             state,
+            queries,
             jnp.full((1, 1, 4), token),
             jnp.full((1, 1, 4), -token),
-            jnp.ones((1, 1)),
-            jnp.full((1, 1), weight),
+            page_table=jnp.zeros((1, 1, 1), jnp.int32),
             first=0,
             active=jnp.ones(1, bool),
             position=jnp.zeros(1, jnp.int32),
-            page_ids=jnp.zeros((1, 1), jnp.int32),
-            offsets=jnp.full((1, 1), 5, jnp.int32),
             frequencies=jnp.ones(2),
+            channel=0.0,
+            threshold=8.5,
+            offset=-1.0,
             window=window,
             implementation=update,
         )
     mean = (16 + 3 * 24) / 4 if window else (8 + 16 + 3 * 24) / 5
     np.testing.assert_allclose(state.v_pages[0, 5], -mean, rtol=1e-6)
+    assert state.lengths[0, 0] == 6
     # Position 0 does not rotate, and the last channel takes no part.
     np.testing.assert_allclose(state.k_pages[0, 5], [mean, mean, mean, 0], rtol=1e-6)
     assert np.isnan(np.delete(state.k_pages[0], 5, axis=0)).all()
-    assert state.count[0, 0] == 3
-    # Token 2 took the place of token 0.
-    expected = [3, 1] if window else [5]
-    np.testing.assert_array_equal(state.weights[0, 0], expected)
+    assert state.segment.count[0, 0] == 3
+    # Token 2 took the place of token 0. Weights are a quarter of those above, which cancels.
+    expected = [0.75, 0.25] if window else [1.25]
+    np.testing.assert_allclose(state.segment.weights[0, 0], expected, rtol=1e-6)
 
 
 @every_update
-def a_key_is_rotated_at_the_position_without_its_last_channel_test(update):
-    workload = dataclasses.replace(CORRECTNESS[1], seats=1, rows=1, heads=1, width=4)
+@pytest.mark.parametrize("channel, last", [(0.0, 0), (0.5, 25), (1.0, 100)])
+def keys_and_queries_are_rotated_at_the_position_and_their_last_channel_scaled_test(
+    update, channel, last
+):
+    workload = dataclasses.replace(CORRECTNESS[1], seats=1, rows=1, heads=1, width=4, window=0)
     inputs = make_inputs(workload)
-    key = jnp.array([3.0, 5.0, 4.0, 100.0])
+    head = jnp.array([3.0, 5.0, 4.0, 100.0])[None, None]
     others = inputs.others | {
-        "active": jnp.ones(1, bool),
+        "page_table": jnp.array([[[7]]], jnp.int32),
         "position": jnp.array([2], jnp.int32),
-        "page_ids": jnp.zeros((1, 1), jnp.int32),
         "frequencies": jnp.array([np.pi / 4, 0.0], jnp.float32),
+        "channel": channel,
     }
-    token = key[None, None], *inputs.token[1:]
-    after = cache_update(inputs.state, *token, **others, implementation=update)
-    # A quarter turn takes (3, 4) to (-4, 3); (5, 0) stays.
-    offset = int(others["offsets"][0, 0])
-    np.testing.assert_allclose(after.k_pages[0, offset], [-4, 5, 3, 0], atol=2e-6)
+    state = inputs.state._replace(
+        lengths=jnp.array([[3]], jnp.int32),
+        **dict.fromkeys(("k_pages", "v_pages"), jnp.full((8, 8, 4), jnp.nan)),
+    )
+    rotated, after = cache_update(state, head, head, head, **others, implementation=update)
+    # A quarter turn takes (3, 4) to (-4, 3); (5, 100) stays, but for the factor, twice.
+    for turned in (after.k_pages[7, 3], rotated[0, 0]):
+        np.testing.assert_allclose(turned, [-4, 5, 3, last], atol=2e-6)
+    np.testing.assert_array_equal(after.v_pages[7, 3], head[0, 0])
 
 
 # ---- the kernel against the reference -----------------------------------------------------------
@@ -117,11 +131,16 @@ def inputs_and_expected(workload):
 @pytest.mark.parametrize("update", ["triton"])
 @pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
 def the_kernel_gives_what_the_reference_gives_test(update, workload):
-    (state, token, others), expected = inputs_and_expected(workload)
-    after = cache_update(state, *token, **others, implementation=update)
-    np.testing.assert_array_equal(after.count, expected.count)
-    for name in ("keys", "values", "weights"):
-        assert_close(getattr(after, name), getattr(expected, name), "float32")
+    (state, token, others), (expected_q, expected) = inputs_and_expected(workload)
+    rotated, after = cache_update(state, *token, **others, implementation=update)
+    active = np.asarray(others["active"])
+    assert_close(rotated[active], expected_q[active], workload.tokens)
+    np.testing.assert_array_equal(after.lengths, expected.lengths)
+    assert (after.segment is None) == (workload.window == 0)
+    if after.segment is not None:
+        np.testing.assert_array_equal(after.segment.count, expected.segment.count)
+        for name in ("keys", "values", "weights"):
+            assert_close(*(getattr(x.segment, name) for x in (after, expected)), "float32")
     # The coarser of the two dtypes rounds last.
     coarse = "bfloat16" if "bfloat16" in (workload.pages, workload.tokens) else "float32"
     assert_close(after.k_pages, expected.k_pages, coarse)
@@ -132,35 +151,36 @@ def the_kernel_gives_what_the_reference_gives_test(update, workload):
 @pytest.mark.parametrize("entries", [1, 4])
 def results_do_not_depend_on_the_settings_test(update, entries):
     """A ring of 12 in tiles of 1 and of 4."""
-    (state, token, others), expected = inputs_and_expected(CORRECTNESS[0])
-    others = dict(others, first=jnp.asarray(others["first"], jnp.int32))
+    (state, token, others), (_, expected) = inputs_and_expected(CORRECTNESS[0])
+    arrays = {"first": jnp.int32, "channel": jnp.float32, "threshold": jnp.float32}
+    others = others | {name: jnp.asarray(others[name], dtype) for name, dtype in arrays.items()}
     unlimited = not others.pop("window")
-    after = IMPLEMENTATIONS.load(update).cache_update(
+    _, after = IMPLEMENTATIONS.load(update).cache_update(
         state, *token, **others, unlimited=unlimited, settings=Settings(entries, 256)
     )
-    for name in State._fields:
-        assert_close(getattr(after, name), getattr(expected, name), "float32")
+    jax.tree.map(lambda x, y: assert_close(x, y, "float32"), after, expected)
 
 
 @every_update
 @pytest.mark.parametrize("workload", CORRECTNESS, ids=str)
 def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
-    (state, token, others), expected = inputs_and_expected(workload)
+    (state, token, others), (_, after) = inputs_and_expected(workload)
     first, active = others["first"], np.asarray(others["active"])
-    after = expected
     if update != "reference":
-        after = cache_update(state, *token, **others, implementation=update)
+        _, after = cache_update(state, *token, **others, implementation=update)
     kept = np.ones((workload.seats, workload.rows), bool)
     kept[active, first : first + workload.heads] = False
     assert kept.any() or workload.rows == workload.heads
-    for name in ("keys", "values", "weights", "count"):
-        before, now = (bits(getattr(x, name)) for x in (state, after))
-        np.testing.assert_array_equal(now[kept], before[kept])
-    ids = np.asarray(others["page_ids"])
-    writes = (ids >= 0) & (ids < state.k_pages.shape[0]) & active[:, None]
-    assert writes.any() and not writes[active].all()
+    for before, now in zip(*(jax.tree.leaves(x[2:]) for x in (state, after)), strict=True):
+        np.testing.assert_array_equal(bits(now)[kept], bits(before)[kept])
+    # The newest slot of every row that was not refused is written, and no other.
+    lengths, page = np.asarray(after.lengths), workload.page
+    assert (lengths[kept] > 0).all() and (lengths[~kept] > 0).any() and (lengths[~kept] < 0).any()
+    np.testing.assert_array_equal(~lengths[lengths < 0], np.asarray(state.lengths)[lengths < 0])
+    rows = np.nonzero(~kept & (lengths > 0))
+    newest = lengths[rows] - 1
     untouched = np.ones(state.k_pages.shape[:2], bool)
-    untouched[ids[writes], np.asarray(others["offsets"])[writes]] = False
+    untouched[np.asarray(others["page_table"])[(*rows, newest // page)], newest % page] = False
     for name in ("k_pages", "v_pages"):
         before, now = getattr(state, name), getattr(after, name)
         np.testing.assert_array_equal(bits(now)[untouched], bits(before)[untouched])
@@ -170,13 +190,14 @@ def what_is_no_row_of_a_token_keeps_every_bit_test(update, workload):
 @every_update
 def entries_that_no_token_of_the_segment_is_in_are_zero_test(update):
     workload = CORRECTNESS[0]
-    (state, token, others), after = inputs_and_expected(workload)
+    (state, token, others), (_, after) = inputs_and_expected(workload)
     if update != "reference":
-        after = cache_update(state, *token, **others, implementation=update)
-    unused = np.arange(workload.window) >= np.asarray(after.count)[..., None]
-    appended = (np.asarray(after.count) == 1) & (np.asarray(state.count) > 1)
+        _, after = cache_update(state, *token, **others, implementation=update)
+    *rings, count = after.segment
+    unused = np.arange(workload.window) >= np.asarray(count)[..., None]
+    appended = (np.asarray(count) == 1) & (np.asarray(state.segment.count) > 1)
     assert appended.any()  # so there was something to clear
-    for ring in (after.keys, after.values, after.weights):
+    for ring in rings:
         assert not np.asarray(ring)[unused].any()
 
 
@@ -248,6 +269,8 @@ def decoded(case, implementation):
         k = k.at[..., -1].set(jnp.where(decision > 0, 100, -100).astype(k.dtype))
         weight = omega - settings.eps
         q = jnp.zeros(k.shape).at[..., -1].set(jnp.log(weight / (1 - weight)) - settings.offset)
+        q = q.astype(k.dtype)
+        cache, reads, granted = decoding.begin_step(cache, active)
         row = 0
         for heads in case.kv_heads:
             rows = slice(row, row + heads)
@@ -255,11 +278,11 @@ def decoded(case, implementation):
                 jnp.repeat(q[:, rows], config.heads // heads, axis=1),
                 *(k[:, rows], v[:, rows], cache.position, frequencies),
             )
-            cache = decoding.read_token(
-                *(cache, policy, row, token), active=active, implementation=implementation
+            rotated, cache = decoding.read_token(
+                *(cache, policy, row, token), active=reads, implementation=implementation
             )
             row += heads
-        return dataclasses.replace(cache, position=cache.position + active)
+        return decoding.end_step(cache, active, granted)
 
     rows, failed = (case.seats, config.kv_rows), []
     # Heads differ in how much they merge: the last one soon needs more pages than there are.
@@ -388,15 +411,21 @@ def without_a_gpu_xla_is_chosen_whatever_was_measured_test(monkeypatch):
     "field, change, complaint",
     [
         ("v_pages", lambda x: x.astype(jnp.bfloat16), "v_pages must be float32, got bfloat16"),
+        ("lengths", lambda x: x[:, 1:], r"lengths must be of shape \(3, 5\), got \(3, 4\)"),
         ("keys", lambda x: x[:, :, :-1], r"keys must be of shape \(3, 5, 12, 64\), got .*11, 64"),
         ("weights", lambda x: x[:, 1:], r"weights must be of shape \(3, 5, 12\)"),
         ("count", lambda x: x.astype(jnp.float32), "count must be int32, got float32"),
-        ("k_pages", lambda x: x[0], r"k_pages \[P page H\]; got shapes"),
+        ("k_pages", lambda x: x[0], r"k_pages must be \[P page H\], got shape"),
     ],
 )
 def a_state_that_breaks_the_contract_is_refused_test(field, change, complaint):
     (state, token, others), _ = inputs_and_expected(CORRECTNESS[0])
-    state = state._replace(**{field: change(getattr(state, field))})
+    if field in State._fields:
+        state = state._replace(**{field: change(getattr(state, field))})
+    else:
+        segment = state.segment
+        segment = segment._replace(**{field: change(getattr(segment, field))})
+        state = state._replace(segment=segment)
     with pytest.raises(ValueError, match=complaint):
         cache_update(state, *token, **others, implementation="reference")
 
@@ -405,9 +434,10 @@ def a_state_that_breaks_the_contract_is_refused_test(field, change, complaint):
 @pytest.mark.parametrize(
     "index, change, complaint",
     [
-        (0, lambda x: x.astype(jnp.float16), "k_t must be float32 or bfloat16, got float16"),
-        (1, lambda x: x[:, :1], r"v_t must be of shape \(3, 2, 64\), got \(3, 1, 64\)"),
-        (2, lambda x: x[0], r"decision must be of shape \(3, 2\), got \(2,\)"),
+        (0, lambda x: x[:, 1:], "q must have as many heads for each of the K = 2 rows, got N = 7"),
+        (0, lambda x: x.astype(jnp.bfloat16), "q must be float32, got bfloat16"),
+        (1, lambda x: x[0], r"k_t must be \[seats K H\], got shape \(2, 64\)"),
+        (2, lambda x: x[:, :1], r"v_t must be of shape \(3, 2, 64\), got \(3, 1, 64\)"),
     ],
 )
 def a_token_that_breaks_the_contract_is_refused_test(index, change, complaint):

@@ -41,21 +41,30 @@ def compiled_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_update(capability, *, H=128, window=12, pages="bfloat16", tokens="bfloat16"):
+def compile_update(
+    capability, *, H=128, window=12, G=1, merges=True, pages="bfloat16", tokens="bfloat16"
+):
     """What the kernel takes, and warps per program."""
 
     def array(*shape, dtype="float32"):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     pool, ring = array(9999, 64, H, dtype=pages), array(64, 1024, window or 1, H)
-    weights, count = array(*ring.shape[:3]), array(64, 1024, dtype="int32")
-    state = api.State(pool, pool, ring, ring, weights, count)
-    constants = update_constants(state, array(64, 32, H), not window, SETTINGS)
+    count = array(64, 1024, dtype="int32")
+    segment = api.Segment(ring, ring, array(*ring.shape[:3]), count)
+    state = api.State(pool, pool, count, segment if merges else None)
+    constants = {"OFFSET": 5.0, "EPS": 2**-7}
+    constants |= update_constants(
+        state, array(64, 32 * G, H), array(64, 32, H), not window, SETTINGS
+    )
     dtypes = {name: "float32" for name in update_rows.arg_names if name not in constants}
-    dtypes |= {name: str(x.dtype) for x, name in zip(state, list(dtypes)[:6], strict=True)}
-    dtypes |= {name: str(x.dtype) for x, name in zip(state, list(dtypes)[-6:], strict=True)}
-    dtypes |= dict.fromkeys(("k_ptr", "v_ptr"), tokens)
-    dtypes |= dict.fromkeys(("page_ptr", "offset_ptr", "active_ptr", "first_ptr"), "int32")
+    changed = ("k_pages", "v_pages"), ("lengths", "count")
+    for names, dtype in zip(changed, (pages, "int32"), strict=True):
+        dtypes |= {f"{name}_{end}": dtype for name in names for end in ("before", "ptr")}
+    if not merges:
+        dtypes |= dict.fromkeys(("count_before", "count_ptr"), "float32")
+    dtypes |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "rotated_ptr"), tokens)
+    dtypes |= dict.fromkeys(("table_ptr", "active_ptr", "at_ptr"), "int32")
     warps = warps_for(constants, SETTINGS)
     usage = compile_kernel(
         update_rows, dtypes, constants, warps=warps, stages=1, capability=capability
@@ -77,8 +86,9 @@ def a_row_of_the_usual_size_is_one_warp_without_shared_memory_test(capability, p
 
 
 @pytest.mark.parametrize("H, window", [(64, 12), (80, 12), (128, None), (256, 16), (128, 100)])
-def other_sizes_do_not_spill_test(H, window):
-    usage, warps = compile_update(90, H=H, window=window)
+@pytest.mark.parametrize("G, merges", [(1, True), (8, True), (4, False)])
+def other_sizes_do_not_spill_test(H, window, G, merges):
+    usage, warps = compile_update(90, H=H, window=window, G=G, merges=merges)
     assert usage.spilled == 0
     assert usage.resident(warps, 90) >= 4
 
@@ -116,7 +126,7 @@ def a_decoding_step_calls_one_kernel_a_layer_that_changes_the_cache_in_place_tes
         aliases = re.findall(
             r"output_operand_alias<output_tuple_indices = \[(\d+)\],\s*operand_index = (\d+)", call
         )
-        assert aliases == [(str(i), str(i)) for i in range(6)]
+        assert aliases == [(str(i + 1), str(i)) for i in range(7)]
         results = call[call.rindex("->") :]
         assert results.count(f"tensor<{PAGES}x{PAGE}x64xbf16>") == 2
         assert results.count(f"tensor<{ring}>") == 2

@@ -3,6 +3,7 @@
 Without a GPU, its implementations run interpreted (see conftest), all through the same interface.
 """
 
+import dataclasses
 import functools
 import importlib
 
@@ -34,7 +35,7 @@ from tests.pallas_kernels.interpreted import GPU
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 FAST = [name for name in IMPLEMENTATIONS.names if name != "reference"]
-PLANNED = ["triton", "pallas_gpu"]
+PLANNED = ["triton"]
 RAGGED = CORRECTNESS[0]
 
 # Each is compiled or interpreted for seconds. The others, too, have every G, dtype and page, and
@@ -46,14 +47,6 @@ SLOW = {
 }
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.names)
-# XLA takes seconds to compile an interpreted Pallas kernel, and shapes differ from test to test.
-pallas_is_slow = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "pallas_gpu" else [])
-        for name in IMPLEMENTATIONS.names
-    ],
-)
 without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 fast_implementation = pytest.mark.parametrize("implementation", FAST)
 
@@ -125,7 +118,7 @@ def scores_are_dot_products_times_the_scale_test(implementation):
     np.testing.assert_allclose(halved, out, rtol=1e-6)
 
 
-@pallas_is_slow
+@every_implementation
 def huge_scores_do_not_overflow_test(implementation):
     inputs = make_inputs(Workload("huge", (70, 3), 2, 32, 8))
     out = decode_attention(inputs.q * 1e3, *inputs[1:], scale=1e3, implementation=implementation)
@@ -197,7 +190,7 @@ def a_nan_in_a_live_slot_stays_in_its_row_test(implementation):
     np.testing.assert_array_equal(out[others], attend(*inputs)[others])
 
 
-@pallas_is_slow
+@every_implementation
 def permuting_the_pool_changes_nothing_test(implementation):
     inputs = inputs_of(RAGGED)
     pages = inputs.k_pages.shape[0]
@@ -208,7 +201,7 @@ def permuting_the_pool_changes_nothing_test(implementation):
     np.testing.assert_array_equal(moved, attend(*inputs))
 
 
-@pallas_is_slow
+@every_implementation
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def the_same_inputs_give_the_same_bits_test(implementation, dtype):
     workload = Workload("again", ragged_lengths(20, mean=150, longest=600), 2, 64, 16, dtype)
@@ -217,7 +210,7 @@ def the_same_inputs_give_the_same_bits_test(implementation, dtype):
     assert first == second
 
 
-@pallas_is_slow
+@every_implementation
 def one_compilation_serves_every_length_test(implementation):
     traced = []
 
@@ -289,8 +282,9 @@ def a_plan_made_ahead_for_longer_rows_changes_nothing_test(implementation):
 @pytest.mark.parametrize("settings", CANDIDATES, ids=str)
 def settings_to_tune_from_change_nothing_but_rounding_test(implementation, settings):
     module = IMPLEMENTATIONS.load(implementation)
-    inputs = inputs_of(RAGGED)
-    out = module.decode_attention(*inputs, RAGGED.width**-0.5, settings=settings)
+    *others, table, lengths = inputs_of(RAGGED)
+    rows = table[None], lengths[None]
+    out = module.decode_attention(*others, *rows, RAGGED.width**-0.5, settings=settings)
     assert_close(out, expected_of(RAGGED))
 
 
@@ -304,8 +298,41 @@ def layers_may_be_planned_at_once_test(implementation):
     attend = functools.partial(decode_attention, scale=0.2, implementation=implementation)
     for layer in range(2):
         now = inputs._replace(lengths=lengths[layer])
-        plan = jax.tree.map(lambda x: x[layer], plans)  # noqa: B023
+        plan = dataclasses.replace(plans, layer=layer)
         np.testing.assert_array_equal(attend(*now, plan=plan), attend(*now))
+
+
+@every_implementation
+@pytest.mark.parametrize("planned", [False, True])
+def rows_of_a_layer_are_found_among_those_of_all_layers_test(implementation, planned):
+    """Two sequences of five rows each; the layer has the third and the fourth."""
+    rows = (100, 3, 0, 40, 70, 8, 16, 33, 5, 64)
+    inputs = inputs_of(Workload("of_layers", rows, 2, 32, 8))
+    of_layer = np.array([2, 3, 7, 8])
+    q = inputs.q[of_layer]
+    whole = inputs.page_table.reshape(2, 5, -1), inputs.lengths.reshape(2, 5)
+    cut = inputs.page_table[of_layer], inputs.lengths[of_layer]
+    options = {"scale": 0.2, "implementation": implementation}
+    plan = None
+    if planned:
+        if implementation not in PLANNED:
+            pytest.skip("it works without a plan")
+        lengths = jnp.stack([inputs.lengths[:4] + 1, cut[1] + 1])
+        plans = plan_decode_attention(
+            lengths, inputs.k_pages, longest=104, implementation=implementation
+        )
+        plan = dataclasses.replace(plans, layer=1)
+    pool = inputs.k_pages, inputs.v_pages
+    out = decode_attention(q, *pool, *whole, **options, first=2, plan=plan)
+    assert_close(out, decode_attention(q, *pool, *cut, scale=0.2, implementation="reference"))
+
+
+@pytest.mark.usefixtures("annotations_aside")
+def rows_that_sequences_cannot_share_are_refused_test():
+    inputs = inputs_of(Workload("layers", (100, 3, 40), 2, 32, 16))
+    whole = jnp.zeros((2, 5, 7), jnp.int32), jnp.zeros((2, 5), jnp.int32)
+    with pytest.raises(ValueError, match="as many rows of each of the 2 sequences, .* 3 in all"):
+        decode_attention(*inputs[:3], *whole, scale=0.2)
 
 
 @pytest.mark.parametrize("implementation", PLANNED)
@@ -419,15 +446,14 @@ def inputs_that_break_the_contract_are_named_test(change, message):
 
 @pytest.mark.parametrize("name", ["XLA", "pallas", ""])
 def an_unknown_implementation_is_refused_and_never_replaced_test(name):
-    with pytest.raises(ValueError, match="there is reference, xla, triton, pallas_gpu"):
+    with pytest.raises(ValueError, match="there is reference, xla, triton"):
         decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)
 
 
 @without_a_gpu
-@pytest.mark.parametrize("name", ["triton", "pallas_gpu"])
-def a_gpu_implementation_without_a_gpu_says_what_it_lacks_test(name):
-    with pytest.raises(RuntimeError, match=f"'{name}' .* cannot run here: .*(GPU|imported)"):
-        decode_attention(*inputs_of(RAGGED), scale=1.0, implementation=name)
+def a_gpu_implementation_without_a_gpu_says_what_it_lacks_test():
+    with pytest.raises(RuntimeError, match="'triton' .* cannot run here: .*(GPU|imported)"):
+        decode_attention(*inputs_of(RAGGED), scale=1.0, implementation="triton")
 
 
 def on_a_gpu_the_best_that_can_run_is_taken_test(monkeypatch):
@@ -436,6 +462,6 @@ def on_a_gpu_the_best_that_can_run_is_taken_test(monkeypatch):
     monkeypatch.setattr(
         Implementations, "unavailable", lambda self, name: None if name in here else "no"
     )
-    for name in ("triton", "pallas_gpu", "xla"):
+    for name in ("triton", "xla"):
         assert choose(None) == name
         here.remove(name)

@@ -6,14 +6,15 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
 
-from pallas_kernels.decode_attention import gpu  # noqa: E402
 from pallas_kernels.decode_attention.plan import make_plan  # noqa: E402
 from pallas_kernels.decode_attention.settings import CANDIDATES, settings_for  # noqa: E402
 from pallas_kernels.decode_attention.triton import (  # noqa: E402
+    JOIN_WARPS,
     attend_constants,
     attend_items,
     join_constants,
     join_items,
+    padded_width,
 )
 from tests.pallas_kernels.compiled import SHARED, compile_kernel  # noqa: E402
 
@@ -32,16 +33,14 @@ def compiled_afresh(tmp_path, monkeypatch):
 
 def compile_attend(settings, capability, *, G=4, H=128, page=16, q="bfloat16", pool="bfloat16"):
     queries, pages = jax.ShapeDtypeStruct((64, G, H), q), jax.ShapeDtypeStruct((99, page, H), pool)
-    table = jax.ShapeDtypeStruct((64, 256), "int32")
-    block = settings.block(gpu.padded_width(H), pages.dtype.itemsize)
-    dtypes = dict.fromkeys(
-        ("table_ptr", "lengths_ptr", "row_ptr", "begin_ptr", "end_ptr", "of_program_ptr"), "int32"
-    )
-    dtypes |= dict.fromkeys(("factor_ptr", "out_ptr", "lse_ptr"), "float32")
+    block = settings.block(padded_width(H), pages.dtype.itemsize)
+    of_plan = ("row_ptr", "begin_ptr", "end_ptr", "of_program_ptr", "of_row_ptr")
+    dtypes = dict.fromkeys(("table_ptr", "lengths_ptr", "at_ptr", *of_plan), "int32")
+    dtypes |= dict.fromkeys(("factor_ptr", "partial_ptr", "lse_ptr"), "float32")
     return compile_kernel(
         attend_items,
-        dtypes | {"q_ptr": q, "k_ptr": pool, "v_ptr": pool},
-        attend_constants(queries, pages, table, block),
+        dtypes | {"q_ptr": q, "k_ptr": pool, "v_ptr": pool, "out_ptr": q},
+        attend_constants(queries, pages, block),
         warps=settings.warps,
         stages=settings.stages,
         capability=capability,
@@ -104,14 +103,16 @@ def joining_items_takes_little_test(R, G, capability):
     dtypes = dict.fromkeys(("partial_ptr", "lse_ptr"), "float32")
     usage = compile_kernel(
         join_items,
-        dtypes | {"of_row_ptr": "int32", "out_ptr": "bfloat16"},
+        dtypes
+        | dict.fromkeys(("of_row_ptr", "at_ptr"), "int32")
+        | dict.fromkeys(("out_before", "out_ptr"), "bfloat16"),
         join_constants(q, plan),
-        warps=gpu.JOIN_WARPS,
+        warps=JOIN_WARPS,
         stages=1,
         capability=capability,
     )
     assert usage.spilled == 0
-    assert usage.resident(gpu.JOIN_WARPS, capability) >= 4
+    assert usage.resident(JOIN_WARPS, capability) >= 4
 
 
 def a_spill_would_be_seen_test(monkeypatch):
