@@ -7,6 +7,7 @@ its flags once.
 
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -42,6 +43,9 @@ runtime_version { major: 13 }
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+_LARGE = 2**20  # numbers
+_SEATS = 64  # of the cache that a prompt is read into
 
 
 def main(program: str, layers: int, ratio: int, size: int, folder: Path) -> None:
@@ -82,7 +86,7 @@ def main(program: str, layers: int, ratio: int, size: int, folder: Path) -> None
     def shape(*sizes, dtype="int32"):
         return put(jax.ShapeDtypeStruct(sizes, dtype))
 
-    batch = size if program == "read_tokens" else 1
+    batch = size if program == "read_tokens" else _SEATS
     with on("NVIDIA H100 80GB HBM3"):
         arguments, options, _ = step_shapes(setup, Run(1024, 2048, ratio, batch, None))
         params, config, cache, *others = arguments
@@ -114,8 +118,9 @@ def main(program: str, layers: int, ratio: int, size: int, folder: Path) -> None
                 "loops": kinds.count("kWhile") + kinds.count("kConditional"),
                 "own_kernels": text.count('custom_call_target="triton_kernel_call_ffi"'),
                 "products": sum("gemm" in line or "Gemm" in line for line in lines),
-                "pool_copies": len(
-                    re.findall(rf"= bf16\[\d{{4,}},16,{config.head_dim}\]\S* copy\(", text)
+                "large_copies": sum(
+                    math.prod(map(int, sizes.split(","))) >= _LARGE
+                    for sizes in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
                 ),
                 "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
             }

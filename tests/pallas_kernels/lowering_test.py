@@ -90,7 +90,7 @@ def every_layer_that_reads_prompts_calls_a_kernel_and_has_no_loop_test(monkeypat
             pytest.skip(reason)
         traced = jax.jit(read).trace(params, cache, tokens, counts)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert len(re.findall(CALLS["triton"], text)) == 1
+    assert text.count("custom_call @triton_kernel_call_ffi(") == 1
     assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
     assert "stablehlo.while" not in text and "stablehlo.case" not in text
 
