@@ -56,8 +56,8 @@ for part in $PARTS; do
     tests)
       XLA_PYTHON_CLIENT_PREALLOCATE=false limited 120 tests \
         $PYTHON -m pytest -o minversion=8 -W default -q -n ${WORKERS:-12} --maxfail=9 -m "not slow" \
-        -k "triton or causal_attention" tests/pallas_kernels/decode_attention/api_test.py \
-        tests/pallas_kernels/cache_update/api_test.py tests/pallas_kernels/causal_attention/api_test.py ;;
+        -k "triton or causal_attention or prefill_attention" \
+        tests/pallas_kernels/{decode,causal,prefill}_attention/api_test.py tests/pallas_kernels/cache_update/api_test.py ;;
     compile) LINES_SHOWN=4 compile ;;
     end_to_end) limited 170 end_to_end bash -c "end_to_end --resume --seconds=${END_TO_END_SECONDS:-145}" ;;
     more_end_to_end) limited 130 more_end_to_end bash -c "end_to_end --resume --seconds=110" ;;

@@ -44,6 +44,7 @@ def run_layers(
         (the residual stream after the last layer, the state).
     """
     x = _embed(params["embedding"], tokens, dtype)
+    inputs = jax.device_put(inputs)  # once, and not for every layer
     kind = {"config": config, "make_attend": make_attend}
     for stack, (first, length, kv_heads) in enumerate(layer_stacks(config)):
         for i in range(length):

@@ -39,6 +39,7 @@ from dmc_jax.inference.paged_cache import (
 from dmc_jax.inference.pages import Pages
 from dmc_jax.model.llama import Attend
 from dmc_jax.policies.policy import Edit, Policy, Tokens
+from pallas_kernels.prefill_attention.api import XLA, choose, prefill_attention
 
 # Chunks are padded to 32, 128, 512, ... tokens: each of these lengths is compiled.
 _SMALLEST_BUCKET, _BUCKET_STEP = 32, 4
@@ -221,11 +222,13 @@ def attend_pages(
     cache: PagedCache,
     first: Array,
     seats: Int[Array, " B"],
+    implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend over the slots before a token's own, from the pages, and over what the token wrote.
 
-    Blocks of queries meet blocks of slots with a running softmax. Each block of queries stops at
-    the last slot that any of its rows can see, so the loop is as short as the cache is compressed.
+    XLA's form lets blocks of queries meet blocks of slots with a running softmax. Each block of
+    queries stops at the last slot that any of its rows can see, so the loop is as short as the
+    cache is compressed. A GPU would ask the host at every turn of it: it has a kernel.
 
     Args:
         q: queries, rotated.
@@ -234,10 +237,20 @@ def attend_pages(
         cache: holds those slots already.
         first: row of the layer's first KV head.
         seats: the seat of each row of the batch.
+        implementation: of `prefill_attention`, or "xla"; None: the fastest here.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
     """
+    implementation = choose(implementation)
+    if implementation != XLA:
+        return prefill_attention(
+            *(q, own_k, own_v, slot, cache.pages.k, cache.pages.v),
+            *(cache.page_table, cache.lengths, seats),
+            first=first,
+            scale=q.shape[-1] ** -0.5,
+            implementation=implementation,
+        )
     B, T, N, H = q.shape
     K = own_k.shape[2]
     block = math.gcd(T, _QUERY_BLOCK)

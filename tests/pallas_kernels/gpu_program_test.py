@@ -1,4 +1,4 @@
-"""What a GPU is told to do in a decoding step of a 7B model, by XLA's real compiler for it."""
+"""What a GPU is told to do with a 7B model, by XLA's real compiler for it."""
 
 import importlib.util
 import json
@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def step_on_an_absent_gpu(folder, *, layers, ratio, batch):
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+def on_an_absent_gpu(folder, program, *, layers, ratio, size):
+    there = importlib.util.find_spec
+    if there("jax_plugins") is None or there("jax_plugins.xla_cuda12") is None:
         pytest.skip("JAX's CUDA plugin is not there; `make test-all` installs it")
     command = [sys.executable, "-m", "tests.pallas_kernels.absent_gpu"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"}
     environment.pop("XLA_FLAGS", None)
     done = subprocess.run(
-        [*command, *map(str, (layers, ratio, batch)), str(folder)],
+        [*command, program, *map(str, (layers, ratio, size)), str(folder)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -32,12 +33,21 @@ def step_on_an_absent_gpu(folder, *, layers, ratio, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("layers, ratio, batch", [(2, 1, 8), (2, 8, 64), (32, 8, 272)])
 def a_step_is_one_graph_and_computes_every_product_once_test(tmp_path, layers, ratio, batch):
-    found = step_on_an_absent_gpu(tmp_path, layers=layers, ratio=ratio, batch=batch)
+    found = on_an_absent_gpu(tmp_path, "read_tokens", layers=layers, ratio=ratio, size=batch)
     assert (found["graphs"], found["outside_of_graphs"]) == (1, 0)
     # XLA may compute queries, keys and values by one product.
     assert 5 * layers + 1 <= found["products"] <= 7 * layers + 1
     # Attention takes two kernels, the update of the cache one.
     assert found["own_kernels"] == 3 * layers
     assert found["launches"] <= 17 * layers + 60
-    assert found["pool_copies"] == 0
+    assert found["large_copies"] == 0
     assert found["temporary_bytes"] < 0.5e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio, tokens", [(1, 512), (8, 512)])
+def a_layer_reads_a_prompt_without_asking_the_host_test(tmp_path, ratio, tokens):
+    found = on_an_absent_gpu(tmp_path, "_run_layer", layers=1, ratio=ratio, size=tokens)
+    assert found["loops"] == 0
+    assert found["own_kernels"] == 1
+    assert found["large_copies"] == 0

@@ -10,11 +10,12 @@ from pallas_kernels.cache_update import api as cache_update
 from pallas_kernels.causal_attention import api as causal_attention
 from pallas_kernels.decode_attention import api as decode_attention
 from pallas_kernels.implementations import Implementations
+from pallas_kernels.prefill_attention import api as prefill_attention
 from tests.pallas_kernels import interpreted
 
 every_kernel = pytest.mark.parametrize(
     "api",
-    [decode_attention, causal_attention, cache_update],
+    [decode_attention, causal_attention, cache_update, prefill_attention],
     ids=lambda api: api.IMPLEMENTATIONS.kernel,
 )
 without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")

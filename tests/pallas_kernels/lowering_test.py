@@ -1,4 +1,4 @@
-"""A whole decoding step, lowered for a GPU on a machine that need not have one."""
+"""Whole programs, lowered for a GPU on a machine that need not have one."""
 
 import importlib.util
 import re
@@ -19,6 +19,7 @@ from dmc_jax.policies.policy import attend_whole
 from pallas_kernels import target
 from pallas_kernels.decode_attention import api
 from pallas_kernels.triton_call import unavailable
+from tests.inference.chunks import read_chunk
 from tests.pallas_kernels.lowered import (
     CONFIG,
     PAGE,
@@ -64,6 +65,26 @@ def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kind, monkeyp
     assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xbf16>" in text
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xf32>" not in text, "the pool is widened"
+
+
+def every_layer_that_reads_prompts_calls_a_kernel_and_has_no_loop_test(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    params, cache, *_ = shapes_of_a_step()
+
+    def read(params, cache, tokens, counts):
+        policy = DMC(DMCSettings())
+        return read_chunk(params, CONFIG, cache, tokens, counts, jnp.arange(2), policy=policy)
+
+    tokens, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 128), (2,)))
+    with on("NVIDIA H200"):
+        reason = unavailable()
+        if reason is not None:
+            pytest.skip(reason)
+        traced = jax.jit(read).trace(params, cache, tokens, counts)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @triton_kernel_call_ffi(") == 1
+    assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
+    assert "stablehlo.while" not in text and "stablehlo.case" not in text
 
 
 def the_gradient_of_a_model_calls_the_attention_kernels_test(monkeypatch):
