@@ -59,7 +59,7 @@ def attend_items(
     table_ptr,  # [seats, R, maxp]
     lengths_ptr,  # [seats, R]
     factor_ptr,  # [1]
-    at_ptr,  # [7], see `_where`
+    at_ptr,  # [6], see `_where`
     row_ptr,  # [layers, items]; these five are the plan's
     begin_ptr,
     end_ptr,
@@ -68,6 +68,7 @@ def attend_items(
     out_ptr,  # [rows, G, H]
     partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2
+    K: tl.constexpr,  # rows of a sequence; dividing by what is not known takes 32 registers
     G: tl.constexpr,
     H: tl.constexpr,
     PAGE: tl.constexpr,
@@ -77,14 +78,10 @@ def attend_items(
     WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
 ):
     """One program per stretch of the plan; item i of many goes to partial[i] and lse[i]."""
-    program = tl.program_id(0)
-    heads, R, first = tl.load(at_ptr), tl.load(at_ptr + 1), tl.load(at_ptr + 2)
-    maxp, layer, items = tl.load(at_ptr + 3), tl.load(at_ptr + 4), tl.load(at_ptr + 5)
-    row_ptr += layer * items
-    begin_ptr += layer * items
-    end_ptr += layer * items
-    of_program_ptr += layer * (tl.num_programs(0) + 1)
-    of_row_ptr += layer * (tl.load(at_ptr + 6) + 1)
+    R, first, maxp = tl.load(at_ptr), tl.load(at_ptr + 1), tl.load(at_ptr + 2)
+    layer = tl.load(at_ptr + 3)
+    of_items = layer * tl.load(at_ptr + 4)
+    program = layer * (tl.num_programs(0) + 1) + tl.program_id(0)
     g = tl.arange(0, QUERIES)[:, None]
     h = tl.arange(0, WIDTH)[None, :]
     block = tl.arange(0, BLOCK)
@@ -97,21 +94,20 @@ def attend_items(
     for item in tl.range(
         tl.load(of_program_ptr + program), tl.load(of_program_ptr + program + 1), num_stages=1
     ):
-        row = tl.load(row_ptr + item)
-        begin = tl.load(begin_ptr + item)
-        alone = tl.load(of_row_ptr + row + 1) - tl.load(of_row_ptr + row) == 1
-        kept = (row // heads).to(tl.int64) * R + first + row % heads
+        row = tl.load(row_ptr + of_items + item)
+        begin = tl.load(begin_ptr + of_items + item)
+        kept = (row // K).to(tl.int64) * R + first + row % K
         # The plan may have been made for rows that did not grow after all.
-        end = tl.minimum(tl.load(end_ptr + item), tl.load(lengths_ptr + kept))
-        row = row.to(tl.int64)
-        q = tl.load(q_ptr + row * (G * H) + g * H + h, mask=real, other=0.0).to(dtype)
+        end = tl.minimum(tl.load(end_ptr + of_items + item), tl.load(lengths_ptr + kept))
+        of_table = kept * maxp
+        q = tl.load(q_ptr + row.to(tl.int64) * (G * H) + g * H + h, mask=real, other=0.0).to(dtype)
         peak = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.full([QUERIES], 0.0, tl.float32)
         weighted = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
         for start in tl.range(begin, end, BLOCK):
             slot = start + block
             live = slot < end
-            page = tl.load(table_ptr + kept * maxp + slot // PAGE, mask=live, other=0)
+            page = tl.load(table_ptr + of_table + slot // PAGE, mask=live, other=0)
             at = page.to(tl.int64) * (PAGE * H) + (slot % PAGE) * H
             mask = live[:, None]
             if WIDTH != H:
@@ -131,9 +127,10 @@ def attend_items(
             peak = higher
         lse = (peak + tl.log2(total))[:, None]
         weighted = weighted / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: nothing was live
-        if alone:
+        of_row = layer * (tl.load(at_ptr + 5) + 1) + row
+        if tl.load(of_row_ptr + of_row + 1) - tl.load(of_row_ptr + of_row) == 1:
             out = weighted.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row * (G * H) + g * H + h, out, mask=real)
+            tl.store(out_ptr + row.to(tl.int64) * (G * H) + g * H + h, out, mask=real)
         else:
             of_item = tl.cast(item, tl.int64) * G
             tl.store(lse_ptr + of_item + g, lse, mask=g < G)
@@ -146,7 +143,7 @@ def join_items(
     out_before,  # is the last
     partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2
-    at_ptr,  # [7], see `_where`
+    at_ptr,  # [6], see `_where`
     of_row_ptr,  # [layers, rows + 1], the plan's
     out_ptr,  # [rows, G, H]
     G: tl.constexpr,
@@ -157,7 +154,7 @@ def join_items(
 ):
     """One program per row and `QUERIES` queries; a row of one item is done already."""
     row = tl.program_id(0)
-    of_row_ptr += tl.load(at_ptr + 4) * (tl.num_programs(0) + 1)
+    of_row_ptr += tl.load(at_ptr + 3) * (tl.num_programs(0) + 1)
     g = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     h = tl.arange(0, WIDTH)
     real = tl.where((g < G)[:, None], (h < H)[None, :], False)
@@ -223,14 +220,14 @@ def decode_attention(
     )
 
 
-def _where(q, page_table, first, plan) -> Int[Array, " 7"]:
-    """Say which rows of all these are, and what one must know to find them.
+def _where(q, page_table, first, plan) -> Int[Array, " 6"]:
+    """Say where the rows of q are among all: what does not compile the kernels anew.
 
-    Rows of a sequence in the layer and in all layers, the layer's first, pages in the table, the
-    layer of the plan, items of a plan, rows of a plan.
+    Rows of a sequence in all layers, the first of this layer, pages of a row's table, the layer of
+    the plan, items of a layer's plan, its rows.
     """
-    seats, R, maxp = page_table.shape
-    numbers = q.shape[0] // seats, R, first, maxp, plan.layer, plan.row.shape[-1], q.shape[0]
+    _, R, maxp = page_table.shape
+    numbers = R, first, maxp, plan.layer, plan.row.shape[-1], q.shape[0]
     return jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
 
 
@@ -273,7 +270,7 @@ def _attend(
         num_warps=settings.warps,
         num_stages=settings.stages,
         capability=capability,
-        **attend_constants(q, k_pages, plan.block),
+        **attend_constants(q, k_pages, page_table, plan.block),
     )
     (out,) = launch(
         join_items,
@@ -289,10 +286,11 @@ def _attend(
     return out
 
 
-def attend_constants(q: Any, k_pages: Any, block: int) -> dict[str, Any]:
+def attend_constants(q: Any, k_pages: Any, page_table: Any, block: int) -> dict[str, Any]:
     """The compile-time arguments of `attend_items` for arrays of these shapes and dtypes."""
-    _, G, H = q.shape
+    rows, G, H = q.shape
     return {
+        "K": rows // page_table.shape[0],
         "G": G,
         "H": H,
         "PAGE": k_pages.shape[1],

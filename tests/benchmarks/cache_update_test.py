@@ -53,8 +53,10 @@ def a_form_that_gives_another_cache_gets_no_time_test(monkeypatch):
     result = cache_update.measure(CASE, "reference")
     assert result.keys() == {"microseconds", "least_and_greatest"} and result["microseconds"] > 0
 
-    def wrong(state, *token, **others):
-        return state._replace(count=state.count + 1, weights=state.weights * jnp.nan)
+    def wrong(state, q, *token, **others):
+        count, weights = state.segment.count, state.segment.weights
+        segment = state.segment._replace(count=count + 1, weights=weights * jnp.nan)
+        return q, state._replace(segment=segment)
 
     monkeypatch.setattr(reference, "cache_update", wrong)
     cache_update.program.clear_cache()

@@ -33,6 +33,7 @@ def compiled_afresh(tmp_path, monkeypatch):
 
 def compile_attend(settings, capability, *, G=4, H=128, page=16, q="bfloat16", pool="bfloat16"):
     queries, pages = jax.ShapeDtypeStruct((64, G, H), q), jax.ShapeDtypeStruct((99, page, H), pool)
+    table = jax.ShapeDtypeStruct((2, 1024, 256), "int32")
     block = settings.block(padded_width(H), pages.dtype.itemsize)
     of_plan = ("row_ptr", "begin_ptr", "end_ptr", "of_program_ptr", "of_row_ptr")
     dtypes = dict.fromkeys(("table_ptr", "lengths_ptr", "at_ptr", *of_plan), "int32")
@@ -40,7 +41,7 @@ def compile_attend(settings, capability, *, G=4, H=128, page=16, q="bfloat16", p
     return compile_kernel(
         attend_items,
         dtypes | {"q_ptr": q, "k_ptr": pool, "v_ptr": pool, "out_ptr": q},
-        attend_constants(queries, pages, block),
+        attend_constants(queries, pages, table, block),
         warps=settings.warps,
         stages=settings.stages,
         capability=capability,
