@@ -63,6 +63,7 @@ gpu: $(if $(PYTHON_GPU),,$(STAMP))
 	$(GPU_RUN) -m pallas_kernels.bench
 	$(GPU_RUN) -m benchmarks.cache_update --tune
 	$(GPU_RUN) -m benchmarks.end_to_end
+	$(GPU_RUN) -m benchmarks.prefill_attention --tune
 	$(GPU_RUN) -m benchmarks.training_attention --tune
 	$(GPU_RUN) -m benchmarks.training_attention
 

@@ -308,8 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         part, parts = map(int, options.compile.split("/"))
         return compile_runs(setup, _planned(setup, options, device)[1][part::parts], until)
     rate = max(timing.copy_rates(2**22 if options.quick else 2**30).values())
-    longest = max(prompt for prompt, _ in LENGTHS) if not options.quick else 0
-    setup = Setup(config, random_params(config), options.page, steps, rate, longest)
+    setup = Setup(config, random_params(config), options.page, steps, rate)
     memories, runs = _planned(setup, options, device)
     command = " ".join(["python -m benchmarks.end_to_end", *arguments])
     report = {

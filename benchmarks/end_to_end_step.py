@@ -67,7 +67,6 @@ class Setup:
     page: int
     steps: int  # timed at a point
     rate: float  # bytes a second of copying
-    prompt: int = 0  # the longest of all runs
 
     @property
     def weight_bytes(self) -> int:
@@ -311,31 +310,40 @@ class Decoder:
         return taken, slots
 
 
-def prefill_seconds(setup: Setup, run: Run, policy: Policy) -> float:
-    """Of reading one prompt as the engine does, alone, into a seat that is empty before.
+def prefill_times(
+    setup: Setup, tokens: int, policy: Policy, chunk: int | None = None
+) -> tuple[list[float], float]:
+    """Seconds of reading one prompt as the engine does, alone, into a seat that is empty before.
 
     Args:
         setup: shared by all.
-        run: gives the prompt.
+        tokens: of the prompt.
         policy: with its threshold: what is merged is up to the model, alike in all rows.
+        chunk: of `prefill`.
+
+    Returns:
+        (seconds of each time but the first, which compiles, slots that a row has then).
     """
     # As large for all prompts and ratios: so all of a policy run the same programs.
     rows, longest = setup.config.kv_rows, setup.config.max_length
     sizes = {"page_size": setup.page, "max_length": longest, "dtype": jnp.dtype(DTYPE)}
-    pages = rows * paged_cache.pages_of(max(run.prompt, setup.prompt), setup.page)
+    pages = rows * paged_cache.pages_of(longest, setup.page)
     cache = paged_cache.init(setup.config, policy, seats=1, pages=pages, **sizes)
-    prompt = np.random.default_rng(0).integers(0, setup.config.vocab_size, run.prompt)
+    prompt = np.random.default_rng(0).integers(0, setup.config.vocab_size, tokens)
     taken = []
-    for _ in range(1 + _SAMPLES):  # the first compiles
+    for _ in range(1 + _SAMPLES):
         cache = paged_cache.free(cache, jnp.ones(1, bool))
         jax.block_until_ready(cache)
         started = time.perf_counter()
         cache, logits = prefill(
-            *(setup.params, setup.config, cache, [prompt], [0]), policy=policy, dtype=DTYPE
+            *(setup.params, setup.config, cache, [prompt], [0]),
+            policy=policy,
+            dtype=DTYPE,
+            chunk=chunk,
         )
         jax.block_until_ready((cache, logits))
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
+    return taken[1:], int(cache.lengths.sum()) / rows
 
 
 def measure(setup: Setup, run: Run) -> dict:
@@ -371,7 +379,7 @@ def measure(setup: Setup, run: Run) -> dict:
     cache_bytes, with_prompts = paged_cache.bytes_reserved(decoder.cache), {}
     if run.memory:  # the largest batch: its prompts are read too, one after the other
         decoder.cache = None  # leaves room for the prompt's
-        prompt = prefill_seconds(setup, run, decoder.policy)
+        prompt = statistics.median(prefill_times(setup, run.prompt, decoder.policy)[0])
         whole = run.batch * prompt + 1e-3 * run.new * mean("milliseconds")
         with_prompts = {
             "prefill_milliseconds": round(1e3 * prompt, 3),

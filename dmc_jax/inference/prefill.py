@@ -58,7 +58,7 @@ def prefill(
     seats: Sequence[int],
     *,
     policy: Policy,
-    chunk: int = 512,
+    chunk: int | None = None,
     dtype: str = "float32",
 ) -> tuple[PagedCache, Float[Array, "B V"]]:
     """Read prompts of any lengths, each into a seat of the cache.
@@ -75,6 +75,8 @@ def prefill(
         seats: the seat of each prompt.
         policy: that the cache was made for.
         chunk: tokens of a prompt per pass, a power of two of 16 or more; activations grow with it.
+            None: 512, and 1,024 on a GPU, where half as many launches and passes over the weights
+            were measured to be faster.
         dtype: of the forward pass.
 
     Returns:
@@ -84,6 +86,8 @@ def prefill(
     Raises:
         UserError: an empty prompt, a seat that does not exist or comes twice, a bad `chunk`.
     """
+    if chunk is None:
+        chunk = 1024 if jax.default_backend() == "gpu" else 512
     _check(cache, prompts, seats, chunk)
     B = _power_of_two(len(prompts))
     lengths = np.zeros(B, np.int32)

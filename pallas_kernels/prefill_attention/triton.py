@@ -19,7 +19,7 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target
-from pallas_kernels.prefill_attention.settings import FLOAT32, SETTINGS, Settings
+from pallas_kernels.prefill_attention.settings import FLOAT32, Settings, settings_for
 from pallas_kernels.triton_call import launch, unavailable
 
 __all__ = ["prefill_attention", "unavailable"]
@@ -137,10 +137,11 @@ def prefill_attention(
     B, T, N, H = q.shape
     if T * N * H >= 2**31:
         raise ValueError(f"q has {T * N * H} elements a sequence, expected fewer than 2**31")
+    kind = target.current().kind
     return _attend(
         *(q, own_k, own_v, slot, k_pages, v_pages, page_table, lengths, seats, first),
         scale=float(scale),
-        settings=settings or (FLOAT32 if _widens(q, k_pages) else SETTINGS),
+        settings=settings or (FLOAT32 if _widens(q, k_pages) else settings_for(kind)),
         capability=target.current().capability,
         launch=launch,
     )

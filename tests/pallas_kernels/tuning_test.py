@@ -29,7 +29,7 @@ def every_kept_entry_can_be_read_and_says_its_source_test():
         content = json.loads(file.read_text())
         source = content.pop("source")
         assert content.keys() == source.keys() and all(source.values())
-        assert content.keys() <= {"triton", "causal_attention", "cache_update"}
+        assert content.keys() <= {"triton", "causal_attention", "prefill_attention", "cache_update"}
         if "triton" in content:
             assert isinstance(Settings(**content["triton"]), Settings)
         if "causal_attention" in content:

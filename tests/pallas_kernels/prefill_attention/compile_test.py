@@ -5,7 +5,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
 
-from pallas_kernels.prefill_attention.settings import FLOAT32, SETTINGS  # noqa: E402
+from pallas_kernels.prefill_attention.settings import CANDIDATES, FLOAT32, settings_for  # noqa: E402
 from pallas_kernels.prefill_attention.triton import attend, constants  # noqa: E402
 from tests.pallas_kernels.compiled import compile_kernel  # noqa: E402
 
@@ -15,6 +15,9 @@ INTEGERS = ("slot_ptr", "table_ptr", "lengths_ptr", "seats_ptr", "sizes_ptr")
 @pytest.fixture(autouse=True)
 def compiled_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+USUAL = settings_for("no such device")
 
 
 def compile_attend(settings, capability, *, N=32, K=32, H=128, page=16, dtype="bfloat16"):
@@ -43,10 +46,10 @@ def compile_attend(settings, capability, *, N=32, K=32, H=128, page=16, dtype="b
         pytest.param(8, 80, 64, marks=pytest.mark.slow),
     ],
 )
-def it_uses_what_hopper_has_and_does_not_spill_test(K, H, page):
-    usage = compile_attend(SETTINGS, 90, K=K, H=H, page=page)
+def the_usual_settings_use_what_hopper_has_and_do_not_spill_test(K, H, page):
+    usage = compile_attend(USUAL, 90, K=K, H=H, page=page)
     assert usage.spilled == 0
-    assert usage.resident(SETTINGS.warps, 90) >= 2
+    assert usage.resident(USUAL.warps, 90) >= 2
     # Hopper's own matrix instruction, fed by 16-byte asynchronous copies.
     assert "wgmma.mma_async" in usage.ptx and "mma.sync" not in usage.ptx
     copies = [line for line in usage.ptx.splitlines() if "cp.async.c" in line]
@@ -54,10 +57,18 @@ def it_uses_what_hopper_has_and_does_not_spill_test(K, H, page):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", CANDIDATES, ids=str)
+def no_candidate_spills_on_hopper_test(settings):
+    usage = compile_attend(settings, 90)
+    assert usage.spilled == 0
+    assert usage.resident(settings.warps, 90) >= 1
+
+
+@pytest.mark.slow
 def it_fits_an_a100_test():
-    usage = compile_attend(SETTINGS, 80)
+    usage = compile_attend(USUAL, 80)
     assert usage.spilled <= 64
-    assert usage.resident(SETTINGS.warps, 80) >= 1
+    assert usage.resident(USUAL.warps, 80) >= 1
     assert "mma.sync" in usage.ptx
 
 
