@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import ModelConfig
+from dmc_jax.core.projection import project
 
 # Llama's initialisation: normal, the projections into the residual stream scaled down by depth.
 _INIT_STD = 0.02
@@ -73,40 +74,6 @@ class RMSNorm(nn.Module):
         return (wide * scale).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(equation: str, x: Array, kernel: Array) -> Array:
-    """`einsum(equation, x, kernel)` in the dtype of `x`.
-
-    Its gradient for the kernel is accumulated and kept in float32, and asked for as
-    `x^T dy`: the order that autodiff chooses, `(dy^T x)^T`, costs XLA for CPU a transposed copy.
-    """
-    x_axes, kernel_axes = equation.split("->")[0].split(",")
-    # `einsum` sums over several axes in an order of its own, for which XLA transposes the kernel.
-    summed = [axis for axis in x_axes if axis in kernel_axes]
-    axes = [x_axes.index(a) for a in summed], [kernel_axes.index(a) for a in summed]
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
-
-
-def _project_forward(equation, x, kernel):
-    return _project(equation, x, kernel), (x, kernel)
-
-
-def _project_backward(equation, residuals, dy):
-    x, kernel = residuals
-    (x_axes, kernel_axes), y_axes = equation.split("->")[0].split(","), equation.split("->")[1]
-    dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy.astype(x.dtype), kernel.astype(x.dtype))
-    dkernel = jnp.einsum(
-        f"{x_axes},{y_axes}->{kernel_axes}",
-        x,
-        dy.astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return dx, dkernel.astype(kernel.dtype)
-
-
-_project.defvjp(_project_forward, _project_backward)
-
-
 class Projection(nn.Module):
     """A bias-free matrix between axes given by an einsum, in the dtype of its input."""
 
@@ -118,7 +85,7 @@ class Projection(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Multiply `x` by the kernel."""
         kernel = self.param("kernel", _init(self.std), self.shape)
-        return _project(self.equation, x, kernel)
+        return project(self.equation, x, kernel)
 
 
 class Block(nn.Module):
@@ -221,10 +188,10 @@ class Llama(nn.Module):
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tied_embeddings:
-            logits = _project("BTD,VD->BTV", x, embedding)
+            logits = project("BTD,VD->BTV", x, embedding)
         else:
             head = self.param("head", _init(), (c.width, c.vocab_size))
-            logits = _project("BTD,DV->BTV", x, head)
+            logits = project("BTD,DV->BTV", x, head)
         return ModelOutput(logits.astype(jnp.float32), state, tuple(records))
 
 
