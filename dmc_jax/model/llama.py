@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import ModelConfig
+from dmc_jax.core.losses import Prediction
 from dmc_jax.core.projection import project
 
 # Llama's initialisation: normal, the projections into the residual stream scaled down by depth.
@@ -41,9 +42,14 @@ class Attend(Protocol):
 class ModelOutput(NamedTuple):
     """Result of a forward pass; `records` has one entry per stack."""
 
-    logits: Float[Array, "B T V"]
+    prediction: Prediction
     state: Any
     records: tuple[Any, ...]
+
+    @property
+    def logits(self) -> Float[Array, "B T V"]:
+        """Logits of all tokens, in float32; losses do without (`core.losses.token_losses`)."""
+        return self.prediction.logits
 
 
 def layer_stacks(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
@@ -126,7 +132,7 @@ _REMAT_POLICIES = {
 
 
 class Llama(nn.Module):
-    """Token ids to logits (Touvron et al. 2023, arXiv 2302.13971).
+    """Token ids to predictions (Touvron et al. 2023, arXiv 2302.13971).
 
     Attributes:
         config: sizes.
@@ -152,16 +158,16 @@ class Llama(nn.Module):
         state: Any = None,
         only: Int[Array, " B"] | None = None,
     ) -> ModelOutput:
-        """Compute logits for every token, or for one of each sequence.
+        """Predict what follows every token, or one of each sequence.
 
         Args:
             tokens: ids in [0, V).
             attend: the attention function, which knows positions and documents.
             state: threaded through the layers' `attend`.
-            only: index of the token of each sequence whose logits are wanted; None: all.
+            only: index of the token of each sequence after which to predict; None: all.
 
         Returns:
-            Logits in float32 (T is 1 with `only`), the final state, and the records of each stack
+            The prediction (T is 1 with `only`), the final state, and the records of each stack
             [layers, ...], or of each layer where they are not stacked.
         """
         c = self.config
@@ -187,12 +193,10 @@ class Llama(nn.Module):
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
-        if c.tied_embeddings:
-            logits = project("BTD,VD->BTV", x, embedding)
-        else:
+        head = embedding
+        if not c.tied_embeddings:
             head = self.param("head", _init(), (c.width, c.vocab_size))
-            logits = project("BTD,DV->BTV", x, head)
-        return ModelOutput(logits.astype(jnp.float32), state, tuple(records))
+        return ModelOutput(Prediction(x, head, c.tied_embeddings), state, tuple(records))
 
 
 def init_params(config: ModelConfig, key: Array) -> dict:
