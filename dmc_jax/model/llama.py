@@ -5,9 +5,7 @@ evaluation (`policies.policy.attend_whole`), and decoding from a cache. Layers o
 stack, which is scanned.
 """
 
-import functools
 import itertools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -208,7 +206,9 @@ def init_params(config: ModelConfig, key: Array) -> dict:
     return Llama(config).init(key, jnp.zeros((1, 1), jnp.int32), attend=attend)["params"]
 
 
-def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
+def unstack_layers(
+    params: dict, config: ModelConfig, dtype: jnp.dtype, *, give_up: bool = False
+) -> dict:
     """Arrange parameters for decoding: an entry per layer, matrices as the forward pass wants.
 
     A scan reads each layer's matrices out of the stack, that is copies them, and a forward pass
@@ -218,6 +218,8 @@ def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
         params: as of `init_params`; unstacked ones stay so.
         config: their sizes.
         dtype: of the forward pass. Norms keep theirs.
+        give_up: whether the stacks are deleted one by one as they are read, where nobody else
+            wants `params`: or both trees are there at once. Not under `jit`.
 
     Returns:
         Parameters for a `Llama` with `stacked=False`, whose logits are the same.
@@ -226,13 +228,17 @@ def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
     def narrowed(path, x):
         return x if path[-1].key == "scale" else x.astype(dtype)
 
-    narrow = functools.partial(jax.tree_util.tree_map_with_path, narrowed)
-    unstacked = narrow({name: leaf for name, leaf in params.items() if name[:4] != "run_"})
+    alone = {name: leaf for name, leaf in params.items() if name[:4] != "run_"}
+    unstacked = jax.tree_util.tree_map_with_path(narrowed, alone)
     for stack, (first, length, _) in enumerate(layer_stacks(config)):
-        for i in range(length) if f"run_{stack}" in params else ():
-            # Narrow a layer at once: a wide copy of all layers would stand beside both trees.
-            one = jax.tree.map(operator.itemgetter(i), params[f"run_{stack}"])
-            unstacked[f"layer_{first + i}"] = narrow(one)
+        leaves, form = jax.tree_util.tree_flatten_with_path(params.get(f"run_{stack}", {}))
+        layers = []
+        for path, leaf in leaves:
+            layers.append([narrowed(path, leaf[i]) for i in range(length)])
+            if give_up:
+                leaf.delete()
+        for i, of_layer in enumerate(zip(*layers, strict=True)):
+            unstacked[f"layer_{first + i}"] = form.unflatten(of_layer)
     return unstacked
 
 
