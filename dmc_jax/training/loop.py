@@ -68,8 +68,8 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
             run = ownership.claim(directory, run, contents)
         for stage in run.stage_names:
             if not _is_finished(directory, run, stage):
-                params = _train_stage(run, stage, ready, quiet)
-                _measure_stage(run, stage, params, ready)
+                # No name for the parameters: they would stay beside those of the next stage.
+                _measure_stage(run, stage, _train_stage(run, stage, ready, quiet), ready)
     return directory
 
 
