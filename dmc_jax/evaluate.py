@@ -11,15 +11,17 @@ import json
 from pathlib import Path
 
 from absl import flags, logging
+from jax.sharding import Mesh
 
 from dmc_jax import commands
 from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, open_model
-from dmc_jax.config import RunConfig
+from dmc_jax.config import MeshConfig, RunConfig
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.tables import head_table
 from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.model.sharding import make_mesh
 from dmc_jax.policies.choice import POLICIES, policy_for
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
@@ -57,11 +59,14 @@ _DTYPE = flags.DEFINE_enum(
 )
 _JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of text.")
 
+_MESH = MeshConfig(data=1, fsdp=-1)  # all devices share the windows, and each has a part of a model
+
 
 def main() -> None:
     """Measure what the flags name and print it."""
     logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
-    model = open_model(_CHECKPOINT.value)
+    mesh = make_mesh(_MESH)
+    model = open_model(_CHECKPOINT.value, mesh)
     commands.show_notes(model.notes)
     policy = policy_for(model.policy, name=_POLICY.value, budget=_BUDGET.value)
     if _THRESHOLD.value is not None:
@@ -83,13 +88,13 @@ def main() -> None:
     if length is None:
         length = model.metadata.evaluation_length
     reference = _dense_model(model, policy)
-    measured = _measure(model, policy, data, length)
+    measured = _measure(model, policy, data, length, mesh)
     about = _about(model, policy, data, length, measured)
     del model  # two models at a time would not fit where one just does
     about["dense"] = reference and {
         "checkpoint": str(reference.path),
         "evaluation": dataclasses.asdict(
-            _measure(reference.load(), reference.policy, data, length)
+            _measure(reference.load(mesh), reference.policy, data, length, mesh)
         ),
     }
     print(json.dumps(about) if _JSON.value else _as_text(about))
@@ -118,7 +123,9 @@ def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
     return None
 
 
-def _measure(model: LoadedModel, policy: Policy, data: PreparedData, length: int) -> Evaluation:
+def _measure(
+    model: LoadedModel, policy: Policy, data: PreparedData, length: int, mesh: Mesh
+) -> Evaluation:
     """Evaluate as the end of a stage does: in the precision of training."""
     if not model.accepts_tokenizer(data.manifest["tokenizer_sha256"]):
         raise UserError(
@@ -136,7 +143,8 @@ def _measure(model: LoadedModel, policy: Policy, data: PreparedData, length: int
         batch=_BATCH.value,
         limit=_WINDOWS.value,
         dtype=_dtype(model),
-        attention=evaluation_attention(run.attention, run.attention_block),
+        attention=evaluation_attention(run.attention, run.attention_block, mesh),
+        mesh=mesh,
     )
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +15,10 @@ import pytest
 from dmc_jax.config import MeshConfig, RunConfig, StageConfig, from_dict, to_config_dict, to_dict
 from dmc_jax.core.schedules import compression_target
 from dmc_jax.errors import UserError
+from dmc_jax.evaluation import perplexity
 from dmc_jax.model.sharding import batch_sharding, make_mesh
+from dmc_jax.policies.dmc import DMC
+from dmc_jax.training import stages
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import abstract_state
 from dmc_jax.training.step import make_train_step
@@ -113,6 +119,13 @@ def a_run_saved_when_every_stage_had_settings_is_read_back_test():
     assert run == dataclasses.replace(RunConfig.named("7b_8x"), pretrain=stage)
 
 
+def abstract_batch(windows, length, mesh):
+    ids = ("tokens", "targets", "positions", "segment_ids")
+    dtypes = {**dict.fromkeys(ids, jnp.int32), "loss_mask": jnp.float32}
+    placed = {"sharding": batch_sharding(mesh)}
+    return {n: jax.ShapeDtypeStruct((windows, length), d, **placed) for n, d in dtypes.items()}
+
+
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW_TO_TRACE)) for p in FILES],
@@ -124,10 +137,7 @@ def every_stage_traces_abstractly_test(path):
     mesh = make_mesh(run.mesh)
     optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
     state = abstract_state(run.model, optimizer, mesh)
-    shape = (run.data.batch, run.data.length)
-    ids = ("tokens", "targets", "positions", "segment_ids")
-    batch = {n: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh)) for n in ids}
-    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+    batch = abstract_batch(run.data.batch, run.data.length, mesh)
     for stage in run.stage_names:
         step = make_train_step(run, stage, mesh, optimizer)
         after, metrics = jax.eval_shape(step, state, batch, None)
@@ -135,3 +145,55 @@ def every_stage_traces_abstractly_test(path):
         assert metrics["loss"].shape == ()
         if stage in ("retrofit", "finetune"):
             assert metrics["merged"].shape == (run.model.layers,)
+
+
+def bytes_a_device_needs(jitted, *arguments):
+    """For arguments, results and temporaries of a program, as XLA plans them."""
+    plan = jitted.lower(*arguments).compile().memory_analysis()
+    given = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return given + plan.temp_size_in_bytes
+
+
+def needs(name):
+    """Bytes that evaluation and training need of each device of a config's own mesh."""
+    run = RunConfig.named(name)
+    mesh = make_mesh(run.mesh)
+    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+    state = abstract_state(run.model, optimizer, mesh)
+    batch = abstract_batch(run.data.batch, run.data.length, mesh)
+    trained = [
+        bytes_a_device_needs(make_train_step(run, stage, mesh, optimizer), state, batch, None)
+        for stage in ("zero_out", "retrofit")
+    ]
+    how = stages.evaluation_options(run, mesh)
+    windows = abstract_batch(how["batch"], how["length"], mesh)
+    static = run.model, how["dtype"], how["attention"], mesh
+    measured = bytes_a_device_needs(
+        perplexity._evaluate_batch, *static, state.params, windows, DMC(run.dmc)
+    )
+    return {"evaluation": measured, "training": min(trained), "evaluation_batch": how["batch"]}
+
+
+def evaluation_fits_where_training_does_test():
+    found = needs("tiny_4x")
+    assert found["evaluation"] < found["training"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def evaluation_fits_where_training_of_a_large_recipe_does_test(name):
+    """On as many devices as the recipe is for."""
+    mesh = RunConfig.named(name).mesh
+    flags = f"--xla_force_host_platform_device_count={mesh.fsdp * mesh.tensor}"
+    program = (
+        f"import json; from tests import configs_test as t; print(json.dumps(t.needs({name!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=FILES[0].parents[1],
+        env=os.environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert found["evaluation"] < found["training"], found

@@ -9,20 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.attention import CausalAttention, causal_attention
-from dmc_jax.core.losses import token_cross_entropy
+from dmc_jax.core.losses import token_losses
 from dmc_jax.data.loader import evaluation_batches
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import load_tokenizer, token_bytes
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import Llama
+from dmc_jax.model.sharding import batch_sharding, replicated
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Policy, attend_whole, slots_taken
 
 _TOKENS_AT_A_TIME = 2**22  # of a file that may be larger than memory
+
+_READ = ("tokens", "targets", "positions", "segment_ids", "loss_mask")  # of a window, by the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ def evaluate(
     limit: int | None = None,
     dtype: str = "float32",
     attention: CausalAttention = causal_attention,
+    mesh: Mesh | None = None,
     count_bytes: bool = True,
 ) -> Evaluation:
     """Run a model over a split with the decisions it makes at inference.
@@ -66,10 +71,13 @@ def evaluate(
         split: "train", "validation" or "test".
         policy: what its rows keep.
         length: tokens per window; a window's first token always opens a slot.
-        batch: windows at a time.
+        batch: windows at a time, by which memory goes and no figure; over a mesh rounded up to as
+            many for each device.
         limit: windows to read at most.
         dtype: of the forward pass.
         attention: what computes the attention itself; see `model.causal_attention`.
+        mesh: devices that share the windows, over which `params` are spread as in training; None:
+            one device does it all.
         count_bytes: whether bits per byte are wanted, for which all tokens of the split are read;
             NaN without.
 
@@ -81,17 +89,15 @@ def evaluate(
             f"{data.path} was tokenized with {data.vocab_size} ids, the model has "
             f"{config.vocab_size}: use data prepared with the model's tokenizer"
         )
+    batch += -batch % (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
     batches = evaluation_batches(data, split, length=length, batch=batch, limit=limit)
     bytes_of = token_bytes(load_tokenizer(data.tokenizer_path))
-    measure = functools.partial(_evaluate_batch, config, dtype, attention)
+    measure = functools.partial(_evaluate_batch, config, dtype, attention, mesh)
     nats = tokens = real_bytes = positions = windows = 0.0
     slots = None
     for numpy_batch in batches:
-        on_device = {
-            name: numpy_batch[name]
-            for name in ("tokens", "targets", "positions", "segment_ids", "loss_mask")
-        }
-        batch_nats, batch_slots = jax.device_get(measure(params, on_device, policy))
+        on_devices = _place({name: numpy_batch[name] for name in _READ}, mesh)
+        batch_nats, batch_slots = jax.device_get(measure(params, on_devices, policy))
         mask = numpy_batch["loss_mask"]
         nats += float(batch_nats)
         tokens += float(mask.sum())
@@ -139,16 +145,29 @@ def text_bytes_per_piece_byte(
     return data.manifest["splits"][split]["bytes"] / pieces
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _evaluate_batch(config, dtype, attention, params, batch, policy):
+def _place(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Give every device its windows; every host has read them all."""
+    if mesh is None:
+        return batch
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        for name, x in batch.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _evaluate_batch(config, dtype, attention, mesh, params, batch, policy):
     """Sum the loss in nats, and count slots per KV head, one [layers, K] array per stack."""
     where = batch["positions"], batch["segment_ids"]
     attend = attend_whole(policy, config, *where, attention=attention)
-    output = Llama(config, dtype=jnp.dtype(dtype)).apply(
+    sharding = None if mesh is None else batch_sharding(mesh)
+    output = Llama(config, dtype=jnp.dtype(dtype), sharding=sharding).apply(
         {"params": params}, batch["tokens"], attend=attend
     )
-    nats = jnp.sum(batch["loss_mask"] * token_cross_entropy(output.logits, batch["targets"]))
-    return nats, slots_taken(output, (batch["segment_ids"] > 0).astype(jnp.float32))
+    nats = jnp.sum(batch["loss_mask"] * token_losses(output.prediction, batch["targets"])[0])
+    sums = nats, slots_taken(output, (batch["segment_ids"] > 0).astype(jnp.float32))
+    return sums if mesh is None else jax.lax.with_sharding_constraint(sums, replicated(mesh))
 
 
 def calibrate_threshold(
@@ -163,6 +182,7 @@ def calibrate_threshold(
     batch: int,
     dtype: str = "float32",
     attention: CausalAttention = causal_attention,
+    mesh: Mesh | None = None,
     steps: int = 14,
 ) -> float:
     """Find the threshold with which a model compresses by `ratio` on training text.
@@ -171,7 +191,7 @@ def calibrate_threshold(
     bisections. A higher threshold merges less.
 
     Args:
-        params, config, data, length, batch, dtype, attention: as in `evaluate`.
+        params, config, data, length, batch, dtype, attention, mesh: as in `evaluate`.
         policy: with any threshold.
         ratio: wanted tokens per slot.
         windows: training windows to measure on.
@@ -196,6 +216,7 @@ def calibrate_threshold(
             limit=windows,
             dtype=dtype,
             attention=attention,
+            mesh=mesh,
             count_bytes=False,
         ).ratio
         low, high = (middle, high) if measured >= ratio else (low, middle)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, load_tokenizer_of
 from dmc_jax.config import ModelConfig, to_dict
@@ -28,6 +29,7 @@ from dmc_jax.inference.requests import (
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import Snapshot
+from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.choice import policy_for, to_json
 from dmc_jax.policies.policy import Policy
 
@@ -143,8 +145,13 @@ class Engine:
             on_cpu = jax.default_backend() == "cpu"
             dtype = "float32" if on_cpu else model.metadata.compute_dtype
         text = load_tokenizer_of(model, tokenizer, add_bos)
+        if isinstance(model, LoadedModel):
+            params = model.params
+        else:
+            loaded = model.load(dtype=dtype).params
+            params = unstack_layers(loaded, model.config, jnp.dtype(dtype), give_up=True)
         return cls(
-            model.params if isinstance(model, LoadedModel) else model.load(dtype=dtype).params,
+            params,
             model.config,
             text,
             policy=keeps,

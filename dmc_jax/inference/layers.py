@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import ModelConfig
-from dmc_jax.model.llama import Attend, Block, Projection, RMSNorm, layer_stacks
+from dmc_jax.core.losses import Prediction
+from dmc_jax.model.llama import Attend, Block, RMSNorm, layer_stacks
 
 
 def run_layers(
@@ -91,6 +91,4 @@ def _run_layer(weights, index, layer, x, state, inputs, *, config, kv_heads, mak
 @functools.partial(jax.jit, static_argnames="config")
 def _head(norm, matrix, x, config):
     x = RMSNorm(config.norm_eps).apply({"params": norm}, x[:, None])
-    equation = "BTD,VD->BTV" if config.tied_embeddings else "BTD,DV->BTV"
-    logits = Projection(equation, matrix.shape).apply({"params": {"kernel": matrix}}, x)
-    return logits[:, 0].astype(jnp.float32)
+    return Prediction(x, matrix, config.tied_embeddings).logits[:, 0]

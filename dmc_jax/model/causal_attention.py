@@ -37,15 +37,18 @@ def choose_attention(
     return attend if mesh is None or mesh.size == 1 else _split_over(mesh, attend)
 
 
-def evaluation_attention(trained_with: str, block: int) -> CausalAttention:
-    """Pick who attends where windows are not split over a mesh.
+def evaluation_attention(
+    trained_with: str, block: int, mesh: Mesh | None = None
+) -> CausalAttention:
+    """Pick who attends on a machine that may not be that of training.
 
     Args:
         trained_with: the implementation that training was told to take: its "triton" is "auto"
-            here, since the kernels may run on one device only.
+            here, which takes what can run.
         block: tokens per block of "xla".
+        mesh: as for `choose_attention`.
     """
-    return choose_attention("xla" if trained_with == "xla" else "auto", block=block)
+    return choose_attention("xla" if trained_with == "xla" else "auto", block=block, mesh=mesh)
 
 
 @functools.cache

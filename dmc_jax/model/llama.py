@@ -5,9 +5,7 @@ evaluation (`policies.policy.attend_whole`), and decoding from a cache. Layers o
 stack, which is scanned.
 """
 
-import functools
 import itertools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import ModelConfig
+from dmc_jax.core.losses import Prediction
+from dmc_jax.core.projection import project
 
 # Llama's initialisation: normal, the projections into the residual stream scaled down by depth.
 _INIT_STD = 0.02
@@ -40,9 +40,14 @@ class Attend(Protocol):
 class ModelOutput(NamedTuple):
     """Result of a forward pass; `records` has one entry per stack."""
 
-    logits: Float[Array, "B T V"]
+    prediction: Prediction
     state: Any
     records: tuple[Any, ...]
+
+    @property
+    def logits(self) -> Float[Array, "B T V"]:
+        """Logits of all tokens, in float32; losses do without (`core.losses.token_losses`)."""
+        return self.prediction.logits
 
 
 def layer_stacks(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
@@ -73,40 +78,6 @@ class RMSNorm(nn.Module):
         return (wide * scale).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(equation: str, x: Array, kernel: Array) -> Array:
-    """`einsum(equation, x, kernel)` in the dtype of `x`.
-
-    Its gradient for the kernel is accumulated and kept in float32, and asked for as
-    `x^T dy`: the order that autodiff chooses, `(dy^T x)^T`, costs XLA for CPU a transposed copy.
-    """
-    x_axes, kernel_axes = equation.split("->")[0].split(",")
-    # `einsum` sums over several axes in an order of its own, for which XLA transposes the kernel.
-    summed = [axis for axis in x_axes if axis in kernel_axes]
-    axes = [x_axes.index(a) for a in summed], [kernel_axes.index(a) for a in summed]
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
-
-
-def _project_forward(equation, x, kernel):
-    return _project(equation, x, kernel), (x, kernel)
-
-
-def _project_backward(equation, residuals, dy):
-    x, kernel = residuals
-    (x_axes, kernel_axes), y_axes = equation.split("->")[0].split(","), equation.split("->")[1]
-    dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy.astype(x.dtype), kernel.astype(x.dtype))
-    dkernel = jnp.einsum(
-        f"{x_axes},{y_axes}->{kernel_axes}",
-        x,
-        dy.astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return dx, dkernel.astype(kernel.dtype)
-
-
-_project.defvjp(_project_forward, _project_backward)
-
-
 class Projection(nn.Module):
     """A bias-free matrix between axes given by an einsum, in the dtype of its input."""
 
@@ -118,7 +89,7 @@ class Projection(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Multiply `x` by the kernel."""
         kernel = self.param("kernel", _init(self.std), self.shape)
-        return _project(self.equation, x, kernel)
+        return project(self.equation, x, kernel)
 
 
 class Block(nn.Module):
@@ -159,7 +130,7 @@ _REMAT_POLICIES = {
 
 
 class Llama(nn.Module):
-    """Token ids to logits (Touvron et al. 2023, arXiv 2302.13971).
+    """Token ids to predictions (Touvron et al. 2023, arXiv 2302.13971).
 
     Attributes:
         config: sizes.
@@ -185,16 +156,16 @@ class Llama(nn.Module):
         state: Any = None,
         only: Int[Array, " B"] | None = None,
     ) -> ModelOutput:
-        """Compute logits for every token, or for one of each sequence.
+        """Predict what follows every token, or one of each sequence.
 
         Args:
             tokens: ids in [0, V).
             attend: the attention function, which knows positions and documents.
             state: threaded through the layers' `attend`.
-            only: index of the token of each sequence whose logits are wanted; None: all.
+            only: index of the token of each sequence after which to predict; None: all.
 
         Returns:
-            Logits in float32 (T is 1 with `only`), the final state, and the records of each stack
+            The prediction (T is 1 with `only`), the final state, and the records of each stack
             [layers, ...], or of each layer where they are not stacked.
         """
         c = self.config
@@ -220,12 +191,10 @@ class Llama(nn.Module):
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
-        if c.tied_embeddings:
-            logits = _project("BTD,VD->BTV", x, embedding)
-        else:
+        head = embedding
+        if not c.tied_embeddings:
             head = self.param("head", _init(), (c.width, c.vocab_size))
-            logits = _project("BTD,DV->BTV", x, head)
-        return ModelOutput(logits.astype(jnp.float32), state, tuple(records))
+        return ModelOutput(Prediction(x, head, c.tied_embeddings), state, tuple(records))
 
 
 def init_params(config: ModelConfig, key: Array) -> dict:
@@ -237,7 +206,9 @@ def init_params(config: ModelConfig, key: Array) -> dict:
     return Llama(config).init(key, jnp.zeros((1, 1), jnp.int32), attend=attend)["params"]
 
 
-def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
+def unstack_layers(
+    params: dict, config: ModelConfig, dtype: jnp.dtype, *, give_up: bool = False
+) -> dict:
     """Arrange parameters for decoding: an entry per layer, matrices as the forward pass wants.
 
     A scan reads each layer's matrices out of the stack, that is copies them, and a forward pass
@@ -247,6 +218,8 @@ def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
         params: as of `init_params`; unstacked ones stay so.
         config: their sizes.
         dtype: of the forward pass. Norms keep theirs.
+        give_up: whether the stacks are deleted one by one as they are read, where nobody else
+            wants `params`: or both trees are there at once. Not under `jit`.
 
     Returns:
         Parameters for a `Llama` with `stacked=False`, whose logits are the same.
@@ -255,13 +228,17 @@ def unstack_layers(params: dict, config: ModelConfig, dtype: jnp.dtype) -> dict:
     def narrowed(path, x):
         return x if path[-1].key == "scale" else x.astype(dtype)
 
-    narrow = functools.partial(jax.tree_util.tree_map_with_path, narrowed)
-    unstacked = narrow({name: leaf for name, leaf in params.items() if name[:4] != "run_"})
+    alone = {name: leaf for name, leaf in params.items() if name[:4] != "run_"}
+    unstacked = jax.tree_util.tree_map_with_path(narrowed, alone)
     for stack, (first, length, _) in enumerate(layer_stacks(config)):
-        for i in range(length) if f"run_{stack}" in params else ():
-            # Narrow a layer at once: a wide copy of all layers would stand beside both trees.
-            one = jax.tree.map(operator.itemgetter(i), params[f"run_{stack}"])
-            unstacked[f"layer_{first + i}"] = narrow(one)
+        leaves, form = jax.tree_util.tree_flatten_with_path(params.get(f"run_{stack}", {}))
+        layers = []
+        for path, leaf in leaves:
+            layers.append([narrowed(path, leaf[i]) for i in range(length)])
+            if give_up:
+                leaf.delete()
+        for i, of_layer in enumerate(zip(*layers, strict=True)):
+            unstacked[f"layer_{first + i}"] = form.unflatten(of_layer)
     return unstacked
 
 

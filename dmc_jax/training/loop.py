@@ -17,7 +17,6 @@ from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, 
 from dmc_jax.commands import stop_requests
 from dmc_jax.config import MERGING, STAGES, RunConfig
 from dmc_jax.data.loader import training_batches
-from dmc_jax.data.prepared import PreparedData
 from dmc_jax.errors import RunFailure
 from dmc_jax.evaluation.tables import missed_target
 from dmc_jax.model.llama import count_parameters
@@ -69,8 +68,8 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
             run = ownership.claim(directory, run, contents)
         for stage in run.stage_names:
             if not _is_finished(directory, run, stage):
-                params = _train_stage(run, stage, ready, quiet)
-                _measure_stage(run, stage, params, ready.datas[0][0])
+                # No name for the parameters: they would stay beside those of the next stage.
+                _measure_stage(run, stage, _train_stage(run, stage, ready, quiet), ready)
     return directory
 
 
@@ -88,10 +87,10 @@ def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
     )
 
 
-def _measure_stage(run: RunConfig, stage: str, params: Any, data: PreparedData) -> None:
+def _measure_stage(run: RunConfig, stage: str, params: Any, ready: checks.Ready) -> None:
     """Measure the end of a stage once it is safe on disk; the figures join its metadata."""
-    ref = latest(Path(run.output) / run.name / stage)
-    measured = stages.assess(run, stage, params, data)
+    ref, data = latest(Path(run.output) / run.name / stage), ready.datas[0][0]
+    measured = stages.assess(run, stage, params, data, ready.mesh)
     _check_measured(f"stage {stage}, {ref.path}", measured["validation"])
     about = stages.describe(run, stage, ref.step, data)
     write_metadata(ref, dataclasses.replace(about, **measured))
@@ -167,7 +166,9 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
             if taken % run.log_every == 0 or last:
                 recent.log()
             if run.eval_every and taken % run.eval_every == 0 and not last:
-                measured = stages.assess(run, stage, state.params, data, calibrate=False)
+                measured = stages.assess(
+                    run, stage, state.params, data, ready.mesh, calibrate=False
+                )
                 _check_measured(f"stage {stage}, step {taken}", measured["validation"])
                 logging.info("step %d: validation loss %.4f", taken, measured["validation"]["loss"])
             if taken % run.save_every == 0 or last or interrupted:

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.config import MERGING, RunConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
-from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.policies.choice import Trained
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
@@ -48,7 +49,13 @@ def describe(run: RunConfig, stage: str, step: int, data: PreparedData) -> Metad
 
 
 def assess(
-    run: RunConfig, stage: str, params: Any, data: PreparedData, *, calibrate: bool = True
+    run: RunConfig,
+    stage: str,
+    params: Any,
+    data: PreparedData,
+    mesh: Mesh,
+    *,
+    calibrate: bool = True,
 ) -> dict:
     """Measurements at the end of a stage: calibrated threshold and validation figures.
 
@@ -56,13 +63,7 @@ def assess(
         Fields `policy` and `validation` of `Metadata`.
     """
     policy = _policy(run, stage)
-    rows = min(run.data.batch // run.accumulation, run.eval_windows)
-    common = {
-        "length": run.data.length,
-        "batch": max(1, rows),
-        "dtype": run.compute_dtype,
-        "attention": evaluation_attention(run.attention, run.attention_block),
-    }
+    common = evaluation_options(run, mesh)
     if calibrate and stage in MERGING and run.compression.calibration_windows:
         threshold = calibrate_threshold(
             params,
@@ -84,6 +85,25 @@ def assess(
         **common,
     )
     return {"policy": policy, "validation": dataclasses.asdict(measured)}
+
+
+def evaluation_options(run: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Say how to evaluate while training: devices share the windows as there, and no more at once.
+
+    Args:
+        run: the configuration.
+        mesh: over which the parameters are spread.
+
+    Returns:
+        Arguments of `evaluate` and `calibrate_threshold`.
+    """
+    return {
+        "length": run.data.length,
+        "batch": min(run.data.batch // run.accumulation, run.eval_windows),
+        "dtype": run.compute_dtype,
+        "attention": choose_attention(run.attention, block=run.attention_block, mesh=mesh),
+        "mesh": mesh,
+    }
 
 
 def _policy(run: RunConfig, stage: str) -> Trained:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import MERGING, STAGES, ModelConfig, RunConfig
 from dmc_jax.core.attention import CausalAttention
-from dmc_jax.core.losses import compression_loss, distillation, token_cross_entropy
+from dmc_jax.core.losses import compression_loss, token_losses
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
 from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
@@ -159,15 +159,17 @@ def _loss(
     """
     attend = attention_of(run, stage, mesh, batch, step, noise)
     output = _forward(run, run.model, mesh, params, batch["tokens"], attend)
-    mask = batch["loss_mask"]
-    loss = jnp.sum(mask * token_cross_entropy(output.logits, batch["targets"])) / tokens
-    metrics = {"loss": loss}
+    taught = None
     if teacher is not None:
         where = batch["positions"], batch["segment_ids"]
         attend = attend_whole(Dense(), teacher, *where, attention=_attention(run, mesh))
-        wanted = _forward(run, teacher, mesh, teacher_params, batch["tokens"], attend).logits
-        divergence = jnp.sum(mask * distillation(output.logits, jax.lax.stop_gradient(wanted)))
-        metrics["distillation"] = divergence / tokens
+        taught = _forward(run, teacher, mesh, teacher_params, batch["tokens"], attend).prediction
+    nats, divergence = token_losses(output.prediction, batch["targets"], taught)
+    mask = batch["loss_mask"]
+    loss = jnp.sum(mask * nats) / tokens
+    metrics = {"loss": loss}
+    if teacher is not None:
+        metrics["distillation"] = jnp.sum(mask * divergence) / tokens
         loss += run.compression.distillation * metrics["distillation"]
     if stage in MERGING:
         at = step if stage == "retrofit" else run.stage(stage).steps

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmc_jax.core.losses import compression_loss, distillation, token_cross_entropy
+from dmc_jax.core.losses import compression_loss
 from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies, rotate
 from dmc_jax.core.schedules import compression_target, learning_rate
 
@@ -38,20 +38,6 @@ def llama3_scaling_keeps_fast_and_divides_slow_frequencies_test():
 def odd_head_width_is_refused_test():
     with pytest.raises(ValueError, match="even head width, got 7"):
         rotary_frequencies(7, 10_000.0)
-
-
-def cross_entropy_of_uniform_logits_is_log_v_test():
-    nats = token_cross_entropy(jnp.full((1, 2, 8), 3.0, jnp.bfloat16), jnp.array([[0, 7]]))
-    np.testing.assert_allclose(nats, np.log(8), rtol=1e-6)
-
-
-def distillation_is_the_kl_divergence_test():
-    rng = np.random.default_rng(0)
-    student, teacher = jnp.asarray(rng.normal(size=(2, 1, 3, 5)), jnp.float32)
-    p, s = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher, student))
-    expected = (p * np.log(p / s)).sum(-1)
-    np.testing.assert_allclose(distillation(student, teacher), expected, rtol=1e-4)
-    np.testing.assert_allclose(distillation(student, student), 0, atol=1e-6)
 
 
 def hinge_is_per_sample_or_per_layer_test():

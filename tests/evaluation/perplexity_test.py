@@ -1,6 +1,7 @@
 """Measured figures against cases counted by hand."""
 
 import dataclasses
+import functools
 import io
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from dmc_jax.config import MeshConfig
 from dmc_jax.core.dmc import DECISION_CHANNEL, DMCSettings
 from dmc_jax.data.loader import windows
 from dmc_jax.data.prepare import prepare
@@ -16,6 +18,7 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation import perplexity
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
 from dmc_jax.model.llama import Llama, init_params
+from dmc_jax.model.sharding import make_mesh, shardings
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole
@@ -59,6 +62,24 @@ def a_model_without_preference_loses_log_v_and_counts_every_byte_test(
     assert measured.ratio == 1.0
     assert measured.ratio_by_head == ((1.0, 1.0), (1.0,))
     assert measured.cache_bytes(model_config, 10) == 10 * 3 * 8 * 2 * 2
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=lambda m: "x".join(map(str, m)))
+def figures_depend_neither_on_the_batch_nor_on_the_devices_test(
+    data, model_config, spread_params, sizes
+):
+    measure = functools.partial(
+        evaluate, config=model_config, data=data, split="validation", policy=DMC(SETTINGS, -2.0)
+    )
+    expected = measure(spread_params, **SIZES)
+    assert expected.ratio > 1.5
+    mesh = make_mesh(MeshConfig(*sizes))
+    spread_out = jax.device_put(spread_params, shardings(spread_params, mesh))
+    for batch in (1, 10):  # neither fills the devices evenly
+        figures = measure(spread_out, length=32, batch=batch, mesh=mesh)
+        assert (figures.tokens, figures.windows) == (expected.tokens, expected.windows)
+        figures, wanted = (jax.tree.leaves(dataclasses.asdict(e)) for e in (figures, expected))
+        np.testing.assert_allclose(figures, wanted, rtol=1e-5)
 
 
 def a_loss_beyond_709_nats_has_infinite_perplexity_test(data, model_config, spread_params):

@@ -292,6 +292,16 @@ def unstacked_matrices_are_narrowed_as_the_forward_pass_would_and_norms_are_not_
     assert np.abs(np.asarray(wide)).max() > 0.1
 
 
+def stacks_that_are_given_up_are_gone_and_the_rest_stays_test():
+    params = jax.tree.map(jnp.copy, small_params())
+    unstacked = unstack_layers(params, SMALL, jnp.float32, give_up=True)
+    stacks = [params.pop("run_0"), params.pop("run_1")]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stacks))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, unstacked)))
+    kept = unstack_layers(small_params(), SMALL, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, unstacked, kept)
+
+
 def logits_of_one_token_a_sequence_are_those_of_all_test():
     attend, params = attend_whole(Dense(), SMALL, POSITIONS), small_params()
     inputs = {"dtype": "float32", "attend": attend}

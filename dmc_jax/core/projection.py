@@ -1,0 +1,46 @@
+"""A product of activations and a matrix, with the gradient that training wants of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: Array, kernel: Array) -> Array:
+    """Compute `einsum(equation, x, kernel)` in the dtype of `x`.
+
+    Its gradient for the kernel is accumulated and kept in float32, and asked for as
+    `x^T dy`: the order that autodiff chooses, `(dy^T x)^T`, costs XLA for CPU a transposed copy.
+
+    Args:
+        equation: of two operands, such as "BTD,DF->BTF".
+        x: activations.
+        kernel: the matrix, of any dtype.
+    """
+    x_axes, kernel_axes = equation.split("->")[0].split(",")
+    # `einsum` sums over several axes in an order of its own, for which XLA transposes the kernel.
+    summed = [axis for axis in x_axes if axis in kernel_axes]
+    axes = [x_axes.index(a) for a in summed], [kernel_axes.index(a) for a in summed]
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+
+
+def _project_forward(equation, x, kernel):
+    return project(equation, x, kernel), (x, kernel)
+
+
+def _project_backward(equation, residuals, dy):
+    x, kernel = residuals
+    (x_axes, kernel_axes), y_axes = equation.split("->")[0].split(","), equation.split("->")[1]
+    dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy.astype(x.dtype), kernel.astype(x.dtype))
+    dkernel = jnp.einsum(
+        f"{x_axes},{y_axes}->{kernel_axes}",
+        x,
+        dy.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return dx, dkernel.astype(kernel.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
