@@ -192,6 +192,7 @@ def evaluation_path_matches_test(path):
         check_rotation(file, q, result.pooled_k)
 
 
+@pytest.mark.slow
 def unlimited_window_equals_one_longer_than_the_text_test():
     file = load(DATA / "eval_attn_mha_nowin.npz")
     alpha = np.random.default_rng(0).uniform(size=file["omega"].shape)

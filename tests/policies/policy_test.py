@@ -37,7 +37,15 @@ TABLE = {
 T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
-every_policy = pytest.mark.parametrize("policy", TABLE.values(), ids=TABLE)
+# Of each method one in `make test`.
+QUICK = ("dense", "dmc, window 3", "tova, 8 slots, without the channel")
+every_policy = pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, policy in TABLE.items()
+    ],
+)
 
 
 def every_method_is_in_the_table_test():

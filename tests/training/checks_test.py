@@ -202,6 +202,7 @@ def what_is_perhaps_not_meant_is_said_test(short, caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 def a_missed_target_is_said_at_the_end_of_the_stage_test(tiny_run, caplog):
     train(dataclasses.replace(tiny_run, compression=tiny_run.compression), quiet=True)
     said = [r.getMessage() for r in caplog.records if "target was missed" in r.getMessage()]

@@ -323,6 +323,7 @@ def neighbouring_seeds_and_stages_share_no_order_of_the_data_test(tiny_run):
     assert all(orders[0, stage] == order(0, stage, draws=1) for stage in STAGES)
 
 
+@pytest.mark.slow
 def a_seed_beyond_64_bits_trains_test(tiny_run):
     small, large = (dataclasses.replace(tiny_run, seed=seed) for seed in (5, 2**64 + 5))
     (a, _), (b, _) = (losses(run, "retrofit", (1, 1, 1), 2) for run in (small, large))

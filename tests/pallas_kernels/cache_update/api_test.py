@@ -300,8 +300,8 @@ def decoded(case, implementation):
 @pytest.mark.parametrize(
     "update, case",
     [
-        *(("triton", case) for case in DECODING[:3]),
-        *(pytest.param("triton", x, marks=pytest.mark.slow) for x in DECODING[3:]),
+        *(("triton", case) for case in DECODING[:2]),
+        *(pytest.param("triton", x, marks=pytest.mark.slow) for x in DECODING[2:]),
         ("reference", DECODING[0]),
     ],
     ids=str,
