@@ -224,7 +224,7 @@ class RunConfig:
         )
         for stage in names:
             _require(
-                self.stage(stage) is not None,
+                getattr(self, stage) is not None,
                 f"stages names {stage}, and the config has no settings of that stage: leave it out "
                 f"of --config.stages, or set --config.{stage}=\"{{'steps': 100, 'learning_rate': "
                 '3e-4}"',

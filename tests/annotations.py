@@ -3,7 +3,7 @@
 from beartype import BeartypeConf, beartype
 from jaxtyping import config, install_import_hook
 
-CHECKED = ("pallas_kernels", "dmc_jax.core", "dmc_jax.policies")
+CHECKED = ("pallas_kernels", "dmc_jax")
 
 # An int where a float is expected is no mistake (PEP 484).
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))

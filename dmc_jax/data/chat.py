@@ -46,7 +46,7 @@ def load_chat_template(tokenizer: Path, *, answer_next: bool = False) -> Render 
         raise UserError(f"{where}: not a chat template that Jinja reads ({error})") from None
     names = {name: text for name in _NAMES if (text := _text_of_token(config.get(name)))}
 
-    def render(messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(messages: Sequence[Any]) -> str:
         if not messages or not all(
             isinstance(message, Mapping) and isinstance(message.get("role"), str)
             for message in messages

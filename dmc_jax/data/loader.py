@@ -116,7 +116,7 @@ class _HostRows:
 
 def windows(
     data: PreparedData, split: str, length: int, *, pad_last: bool = False, corpus: int = 0
-) -> Sequence[Window]:
+) -> _Windows:
     """Cut a split into windows of fixed length, which may hold parts of several documents.
 
     Window i reads tokens [i * length, (i + 1) * length + 1) and is a dict of new arrays:

@@ -174,7 +174,7 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _open_zst(path: Path, mode: str) -> BinaryIO:
+def _open_zst(path: Path, mode: str) -> io.BufferedReader:
     try:
         import zstandard
     except ImportError:
@@ -187,7 +187,7 @@ def _open_zst(path: Path, mode: str) -> BinaryIO:
 class _ZstFile(io.RawIOBase):
     """A .zst file's contents. The library's own reader takes a file that is cut short as whole."""
 
-    def __init__(self, file: BinaryIO, zstandard):
+    def __init__(self, file: io.BufferedReader, zstandard):
         self._file, self._zstandard = file, zstandard
         self._ready = memoryview(b"")
         self._chunks = self._decompressed()

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 from dmc_jax.data.tokenizer_files import SpecialTokens, read_beside
 from dmc_jax.data.tokenizer_formats import JsonTokenizer, TiktokenTokenizer, format_of
@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
     def encode_special(self, text: str) -> list[int]:
         """Return the ids of `text`, in which the name of a special token means that token."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " T"]) -> str:
         """Return the text of `ids`; control tokens stand for nothing."""
 
     def token_bytes(self) -> Int32[np.ndarray, "V"]:

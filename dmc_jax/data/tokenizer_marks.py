@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 from dmc_jax.data.tokenizer_files import AddedToken, Beside, SpecialTokens
 from dmc_jax.errors import UserError
@@ -92,7 +92,7 @@ class Marked:
         added = {entry.content: token for token, entry in self.added.items()}
         return encode_around(self._own_special() | added, text, self._encode_special_own)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " T"]) -> str:
         """Return the text of `ids`; special tokens and unknown ids stand for nothing."""
         text, run = "", []
         for token in map(int, ids):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dmc_jax.config import ModelConfig
@@ -51,7 +52,7 @@ def init(
     pages: int,
     page_size: int,
     max_length: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> PagedCache:
     """Allocate an empty cache.
 

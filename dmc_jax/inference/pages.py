@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.errors import UserError
@@ -45,7 +46,7 @@ class Pages:
 
     def read(
         self, ids: Int[Array, "*rows n"]
-    ) -> tuple[Float[Array, "*rows n*page H"], Float[Array, "*rows n*page H"]]:
+    ) -> tuple[Float[Array, "*rows slots H"], Float[Array, "*rows slots H"]]:
         """Read the slots of some pages, in order.
 
         Args:
@@ -82,7 +83,7 @@ class Pages:
         return jax.tree.map(lambda x, new: x.at[ids].set(new, mode="drop"), self, pages)
 
 
-def empty_pages(count: int, page_size: int, head_dim: int, dtype: jnp.dtype) -> Pages:
+def empty_pages(count: int, page_size: int, head_dim: int, dtype: DTypeLike) -> Pages:
     """Allocate a pool.
 
     Args:

@@ -189,7 +189,7 @@ def _store(
     cache: PagedCache,
     edits: Edit,
     real: Bool[Array, "B T"],
-    first: Array,
+    first: int | Array,
     seats: Int[Array, " B"],
 ) -> tuple[PagedCache, Int[Array, "B K T"]]:
     """Give the rows their new slots, and write to each the last that is written to it.
@@ -224,7 +224,7 @@ def attend_pages(
     own_v: Float[Array, "B T K H"],
     slot: Int[Array, "B K T"],
     cache: PagedCache,
-    first: Array,
+    first: int | Array,
     seats: Int[Array, " B"],
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -323,7 +323,7 @@ def _attend_block(
 # ---- what comes in ----------------------------------------------------------------------------
 
 
-def _bucket(tokens: int) -> int:
+def _bucket(tokens: int | np.integer) -> int:
     size = _SMALLEST_BUCKET
     while size < tokens:
         size *= _BUCKET_STEP

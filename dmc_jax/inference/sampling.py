@@ -39,7 +39,7 @@ class SamplingParams:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
-        def require(name: str, holds: bool, expected: str) -> None:
+        def require(name: str, holds: bool | np.bool_, expected: str) -> None:
             if not holds:
                 raise UserError(f"{name}: expected {expected}, got {_as_json(getattr(self, name))}")
 
@@ -172,7 +172,7 @@ def sample(
     return jnp.where(broken, -1, jnp.where(drawn, chosen, greedy)).astype(jnp.int32)
 
 
-def _kept(logits: Float[Array, "B V"], params: SamplingArrays) -> Bool[Array, "B V"]:
+def _kept(logits: Float[Array | np.ndarray, "B V"], params: SamplingArrays) -> Bool[Array, "B V"]:
     """Tokens that pass top-k, top-p and min-p; the most likely one always does."""
     B, V = logits.shape
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)

@@ -173,7 +173,7 @@ class Scheduler:
         while self._queue and None in self._seats and self._fits(self._queue[0]):
             self._join(self._queue[0], self._seats.index(None))
 
-    def _fits(self, request: Request) -> bool:
+    def _fits(self, request: Request) -> bool | np.bool_:
         if not self.running():
             return True  # nobody can give it more than all
         counts = self.tally()

@@ -203,9 +203,7 @@ def _storage(path: Path, identity: Any, members: dict[str, _Member], root: str) 
     return _Storage(member.start, size, dtype)
 
 
-def _tensor(
-    path: Path, storage: _Storage, offset: int, shape: tuple, strides: tuple, swap: bool
-) -> Tensor:
+def _tensor(path: Path, storage: Any, offset: Any, shape: Any, strides: Any, swap: bool) -> Tensor:
     """A tensor over a storage; offset and strides in elements, all checked against it."""
     if type(storage) is not _Storage or not len(shape) == len(strides) <= _MAX_AXES:
         raise TypeError("a tensor without storage, or of odd shape")

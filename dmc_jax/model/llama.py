@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import ModelConfig
@@ -101,7 +102,7 @@ class Block(nn.Module):
     sharding: jax.sharding.Sharding | None
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Any], layer: Int[Array, ""]) -> tuple[tuple, Any]:
+    def __call__(self, carry: tuple[Array, Any], layer: Int[Array, ""] | int) -> tuple[tuple, Any]:
         """Carry (x [B, T, D], state) through the layer; also return what `attend` records."""
         c, (x, state) = self.config, carry
         D, N, K, H, F = c.width, c.heads, self.kv_heads, c.head_dim, c.mlp_width
@@ -142,7 +143,7 @@ class Llama(nn.Module):
     """
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     sharding: jax.sharding.Sharding | None = None
     stacked: bool = True
@@ -207,7 +208,7 @@ def init_params(config: ModelConfig, key: Array) -> dict:
 
 
 def unstack_layers(
-    params: dict, config: ModelConfig, dtype: jnp.dtype, *, give_up: bool = False
+    params: dict, config: ModelConfig, dtype: DTypeLike, *, give_up: bool = False
 ) -> dict:
     """Arrange parameters for decoding: an entry per layer, matrices as the forward pass wants.
 
@@ -247,7 +248,7 @@ def forward(
     config: ModelConfig,
     tokens: Int[Array, "B T"],
     *,
-    dtype: str | jnp.dtype,
+    dtype: DTypeLike,
     **inputs: Any,
 ) -> ModelOutput:
     """Run a pass of `Llama` with parameters of `init_params` or of `unstack_layers`.

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmc_jax.data.tokenizer import (
+    Tokenizer,
     encode_document,
     encode_prompt,
     fingerprint,
@@ -135,7 +136,7 @@ def streaming_shows_each_character_as_soon_as_it_is_complete_test(own, stream_de
 def streaming_a_long_text_decodes_a_bounded_number_of_tokens_at_a_time_test(own, stream_decode):
     longest = 0
 
-    class Counting:
+    class Counting(Tokenizer):
         def decode(self, ids):
             nonlocal longest
             longest = max(longest, len(ids))

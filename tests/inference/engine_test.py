@@ -12,6 +12,7 @@ import pytest
 from dmc_jax.checkpoints import models
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.inference import engine as engine_module
 from dmc_jax.inference import layers, programs
@@ -32,7 +33,7 @@ TINY = 3 * ROWS  # pages, so few that sequences get into each other's way
 PAGE_BYTES = 2 * PAGE * 16 * 4
 
 
-class Pieces:
+class Pieces(Tokenizer):
     """50 ids; those of the euro sign are a byte each."""
 
     vocab_size, bos_id, eos_id, pad_id = 50, 1, 2, 0
@@ -458,13 +459,13 @@ def a_checkpoint_makes_an_engine_of_either_policy_test(tiny_model, monkeypatch):
         format="dmc_jax",
         metadata=Metadata("finetune", 1, config, DMC(SETTINGS, HALF), "float32"),
         tokenizer=Path(__file__),
-        tokenizer_sha256=frozenset([Path(__file__)]),
+        tokenizer_sha256=frozenset([__file__]),
         read_params=None,
         params=params,
     )
     monkeypatch.setattr(engine_module, "find_model", lambda path: loaded)
     monkeypatch.setattr(models, "load_tokenizer", lambda *_: Pieces())
-    monkeypatch.setattr(models, "fingerprint", lambda path: path)
+    monkeypatch.setattr(models, "fingerprint", str)
     ratios = {}
     for policy in ("dmc", "dense"):
         engine = Engine.from_checkpoint(

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmc_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from dmc_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from dmc_jax.inference.text import begin_text, end_text, extend_text
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """A token per byte."""
 
     vocab_size, bos_id, eos_id, pad_id = 256, 256, 257, 258

@@ -188,7 +188,7 @@ def a_converted_checkpoint_is_complete_for_whoever_loads_it_test(tmp_path):
     assert model.metadata.converted_from.format == "huggingface"
     assert model.metadata.compute_dtype == "bfloat16"
     assert load_tokenizer_of(model).encode("the cache")
-    tokens = np.arange(12)[None]
+    tokens = jnp.arange(12)[None]
     attend = attend_whole(Dense(), model.config, jnp.asarray(tokens))
     output = Llama(model.config).apply({"params": model.params}, tokens, attend=attend)
     expected = logits(random_weights(sizes), sizes, tokens[0], base=10_000.0)
@@ -302,7 +302,7 @@ def large_exports_are_split_under_an_index_test(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def a_written_config_reads_back_as_the_same_sizes_test(preset):
-    written = config_json(PRESETS[preset], "bfloat16", None, {})
+    written = config_json(PRESETS[preset], "bfloat16", Dense(), {})
     assert model_config("config.json", json.loads(json.dumps(written))) == (PRESETS[preset], ())
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.inference.engine import Engine
@@ -168,7 +169,7 @@ def documents_of_a_packed_window_are_as_if_each_were_alone_test(policy):
         np.testing.assert_allclose(part, expected[:, : part.shape[1]], atol=TOLERANCE, rtol=0)
 
 
-class Ids:
+class Ids(Tokenizer):
     """A tokenizer for prompts that are ids; no token ends a sequence."""
 
     vocab_size, bos_id, eos_id, pad_id = 50, 1, -1, 0

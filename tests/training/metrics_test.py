@@ -2,7 +2,7 @@
 
 import json
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -26,6 +26,12 @@ def log_steps(run, steps, first_step=0, **kwargs):
     ) as logger:
         for step in steps:
             logger.log(step, {"loss": step / 2})
+
+
+def package(**names):
+    module = ModuleType("package")
+    vars(module).update(names)
+    return module
 
 
 def a_line_is_on_disk_as_soon_as_it_is_logged_test(tmp_path):
@@ -110,7 +116,7 @@ def tensorboard_is_told_which_steps_a_resumed_run_takes_again_test(tmp_path, mon
         told.append(options)
         return SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
 
-    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=writer))
+    monkeypatch.setitem(sys.modules, "tensorboardX", package(SummaryWriter=writer))
     log_steps(tmp_path, range(1, 8), first_step=1, tensorboard=True)
     log_steps(tmp_path, range(5, 11), first_step=5, tensorboard=True)
     assert told == [{}, {"purge_step": 5}]
@@ -135,10 +141,8 @@ def tensorboard_and_wandb_get_the_same_numbers_when_asked_test(tmp_path, monkeyp
         log=lambda numbers, step: seen.append(("wandb", step, numbers)),
         finish=lambda: seen.append("wandb finished"),
     )
-    monkeypatch.setitem(
-        sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=lambda path: writer)
-    )
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    monkeypatch.setitem(sys.modules, "tensorboardX", package(SummaryWriter=lambda path: writer))
+    monkeypatch.setitem(sys.modules, "wandb", package(init=lambda **_: run))
     log_steps(tmp_path, [4], tensorboard=True, wandb=True)
     assert seen == [
         ("tensorboard", 4, "loss", 2.0),
