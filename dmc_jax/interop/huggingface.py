@@ -8,6 +8,7 @@ which torch is not needed either. A folder that this project exported from a DMC
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig, from_dict
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.data.tokenizer import TOKENIZER_NAMES
 from dmc_jax.data.tokenizer_files import COMPANIONS
 from dmc_jax.errors import UserError
 from dmc_jax.interop.huggingface_config import model_config
-from dmc_jax.interop.parameters import canonical_name, canonical_tensors, check_tensors
+from dmc_jax.interop.parameters import (
+    canonical_name,
+    canonical_tensors,
+    check_tensors,
+    is_frequencies,
+)
 from dmc_jax.interop.safetensors_files import (
     listing,
     open_safetensors,
@@ -73,6 +80,7 @@ def open_huggingface(path: str | os.PathLike) -> Source:
     tensors, found = _open_weights(path)
     tensors = canonical_tensors(str(path), tensors)
     config, tensors, settled = _settle_head(str(path), config, tensors)
+    disagreeing = _frequency_notes(config, tensors)
     tensors = check_tensors(str(path), config, tensors)
     return Source(
         format="huggingface",
@@ -81,8 +89,22 @@ def open_huggingface(path: str | os.PathLike) -> Source:
         policy=_policy(path / DMC_CONFIG, raw.get("dmc")),
         tensors=tensors,
         tokenizer=tokenizer_files(path),
-        notes=(*notes, *found, *settled),
+        notes=(*notes, *found, *settled, *disagreeing),
     )
+
+
+def _frequency_notes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What to say of stored rotary frequencies that are not those of the config, which count."""
+    stored = {name: x for name, x in tensors.items() if is_frequencies(name)}
+    theirs = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    for name, x in stored.items():
+        # bfloat16 is off by up to 2**-9.
+        if x.shape != theirs.shape or not np.allclose(x.read().astype(float), theirs, rtol=0.01):
+            return (
+                f"its weights hold rotary frequencies ({name}) other than those of its config, "
+                f"rope_theta {config.rope_theta:g}: the config's are taken, as transformers does",
+            )
+    return ()
 
 
 def tokenizer_files(path: Path) -> tuple[Path, ...]:

@@ -256,7 +256,7 @@ def check_tensors(
     """
     table = places(config)
     missing = [name for name in table if name not in tensors]
-    unknown = [name for name in tensors if name not in table and not _is_redundant(name)]
+    unknown = [name for name in tensors if name not in table and not is_frequencies(name)]
     if missing:
         hint, more = "", f" It has {_some(unknown)} besides." if unknown else ""
         if missing == ["lm_head.weight"]:
@@ -318,7 +318,8 @@ def canonical_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, Te
     return {ours: tensors[name] for ours, name in found.items()}
 
 
-def _is_redundant(name: str) -> bool:
+def is_frequencies(name: str) -> bool:
+    """Say whether a tensor holds rotary frequencies, which the config gives too."""
     return name.endswith(".rotary_emb.inv_freq")
 
 

@@ -177,6 +177,18 @@ def what_old_files_repeat_is_left_out_test(tmp_path):
     assert "lm_head.weight" not in open_source(tmp_path).tensors
 
 
+def stored_frequencies_of_another_base_are_said_test(tmp_path):
+    def notes(theta):
+        frequencies = theta ** (-np.arange(0, Sizes().H, 2, dtype=np.float32) / Sizes().H)
+        extra = {"model.layers.1.self_attn.rotary_emb.inv_freq": frequencies}
+        write_checkpoint(tmp_path, weights=WEIGHTS | extra)
+        return [note for note in open_source(tmp_path).notes if "frequencies" in note]
+
+    assert notes(10_000.0) == []
+    (note,) = notes(500_000.0)
+    assert "model.layers.1.self_attn.rotary_emb.inv_freq" in note and "rope_theta 10000" in note
+
+
 # ---- the index --------------------------------------------------------------------------------
 
 NAMES = list(WEIGHTS)
