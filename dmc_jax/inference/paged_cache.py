@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -121,7 +122,7 @@ def _row_indices(first, heads: int, seats: Array) -> tuple[Array, Array]:
     return seats[:, None], first + jnp.arange(heads)
 
 
-def pages_of(slots: int | Array, page_size: int) -> int | Array:
+def pages_of(slots: int | Array | np.ndarray, page_size: int) -> int | Array | np.ndarray:
     """Count the pages that so many slots take."""
     return -(-slots // page_size)
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -74,11 +75,11 @@ class Pages:
             self.v.at[at].set(values.astype(self.v.dtype), mode="drop"),
         )
 
-    def take(self, ids: Int[Array, " n"]) -> "Pages":
+    def take(self, ids: Int[Array | np.ndarray, " n"]) -> "Pages":
         """Copy whole pages out."""
         return jax.tree.map(lambda x: x[ids], self)
 
-    def put(self, ids: Int[Array, " n"], pages: "Pages") -> "Pages":
+    def put(self, ids: Int[Array | np.ndarray, " n"], pages: "Pages") -> "Pages":
         """Copy whole pages in; page P is written nowhere."""
         return jax.tree.map(lambda x, new: x.at[ids].set(new, mode="drop"), self, pages)
 

@@ -172,7 +172,7 @@ def sample(
     return jnp.where(broken, -1, jnp.where(drawn, chosen, greedy)).astype(jnp.int32)
 
 
-def _kept(logits: Float[Array | np.ndarray, "B V"], params: SamplingArrays) -> Bool[Array, "B V"]:
+def _kept(logits: Float[Array, "B V"], params: SamplingArrays) -> Bool[Array, "B V"]:
     """Tokens that pass top-k, top-p and min-p; the most likely one always does."""
     B, V = logits.shape
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)

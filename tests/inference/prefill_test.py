@@ -216,7 +216,7 @@ def long_prompts_of_different_lengths_then_decoding_give_the_evaluated_logits_te
         params,
         config,
         cache,
-        [row[:length] for row, length in zip(tokens, lengths, strict=True)],
+        [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
         (2, 0, 3),
         policy=policy_of(settings, threshold),
         chunk=256,
@@ -279,7 +279,7 @@ def prefill_then_decoding_is_full_evaluation_at_every_ratio_and_grouping_test(
         assert measured == pytest.approx(ratio, rel=0.3)
         if ratio == 8:  # some segment is longer than the window
             assert (cache.lengths.min(axis=1) < T / 5).any()
-        cache = paged_cache.free(cache, np.full(2, True))
+        cache = paged_cache.free(cache, jnp.full(2, True))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -303,7 +303,7 @@ def decode_rest(params, config, settings, cache, tokens, at, threshold):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def decode(params, config, settings, cache, tokens, threshold):
-    active = np.array([True, False, True, True])
+    active = jnp.array([True, False, True, True])
     return decoding.decode_step(
         params,
         config,
@@ -323,6 +323,7 @@ def evaluated(params, config, settings, tokens, threshold):
 
 def read_prompts(tiny_model, prompts, cache, where, **changes):
     options = {"policy": DMC(DMCSettings(offset=0.0)), "chunk": CHUNK} | changes
+    prompts = [np.asarray(prompt).tolist() for prompt in prompts]
     return prefill.prefill(*tiny_model, cache, prompts, where, **options)
 
 
@@ -390,13 +391,13 @@ def every_slot_of_a_chunk_is_written_once_test(tiny_model, empty_cache, monkeypa
 
     monkeypatch.setattr(prefill, "write", note)
     opens = np.array([[1, 0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0, 0]], bool)[..., None]
-    real = np.arange(8) < np.array([7, 5])[:, None]
+    real = jnp.arange(8) < jnp.array([7, 5])[:, None]
     states = jnp.zeros((2, 8, 1, 16))
 
     @jax.jit
     def store(cache):
         slot = jnp.cumsum(opens, axis=1).swapaxes(1, 2) - 1
-        _, slot = prefill._store(cache, Edit(slot, states, states), real, 0, np.arange(2))
+        _, slot = prefill._store(cache, Edit(slot, states, states), real, 0, jnp.arange(2))
         return slot, writes
 
     slot, [(slots, where)] = store(empty_cache)
@@ -425,7 +426,7 @@ def prompts_without_enough_pages_are_reported_and_harm_no_other_test(tiny_model)
         mine, theirs = (rows_of(x, getattr(x.pages, name)) for x in (cache, enough))
         for row in range(config.kv_rows):
             np.testing.assert_allclose(mine[0, row], theirs[0, row], atol=TOLERANCE, rtol=0)
-    cache = paged_cache.free(cache, np.array([True, True, False]))
+    cache = paged_cache.free(cache, jnp.array([True, True, False]))
     assert cache.free_count == 12 and not cache.failed.any()
     cache, logits = read_prompts(tiny_model, fitting, cache, (1, 2), **options)
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)

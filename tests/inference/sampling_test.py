@@ -1,6 +1,7 @@
 """Tokens are drawn by the definitions, alone as in company."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,7 +81,7 @@ def what_is_kept_is_what_the_definitions_keep_test():
         logits, _ = some_logits(seed)
         nothing = np.zeros(V, bool)
         scaled = logits / np.array([params.temperature or 1.0 for params in PARAMS])[:, None]
-        kept = np.asarray(sampling._kept(scaled.astype(np.float32), arrays))
+        kept = np.asarray(sampling._kept(jnp.float32(scaled), arrays))
         for row, params in enumerate(PARAMS):
             if params.temperature:
                 expected = probabilities(scaled[row] * params.temperature, params, nothing) > 0
@@ -89,7 +90,7 @@ def what_is_kept_is_what_the_definitions_keep_test():
 
 def equal_logits_are_ranked_by_id_test():
     """So that top-k keeps k tokens whatever ties."""
-    kept = sampling._kept(np.zeros((1, 6), np.float32), stack_params([SamplingParams(top_k=2)]))
+    kept = sampling._kept(jnp.zeros((1, 6)), stack_params([SamplingParams(top_k=2)]))
     assert kept[0].tolist() == [True, True, False, False, False, False]
     greedy = stack_params([SamplingParams(temperature=0.0)])
     assert (
