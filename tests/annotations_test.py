@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
+from dmc_jax.config import load_config
+from dmc_jax.interop import pickles
 from pallas_kernels.decode_attention import xla
 from pallas_kernels.decode_attention.plan import Plan, make_plan
 
@@ -45,3 +47,9 @@ def triton_compiles_what_was_written_test():
 
     assert not hasattr(triton.attend_items.fn, "__wrapped__")
     assert hasattr(triton.decode_attention, "__wrapped__")
+
+
+def all_of_the_product_is_checked_but_what_is_named_test():
+    with pytest.raises(TypeCheckError, match="parameter 'name'"):
+        load_config(7)
+    assert hasattr(load_config, "__wrapped__") and not hasattr(pickles.read_pickle, "__wrapped__")
