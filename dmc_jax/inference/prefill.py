@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import rotary_frequencies
@@ -54,7 +54,7 @@ def prefill(
     params: Any,
     config: ModelConfig,
     cache: PagedCache,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Integer[np.ndarray, "_"]],
     seats: Sequence[int],
     *,
     policy: Policy,

@@ -216,7 +216,7 @@ def long_prompts_of_different_lengths_then_decoding_give_the_evaluated_logits_te
         params,
         config,
         cache,
-        [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
+        [row[:length] for row, length in zip(tokens, lengths, strict=True)],
         (2, 0, 3),
         policy=policy_of(settings, threshold),
         chunk=256,
@@ -323,7 +323,7 @@ def evaluated(params, config, settings, tokens, threshold):
 
 def read_prompts(tiny_model, prompts, cache, where, **changes):
     options = {"policy": DMC(DMCSettings(offset=0.0)), "chunk": CHUNK} | changes
-    prompts = [np.asarray(prompt).tolist() for prompt in prompts]
+    prompts = [np.asarray(prompt) for prompt in prompts]
     return prefill.prefill(*tiny_model, cache, prompts, where, **options)
 
 

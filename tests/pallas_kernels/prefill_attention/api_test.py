@@ -221,7 +221,7 @@ def logits_of_prompts(policy):
     prompts = np.random.default_rng(1).integers(0, 20, (3, 40))
     _, logits = prefill.prefill(
         *(params, config, dataclasses.replace(cache, pages=nan)),
-        [row[:length].tolist() for row, length in zip(prompts, (40, 3, 20), strict=True)],
+        [row[:length] for row, length in zip(prompts, (40, 3, 20), strict=True)],
         (2, 0, 3),
         policy=policy,
         chunk=16,
