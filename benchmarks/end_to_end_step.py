@@ -385,22 +385,19 @@ def measure(setup: Setup, run: Run) -> dict:
             "prefill_milliseconds": round(1e3 * prompt, 3),
             "tokens_per_second_with_prefill": round(run.batch * run.new / whole, 1),
         }
-    return (
-        vars(run)
-        | with_prompts
-        | {
-            "tokens_per_second": round(1e3 * run.batch / mean("milliseconds"), 1),
-            "slowest_and_fastest": [
-                round(1e3 * run.batch / mean(name), 1) for name in ("slowest", "fastest")
-            ],
-            "floor_weights": round(run.batch * setup.rate / setup.weight_bytes, 1),
-            "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
-            "copy_bytes_per_second": setup.rate,
-            "points": points,
-            "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
-            "slots_per_token_in_the_steps": round(grown, 4),
-            "cache_bytes": cache_bytes,
-            "temporary_bytes": memory.temp_size_in_bytes if memory else None,
-            "compile_seconds": round(decoder.compile_seconds, 1),
-        }
-    )
+    measured = {
+        "tokens_per_second": round(1e3 * run.batch / mean("milliseconds"), 1),
+        "slowest_and_fastest": [
+            round(1e3 * run.batch / mean(name), 1) for name in ("slowest", "fastest")
+        ],
+        "floor_weights": round(run.batch * setup.rate / setup.weight_bytes, 1),
+        "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
+        "copy_bytes_per_second": setup.rate,
+        "points": points,
+        "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
+        "slots_per_token_in_the_steps": round(grown, 4),
+        "cache_bytes": cache_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "compile_seconds": round(decoder.compile_seconds, 1),
+    }
+    return vars(run) | measured | with_prompts

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 1 ] || { echo "usage: benchmarks/gpu_quick.sh OUT [PART ...]" >&2; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 shift
-PARTS=${*:-environment tests compile end_to_end kernels cache_update training more_end_to_end tune}
+PARTS=${*:-environment tests compile end_to_end kernels cache_update prefill training more_end_to_end tune}
 PYTHON=${PYTHON:-python3}
 SIZE=${QUICK:+--quick}
 
@@ -66,14 +66,17 @@ for part in $PARTS; do
         $([ -n "$SIZE" ] || echo --pages=16) --seconds=50 --output="$OUT/kernels.json" ;;
     cache_update)
       limited 60 cache_update $PYTHON -m benchmarks.cache_update $SIZE --output="$OUT/cache_update.json" ;;
+    prefill)
+      limited 70 prefill $PYTHON -m benchmarks.prefill_attention $SIZE ${SIZE:+--model=tiny} \
+        --output="$OUT/prefill_attention.json" ;;
     training_tune)
       [ -n "$SIZE" ] || limited 75 training_tune $PYTHON -m benchmarks.training_attention --tune --seconds=60 ;;
     training)
       limited 80 training $PYTHON -m benchmarks.training_attention $SIZE --seconds=60 \
         --output="$OUT/training_attention.json" ;;
     tune)
-      [ -n "$SIZE" ] || limited 80 tune $PYTHON -m pallas_kernels.bench --tune --implementations=triton \
-        --seconds=65 --output="$OUT/tuning.json" ;;
+      [ -n "$SIZE" ] || limited 80 tune $PYTHON -m pallas_kernels.bench --tune --seconds=65 \
+        --output="$OUT/tuning.json" ;;
     *) echo "no part '$part'" >&2; exit 2 ;;
   esac
 done

@@ -76,10 +76,11 @@ def the_installed_package_works_from_any_folder_test(tmp_path):
     train += ["--config.pretrain.steps=2", "--config.eval_windows=2", "--config.data.batch=2"]
     done = run(*train)
     assert done.returncode == 0, done.stderr
-    # The wrapper finds the recipe beside it, and what is missing is the data.
+    # The wrapper finds the recipe beside it, and what is missing is the data and its start.
     missing = run("-m", "dmc_jax.train", "--config=7b_8x", "--config.init_from=runs/tiny_4x")
     assert missing.returncode == 2
-    assert missing.stderr.startswith("error: data/llama2 is not a prepared data folder")
+    assert missing.stderr.startswith("error: 7b_8x cannot start; what is missing")
+    assert "data/llama2" in missing.stderr
     code = "import dmc_jax as dmc; print(dmc.__file__, dmc.load('runs/tiny_4x').config.layers)"
     loaded = run("-c", code)
     assert loaded.stdout.startswith(str(site)), loaded

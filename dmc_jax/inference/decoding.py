@@ -23,6 +23,7 @@ from dmc_jax.inference.paged_cache import (
 )
 from dmc_jax.model.llama import Attend, forward
 from dmc_jax.policies.policy import Policy, Tokens
+from pallas_kernels.cache_update.api import XLA, choose
 from pallas_kernels.decode_attention.api import (
     decode_attention,
     decode_attention_and_weights,
@@ -59,8 +60,8 @@ def read_token(
     Returns:
         (the queries, rotated, the cache).
     """
-    kernel = policy.kernel(implementation)
-    if kernel is not None and seats is None:
+    kernel = choose(implementation) if policy.launches and seats is None else XLA
+    if kernel != XLA:
         rotated, k_pages, v_pages, lengths, state = policy.launch(
             *(cache.pages.k, cache.pages.v, cache.lengths, cache.state, token),
             page_table=cache.page_table,

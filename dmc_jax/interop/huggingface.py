@@ -8,7 +8,6 @@ which torch is not needed either. A folder that this project exported from a DMC
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig, from_dict
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.data.tokenizer import TOKENIZER_NAMES
 from dmc_jax.data.tokenizer_files import COMPANIONS
 from dmc_jax.errors import UserError
@@ -25,7 +23,7 @@ from dmc_jax.interop.parameters import (
     canonical_name,
     canonical_tensors,
     check_tensors,
-    is_frequencies,
+    frequency_notes,
 )
 from dmc_jax.interop.safetensors_files import (
     listing,
@@ -80,7 +78,7 @@ def open_huggingface(path: str | os.PathLike) -> Source:
     tensors, found = _open_weights(path)
     tensors = canonical_tensors(str(path), tensors)
     config, tensors, settled = _settle_head(str(path), config, tensors)
-    disagreeing = _frequency_notes(config, tensors)
+    disagreeing = frequency_notes(config, tensors)
     tensors = check_tensors(str(path), config, tensors)
     return Source(
         format="huggingface",
@@ -91,20 +89,6 @@ def open_huggingface(path: str | os.PathLike) -> Source:
         tokenizer=tokenizer_files(path),
         notes=(*notes, *found, *settled, *disagreeing),
     )
-
-
-def _frequency_notes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """What to say of stored rotary frequencies that are not those of the config, which count."""
-    stored = {name: x for name, x in tensors.items() if is_frequencies(name)}
-    theirs = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    for name, x in stored.items():
-        # bfloat16 is off by up to 2**-9.
-        if x.shape != theirs.shape or not np.allclose(x.read().astype(float), theirs, rtol=0.01):
-            return (
-                f"its weights hold rotary frequencies ({name}) other than those of its config, "
-                f"rope_theta {config.rope_theta:g}: the config's are taken, as transformers does",
-            )
-    return ()
 
 
 def tokenizer_files(path: Path) -> tuple[Path, ...]:

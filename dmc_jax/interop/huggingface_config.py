@@ -183,7 +183,8 @@ def _scaling(table: Fields) -> Llama3Scaling | str | None:
     nested = [name for name, value in table.values.items() if isinstance(value, Mapping)]
     if nested:
         raise UserError(f"{table.where} differs by kind of layer ({nested[0]!r:.60})")
-    kinds = {table.values[name] or "default" for name in ("rope_type", "type") if table.has(name)}
+    said = [table.values[name] or "default" for name in ("rope_type", "type") if table.has(name)]
+    kinds = {kind if isinstance(kind, str) else repr(kind) for kind in said}
     if len(kinds) > 1:
         raise UserError(f"{table.where} has two types, {' and '.join(sorted(map(repr, kinds)))}")
     kind = kinds.pop() if kinds else "default"

@@ -19,6 +19,7 @@ from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.interop.fields import Fields
+from dmc_jax.interop.parameters import frequency_notes
 from dmc_jax.interop.pickles import Record
 from dmc_jax.interop.shards import Shards, concatenated, transformed
 from dmc_jax.interop.source import Source, Tensor
@@ -117,7 +118,7 @@ def open_megatron(path: str | os.PathLike) -> Source:
         policy=DMC(settings),
         tensors=tensors,
         tokenizer=tokenizer,
-        notes=args.notes(),
+        notes=(*args.notes(), *frequency_notes(config, shards.skipped)),
     )
 
 

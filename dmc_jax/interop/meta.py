@@ -18,6 +18,7 @@ from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
 from dmc_jax.files import lfs_pointer
 from dmc_jax.interop.fields import Fields
+from dmc_jax.interop.parameters import frequency_notes
 from dmc_jax.interop.shards import Shards, transformed
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.interop.torch_files import open_torch_file
@@ -102,7 +103,7 @@ def open_meta(path: str | os.PathLike) -> Source:
         policy=Dense(),
         tensors=tensors,
         tokenizer=_tokenizer(path),
-        notes=fields.notes(),
+        notes=(*fields.notes(), *frequency_notes(config, shards.skipped)),
     )
 
 

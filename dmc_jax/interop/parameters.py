@@ -7,12 +7,14 @@ own, and stack layers of equal shape. Both rotate channel f with f + H/2, so no 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dmc_jax.config import ModelConfig
+from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.model.llama import layer_stacks
@@ -20,6 +22,9 @@ from dmc_jax.model.llama import layer_stacks
 # Bytes of a part of a tensor that is transposed, converted or written at a time.
 PART_BYTES = 2**24
 _ROWS_AT_A_TIME = 16
+
+# Rotary frequencies at Hugging Face, in Megatron and at Meta.
+_FREQUENCIES = (".rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope.freqs")
 
 # Components of names that torch.compile, DistributedDataParallel, FullyShardedDataParallel,
 # checkpoint_wrapper and DeepSpeed put before or between those of the model.
@@ -320,7 +325,34 @@ def canonical_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 def is_frequencies(name: str) -> bool:
     """Say whether a tensor holds rotary frequencies, which the config gives too."""
-    return name.endswith(".rotary_emb.inv_freq")
+    return name.endswith(_FREQUENCIES)
+
+
+def frequency_notes(config: ModelConfig, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say of stored rotary frequencies that they are not those of the config, which count.
+
+    Args:
+        config: of the model.
+        tensors: by name; those of other names are passed over.
+
+    Returns:
+        Notes for the user: one, or none.
+    """
+    stored = {n: x for n, x in tensors.items() if is_frequencies(n) and isinstance(x, Tensor)}
+    for name, tensor in stored.items():
+        # Some store what is before scaling. bfloat16 is off by up to 2**-9.
+        expected = [
+            rotary_frequencies(config.head_dim, config.rope_theta, scaling)
+            for scaling in (config.rope_scaling, None)
+        ]
+        if tensor.shape != expected[0].shape or not any(
+            np.allclose(tensor.read().astype(float), x, rtol=0.01) for x in expected
+        ):
+            return (
+                f"its weights hold rotary frequencies ({name}) other than those of its config, "
+                f"rope_theta {config.rope_theta:g}: the config's are taken",
+            )
+    return ()
 
 
 def _some(names: list[str]) -> str:

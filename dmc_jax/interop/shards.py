@@ -71,6 +71,7 @@ class Shards:
         """
         self.paths = paths
         self.states: list[dict[str, Tensor]] = []
+        self.skipped: dict[str, Any] = {}
         for path, state in zip(paths, states, strict=True):
             if not isinstance(state, Mapping) or not all(type(name) is str for name in state):
                 raise UserError(f"{path}: expected a dictionary of tensors by name")
@@ -84,6 +85,7 @@ class Shards:
                         f"{path}: {name!r:.80} is not a tensor of bfloat16, float16 or float32"
                     )
             self.states.append(kept)
+            self.skipped |= {name: value for name, value in named if name not in kept}
 
     def __len__(self) -> int:
         return len(self.states)

@@ -10,7 +10,7 @@ from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DECISION_CHANNEL, dense_attention
 from dmc_jax.core.rope import rotate
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
-from pallas_kernels.cache_update.api import XLA, State, cache_update, choose
+from pallas_kernels.cache_update.api import State, cache_update
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +28,7 @@ class Dense(Policy):
 
     name = "dense"
     chunked = True
+    launches = True
 
     def rotate(self, x, positions, frequencies):
         """Rotate, without the faded part of the decision channel."""
@@ -61,11 +62,6 @@ class Dense(Policy):
         return state, Edit(slot, key, tokens.v)
 
     # ---- a step in one launch -----------------------------------------------------------------
-
-    def kernel(self, implementation):
-        """Name the kernel of `pallas_kernels.cache_update` that is faster as measured here."""
-        name = choose(implementation)
-        return None if name == XLA else name
 
     def launch(
         self, k_pages, v_pages, lengths, state, token, *, page_table, first, active, implementation

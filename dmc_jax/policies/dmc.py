@@ -20,7 +20,7 @@ from dmc_jax.core.dmc import (
 )
 from dmc_jax.core.pooling import pool_chunk
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
-from pallas_kernels.cache_update.api import XLA, Segment, State, cache_update, choose
+from pallas_kernels.cache_update.api import Segment, State, cache_update
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +39,7 @@ class DMC(Policy):
 
     name = "dmc"
     chunked = True
+    launches = True
 
     def rotate(self, x, positions, frequencies):
         """Rotate, without the decision channel."""
@@ -92,11 +93,6 @@ class DMC(Policy):
         return decisions, importance(q, k.shape[2], self.settings)
 
     # ---- a step in one launch -----------------------------------------------------------------
-
-    def kernel(self, implementation):
-        """Name the kernel of `pallas_kernels.cache_update` that is faster as measured here."""
-        name = choose(implementation)
-        return None if name == XLA else name
 
     def launch(
         self, k_pages, v_pages, lengths, state, token, *, page_table, first, active, implementation

@@ -76,6 +76,7 @@ class Policy(abc.ABC):
         False  # it has a `chunk`; else a prompt is read by steps, in each layer
     )
     watches: ClassVar[bool] = False  # it has an `observe`, which is told the weights of attention
+    launches: ClassVar[bool] = False  # it has a `launch`: a kernel of `cache_update` can do a step
 
     def most_slots(self, tokens: int) -> int:
         """Say how many slots a row may come to, which is what memory is for.
@@ -172,14 +173,6 @@ class Policy(abc.ABC):
 
     # ---- a step in one launch -----------------------------------------------------------------
 
-    def kernel(self, implementation: str | None) -> str | None:
-        """Name the kernel that does a step, pages and all; None: `step` does, by XLA.
-
-        Args:
-            implementation: that is asked for; None: the fastest here.
-        """
-        return None
-
     def launch(
         self,
         k_pages: Float[Array, "P page H"],
@@ -202,7 +195,7 @@ class Policy(abc.ABC):
             page_table: of all rows, -1 where a row has no page for the slot after its last.
             first: row of the layer's first KV head.
             active: seats that read a token; the rows of the others stay as they are.
-            implementation: from `kernel`.
+            implementation: of `pallas_kernels.cache_update`.
 
         Returns:
             (the queries, rotated; keys and values of the pool, lengths and state after the token).

@@ -102,7 +102,6 @@ def goals(results: list[dict]) -> dict[str, dict[str, float]]:
 
 # ---- settings ---------------------------------------------------------------------------------
 
-_WITH_SETTINGS = ("triton",)
 _TUNED_ON = (
     Case("uneven", 256 * MB, 16, 128, 1),
     Case("uneven", 1024 * MB, 16, 128, 1),
@@ -112,17 +111,15 @@ _TUNED_ON = (
 
 
 def tune(
-    names: tuple[str, ...],
     rate: float,
     *,
     until: float,
     cases: tuple[Case, ...] = _TUNED_ON,
     candidates: tuple[Settings, ...] = CANDIDATES,
 ) -> tuple[Path, list[dict]]:
-    """Time every candidate and keep the fastest settings of this device.
+    """Time every candidate for the Triton kernel and keep the fastest settings of this device.
 
     Args:
-        names: implementations with settings; the others keep what they have.
         rate: bytes a second of copying.
         until: no candidate is tried after that, by `time.perf_counter`.
         cases: that count, all equally.
@@ -132,32 +129,29 @@ def tune(
         (the file with the settings, what each candidate took).
     """
     kind, made = target.current().kind, {case: make_pages(case) for case in cases}
+    tried = []
+
+    def seconds(settings):
+        rows = []
+        for case, pages in made.items():
+            try:
+                if time.perf_counter() > until:
+                    raise TimeoutError("no time left for it")
+                contender = make_contender("triton", case, pages, settings=settings)
+                row = measure(contender, case, pages, rate)
+                rows.append({"contender": "triton", **vars(settings), **vars(case), **row})
+            except Exception as error:  # compilers have errors of many kinds
+                print(f"{settings}: passed over, {timing.in_a_line(error)}", flush=True)
+                return [np.inf] * len(made)
+        print(f"{settings}: {[row['of_copy'] for row in rows]} of copy", flush=True)
+        tried.extend(rows)
+        return [1e-6 * row["microseconds"] for row in rows]
+
+    # Those in use first: they stay where no other is faster.
+    used = settings_for(kind)
+    best = tuning.fastest(seconds, (used, *(one for one in candidates if one != used)))
     source = timing.source("pallas_kernels.bench --tune")
-    chosen, tried = {name: settings_for(name, kind) for name in _WITH_SETTINGS}, []
-    for name in (name for name in names if name in chosen):
-
-        def seconds(settings, name=name):
-            rows = []
-            for case, pages in made.items():
-                try:
-                    if time.perf_counter() > until:
-                        raise TimeoutError("no time left for it")
-                    contender = make_contender(name, case, pages, settings=settings)
-                    row = measure(contender, case, pages, rate)
-                    rows.append({"contender": name, **vars(settings), **vars(case), **row})
-                except Exception as error:  # compilers have errors of many kinds
-                    print(f"{name} {settings}: passed over, {timing.in_a_line(error)}", flush=True)
-                    return [np.inf] * len(made)
-            print(f"{name} {settings}: {[row['of_copy'] for row in rows]} of copy", flush=True)
-            tried.extend(rows)
-            return [1e-6 * row["microseconds"] for row in rows]
-
-        # Those in use first: they stay where no other is faster.
-        first = chosen[name], *(one for one in candidates if one != chosen[name])
-        chosen[name] = tuning.fastest(seconds, first)
-        tuning.save(kind, source, {name: chosen[name]})
-        print(f"{name}: {chosen[name]}")
-    return tuning.file_of(kind), tried
+    return tuning.save(kind, source, {"decode_attention": best}), tried
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -265,6 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
         names = _implementations(options.implementations)
     except ValueError as error:
         parser.error(str(error))
+    if options.tune and api.unavailable("triton") is not None:
+        parser.error(f"--tune: the kernel cannot run here: {api.unavailable('triton')}")
     name = "tuning.json" if options.tune else "kernels.json"
     name = "kernels_quick.json" if options.quick else name
     file = options.output or timing.result_file(name)
@@ -273,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = " ".join(["python -m pallas_kernels.bench", *arguments])
     if options.tune:
         report = {"machine": timing.machine(command), "copy_bytes_per_second": rate}
-        written, report["results"] = tune(names, rate, until=until)
+        written, report["results"] = tune(rate, until=until)
         timing.write_json(file, report)
         print(f"wrote {written} and {file}")
         return 0
@@ -286,11 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     where = report["machine"]
     print(f"{where['device']}, jax {where['packages']['jax']}; copy {rate / 1e9:.1f} GB/s")
-    report["settings"] = {
-        name: vars(settings_for(name, target.current().kind))
-        for name in names
-        if name in _WITH_SETTINGS
-    }
+    if "triton" in names:
+        report["settings"] = vars(settings_for(target.current().kind))
     cases = (quick_cases if options.quick else plan_cases)(names)
     if options.pages:
         wanted = {int(page) for page in options.pages.split(",")}

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import target
 from pallas_kernels.cache_update import settings
+from pallas_kernels.contract import check_groups
 from pallas_kernels.implementations import XLA, Implementations
 
 __all__ = ["IMPLEMENTATIONS", "XLA", "Segment", "State", "cache_update", "choose", "unavailable"]
@@ -169,5 +170,4 @@ def _validate(state, q, k_t, v_t, window, page_table, frequencies) -> None:
         raise ValueError(f"H must be even for the rotation, got {H}")
     if K > R:
         raise ValueError(f"a layer of K = {K} rows does not fit into the R = {R} of the state")
-    if N % K:
-        raise ValueError(f"q must have as many heads for each of the K = {K} rows, got N = {N}")
+    check_groups({"N": N, "K": K})

@@ -7,14 +7,13 @@ not repeated here: `choose` says whether to take it.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.contract import check_axes, check_dtypes, check_groups
 from pallas_kernels.implementations import XLA, Implementations
 
 __all__ = ["IMPLEMENTATIONS", "XLA", "causal_attention", "choose", "unavailable"]
 
 IMPLEMENTATIONS = Implementations("causal_attention", ("reference", "triton"))
 unavailable = IMPLEMENTATIONS.unavailable
-
-_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def causal_attention(
@@ -71,21 +70,6 @@ def _validate(q, k, v, key_bias, segment_ids) -> None:
         arrays["key_bias"] = key_bias, "B T K"
     if segment_ids is not None:
         arrays["segment_ids"] = segment_ids, "B T"
-    sizes: dict[str, int] = {}
-    for name, (array, axes) in arrays.items():
-        shape = tuple(array.shape)
-        if len(shape) != len(axes.split()):
-            raise ValueError(f"{name} must be [{axes}], got shape {shape}")
-        for axis, size in zip(axes.split(), shape, strict=True):
-            if size != sizes.setdefault(axis, size):
-                raise ValueError(
-                    f"{name} must be [{axes}] with {axis} = {sizes[axis]}, got shape {shape}"
-                )
-    for name in ("q", "k", "v"):
-        if arrays[name][0].dtype not in _DTYPES:
-            raise ValueError(f"{name} must be float32 or bfloat16, got {arrays[name][0].dtype}")
-    if sizes["N"] % sizes["K"]:
-        raise ValueError(
-            f"{sizes['N']} query heads cannot share {sizes['K']} KV heads:"
-            f" {sizes['N']} % {sizes['K']} != 0"
-        )
+    sizes = check_axes(arrays)
+    check_dtypes({"q": q, "k": k, "v": v}, jnp.float32, jnp.bfloat16)
+    check_groups(sizes)

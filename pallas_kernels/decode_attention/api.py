@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.contract import check_axes, check_dtypes
 from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.implementations import Implementations
 
@@ -190,26 +191,15 @@ def _clip(lengths, page_table, k_pages):
 
 def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
     whole = page_table.ndim == 3
-    arrays = {
-        "q": (q, "rows G H" if whole else "R G H"),
-        "k_pages": (k_pages, "P page H"),
-        "v_pages": (v_pages, "P page H"),
-        "page_table": (page_table, "seats R maxp" if whole else "R maxp"),
-        "lengths": (lengths, "seats R" if whole else "R"),
-    }
-    sizes: dict[str, tuple[str, int]] = {}  # axis -> who said so first, and what
-    for name, (array, axes) in arrays.items():
-        if array.ndim != len(axes.split()):
-            raise ValueError(f"{name} must be [{axes}], got shape {tuple(array.shape)}")
-        for axis, size in zip(axes.split(), array.shape, strict=True):
-            first, expected = sizes.setdefault(axis, (name, size))
-            if size != expected:
-                raise ValueError(
-                    f"{name} must be [{axes}] with {axis} = {expected} as in {first},"
-                    f" got shape {tuple(array.shape)}"
-                )
-            if size == 0:
-                raise ValueError(f"{name} is empty: {axis} = 0 in shape {tuple(array.shape)}")
+    check_axes(
+        {
+            "q": (q, "rows G H" if whole else "R G H"),
+            "k_pages": (k_pages, "P page H"),
+            "v_pages": (v_pages, "P page H"),
+            "page_table": (page_table, "seats R maxp" if whole else "R maxp"),
+            "lengths": (lengths, "seats R" if whole else "R"),
+        }
+    )
     if whole and (q.shape[0] % lengths.shape[0] or q.shape[0] > lengths.size):
         raise ValueError(
             f"q must have as many rows of each of the {lengths.shape[0]} sequences, and no more"
@@ -218,11 +208,7 @@ def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
     page = k_pages.shape[1]
     if page < SMALLEST_PAGE or page & (page - 1):
         raise ValueError(f"page must be a power of two >= {SMALLEST_PAGE}, got {page}")
-    for name in ("q", "k_pages", "v_pages"):
-        if arrays[name][0].dtype not in DTYPES:
-            raise ValueError(f"{name} must be float32 or bfloat16, got {arrays[name][0].dtype}")
+    check_dtypes({"q": q, "k_pages": k_pages, "v_pages": v_pages}, *DTYPES)
     if k_pages.dtype != v_pages.dtype:
         raise ValueError(f"k_pages is {k_pages.dtype} but v_pages {v_pages.dtype}: must be equal")
-    for name in ("page_table", "lengths"):
-        if arrays[name][0].dtype != jnp.int32:
-            raise ValueError(f"{name} must be int32, got {arrays[name][0].dtype}")
+    check_dtypes({"page_table": page_table, "lengths": lengths}, jnp.int32)

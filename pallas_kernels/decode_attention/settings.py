@@ -52,11 +52,10 @@ CANDIDATES = tuple(
 )
 
 
-def settings_for(implementation: str, device_kind: str) -> Settings:
-    """Read the settings of an implementation on a device, or the default ones.
+def settings_for(device_kind: str) -> Settings:
+    """Read the settings of a device, or the default ones.
 
     Args:
-        implementation: "triton".
         device_kind: as JAX names the device.
     """
-    return Settings(**tuning.entry(implementation, device_kind))
+    return Settings(**tuning.entry("decode_attention", device_kind))

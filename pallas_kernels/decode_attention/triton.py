@@ -207,7 +207,7 @@ def decode_attention(
     Args:
         settings: to try others than the kept ones, which tuning does.
     """
-    settings = settings or settings_for("triton", target.current().kind)
+    settings = settings or settings_for(target.current().kind)
     if plan is None:
         plan = plan_rows(rows_of(lengths, first, q.shape[0]), k_pages, settings)
     return _attend(
@@ -241,7 +241,7 @@ def plan_rows(
     Args:
         settings: as for `decode_attention`, which must be given the same.
     """
-    settings = settings or settings_for("triton", target.current().kind)
+    settings = settings or settings_for(target.current().kind)
     return make_plan(
         lengths,
         block=settings.block(padded_width(k_pages.shape[-1]), k_pages.dtype.itemsize),

@@ -12,15 +12,13 @@ says whether to take it.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.contract import check_axes, check_dtypes, check_groups
 from pallas_kernels.implementations import XLA, Implementations
 
 __all__ = ["IMPLEMENTATIONS", "XLA", "choose", "prefill_attention", "unavailable"]
 
 IMPLEMENTATIONS = Implementations("prefill_attention", ("reference", "triton"))
 unavailable = IMPLEMENTATIONS.unavailable
-
-_STORED = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-_INTEGERS = (jnp.dtype(jnp.int32),)
 
 
 def prefill_attention(
@@ -91,38 +89,27 @@ def choose(implementation: str | None) -> str:
 
 
 def _validate(q, own_k, own_v, slot, k_pages, v_pages, page_table, lengths, seats) -> None:
-    arrays = {
-        "q": (q, "B T N H", _STORED),
-        "own_k": (own_k, "B T K H", _STORED),
-        "own_v": (own_v, "B T K H", _STORED),
-        "slot": (slot, "B K T", _INTEGERS),
-        "k_pages": (k_pages, "P page H", _STORED),
-        "v_pages": (v_pages, "P page H", _STORED),
-        "page_table": (page_table, "seats R maxp", _INTEGERS),
-        "lengths": (lengths, "seats R", _INTEGERS),
-        "seats": (seats, "B", _INTEGERS),
-    }
-    sizes: dict[str, tuple[str, int]] = {}  # axis -> who said so first, and what
-    for name, (array, axes, dtypes) in arrays.items():
-        shape = tuple(array.shape)
-        if len(shape) != len(axes.split()):
-            raise ValueError(f"{name} must be [{axes}], got shape {shape}")
-        for axis, size in zip(axes.split(), shape, strict=True):
-            whose, expected = sizes.setdefault(axis, (name, size))
-            if size != expected:
-                raise ValueError(
-                    f"{name} must be [{axes}] with {axis} = {expected} as in {whose},"
-                    f" got shape {shape}"
-                )
-            if size == 0:
-                raise ValueError(f"{name} is empty: {axis} = 0 in shape {shape}")
-        if array.dtype not in dtypes:
-            allowed = " or ".join(dtype.name for dtype in dtypes)
-            raise ValueError(f"{name} must be {allowed}, got {array.dtype}")
+    sizes = check_axes(
+        {
+            "q": (q, "B T N H"),
+            "own_k": (own_k, "B T K H"),
+            "own_v": (own_v, "B T K H"),
+            "slot": (slot, "B K T"),
+            "k_pages": (k_pages, "P page H"),
+            "v_pages": (v_pages, "P page H"),
+            "page_table": (page_table, "seats R maxp"),
+            "lengths": (lengths, "seats R"),
+            "seats": (seats, "B"),
+        }
+    )
+    pools = {"k_pages": k_pages, "v_pages": v_pages}
+    check_dtypes({"q": q, "own_k": own_k, "own_v": own_v} | pools, jnp.float32, jnp.bfloat16)
+    integers = {"slot": slot, "page_table": page_table, "lengths": lengths, "seats": seats}
+    check_dtypes(integers, jnp.int32)
     if k_pages.dtype != v_pages.dtype:
         raise ValueError(f"k_pages is {k_pages.dtype} but v_pages {v_pages.dtype}: must be equal")
-    (_, N), (_, K), (_, R) = (sizes[axis] for axis in "NKR")
-    if N % K:
-        raise ValueError(f"{N} query heads cannot share {K} KV heads: {N} % {K} != 0")
-    if K > R:
-        raise ValueError(f"a layer of K = {K} rows does not fit into the R = {R} of the table")
+    check_groups(sizes)
+    if sizes["K"] > sizes["R"]:
+        raise ValueError(
+            f"a layer of K = {sizes['K']} rows does not fit into the R = {sizes['R']} of the table"
+        )

@@ -1,5 +1,6 @@
 """Broken and hostile checkpoints: one clear error each, and nothing written."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -9,15 +10,20 @@ import sys
 import zipfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.interop import huggingface
 from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source
 from dmc_jax.interop.output import new_folder
+from dmc_jax.interop.parameters import frequency_notes
+from dmc_jax.interop.source import Tensor
+from dmc_jax.model.presets import PRESETS
 from tests.interop.checkpoint_files import (
     header_of,
     write_checkpoint,
@@ -187,6 +193,21 @@ def stored_frequencies_of_another_base_are_said_test(tmp_path):
     assert notes(10_000.0) == []
     (note,) = notes(500_000.0)
     assert "model.layers.1.self_attn.rotary_emb.inv_freq" in note and "rope_theta 10000" in note
+
+
+@pytest.mark.parametrize("name", ["decoder.rotary_pos_emb.inv_freq", "rope.freqs"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def frequencies_of_the_config_are_known_by_their_names_elsewhere_and_dtypes_test(name, dtype):
+    config = dataclasses.replace(PRESETS["llama3_8b"], head_dim=16)
+    scaled = np.asarray(rotary_frequencies(16, config.rope_theta, config.rope_scaling))
+    unscaled = np.asarray(rotary_frequencies(16, config.rope_theta))
+
+    def notes(array):
+        return frequency_notes(config, {name: Tensor(array.shape, array.dtype, lambda: array)})
+
+    assert notes(scaled.astype(dtype)) == notes(unscaled.astype(dtype)) == ()
+    assert len(notes((2 * scaled).astype(dtype))) == len(notes(scaled[:-1])) == 1
+    assert frequency_notes(config, {name: b"no tensor", "lm_head.weight": None}) == ()
 
 
 # ---- the index --------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def every_tensor_comes_back_bit_for_bit_test(tmp_path, shards, embedding_axis, d
         state["rope.freqs"] = np.ones(3, np.float32)
     source = open_meta(write(tmp_path / "model", states, vocab_size=-1))
     assert_same_bits(source.tensors, weights)
+    assert any("frequencies (rope.freqs)" in note for note in source.notes)
     assert (source.format, source.policy) == ("meta", Dense())
     c = source.config
     assert (c.vocab_size, c.width, c.layers, c.mlp_width) == (20, 16, 2, 24)

@@ -116,7 +116,7 @@ def a_contender_is_built_with_the_settings_it_is_given_and_is_right_test(
     out = contender.call(pages.q, contender.shared, contender.sets[0])
     block, programs = settings.block(32, 2), 3 * target.current().cores
     assert built[0] == (1, 2, block, (programs,))
-    assert block != settings_for(implementation, "any").block(32, 2)
+    assert block != settings_for("any").block(32, 2)
     check(out, SMALL, pages)
 
 
@@ -210,7 +210,7 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
     tmp_path, monkeypatch
 ):
     kept = dataclasses.asdict(CANDIDATES[0])
-    default = {"triton": kept}
+    default = {"decode_attention": kept}
     (tmp_path / "default.json").write_text(json.dumps(default))
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     tuning._read.cache_clear()
@@ -225,7 +225,7 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
 
     monkeypatch.setattr(bench, "measure", measure)
     file, tried = bench.tune(
-        *(("triton", "xla"), 1e9),
+        1e9,
         until=np.inf,
         cases=(SMALL,),
         candidates=CANDIDATES[:4],
@@ -234,9 +234,9 @@ def tuning_builds_with_every_candidate_and_keeps_the_fastest_that_is_right_test(
     assert [row["microseconds"] for row in tried] == [9.0, 8.0, 6.0]  # the wrong one has no time
     assert tried[0].items() >= (vars(CANDIDATES[0]) | vars(SMALL)).items()
     kept = json.loads(file.read_text())
-    assert Settings(**kept["triton"]) == CANDIDATES[3]
-    assert kept.keys() == {"source", "triton"}  # the other was not timed
-    assert settings_for("triton", jax.devices()[0].device_kind) == CANDIDATES[3]
+    assert Settings(**kept["decode_attention"]) == CANDIDATES[3]
+    assert kept.keys() == {"source", "decode_attention"}
+    assert settings_for(jax.devices()[0].device_kind) == CANDIDATES[3]
     tuning._read.cache_clear()
 
 

@@ -434,7 +434,7 @@ def a_state_that_breaks_the_contract_is_refused_test(field, change, complaint):
 @pytest.mark.parametrize(
     "index, change, complaint",
     [
-        (0, lambda x: x[:, 1:], "q must have as many heads for each of the K = 2 rows, got N = 7"),
+        (0, lambda x: x[:, 1:], "7 query heads cannot share 2 KV heads"),
         (0, lambda x: x.astype(jnp.bfloat16), "q must be float32, got bfloat16"),
         (1, lambda x: x[0], r"k_t must be \[seats K H\], got shape \(2, 64\)"),
         (2, lambda x: x[:, :1], r"v_t must be of shape \(3, 2, 64\), got \(3, 1, 64\)"),

@@ -18,7 +18,7 @@ from pallas_kernels.decode_attention.triton import (  # noqa: E402
 )
 from tests.pallas_kernels.compiled import SHARED, compile_kernel  # noqa: E402
 
-DEFAULT = settings_for("triton", "no such device")
+DEFAULT = settings_for("no such device")
 
 # How many programs there are does not change the kernel.
 VARIANTS = {(s.block_bytes, s.warps, s.stages): s for s in CANDIDATES}.values()
