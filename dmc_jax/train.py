@@ -5,6 +5,8 @@ the config, the data or the checkpoint; 1: a failure such as a full disk; 130: i
 checkpoint. Run the same command again to go on.
 """
 
+import logging as standard_logging
+
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -34,6 +36,7 @@ flags.FLAGS["config"].parser = _ConfigParser()
 def main() -> None:
     """Train, then write the report."""
     logging.set_verbosity(logging.INFO)
+    standard_logging.getLogger("jax").setLevel("WARNING")  # it tells of backends that it lacks
     if _CONFIG.value is None:
         raise UserError("--config is missing: give the path or the name of one, --config=tiny_4x")
     run = from_dict(RunConfig, _CONFIG.value.to_dict())
