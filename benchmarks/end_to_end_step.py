@@ -32,7 +32,7 @@ DTYPE = "bfloat16"
 POINTS, WEIGHTS = (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6)  # Simpson's rule
 # An offset of 0, since the merge logits of random weights are symmetric around minus the offset.
 SETTINGS = DMCSettings(window=12, offset=0.0)
-_MEASURED = Path(__file__).with_name("demo_cpu.json")
+_MEASURED = Path(__file__).with_name("head_ratios.json")
 _BLOCK_PAGES = 2**12  # random pages, which the pool repeats
 _BISECTIONS = 10
 _WARM_UP = 2
@@ -109,9 +109,7 @@ def slots_per_token(config: ModelConfig, ratio: float) -> np.ndarray:
     """Of every row, [R], with mean 1 / ratio; see the top of this file."""
     if ratio == 1:
         return np.ones(config.kv_rows)
-    rows = json.loads(_MEASURED.read_text())["rows"]
-    ratios = next(row["ratio_by_head"] for row in rows if row["name"] == "DMC")
-    measured = 1 / np.concatenate(ratios)
+    measured = 1 / np.concatenate(json.loads(_MEASURED.read_text())["ratio_by_head"])
     rng = np.random.default_rng(0)
     slots = np.concatenate(
         [rng.permutation(np.resize(measured, heads)) for heads in config.kv_heads_by_layer]
