@@ -12,8 +12,8 @@ there the prompts of the largest batch are read first, one after the other, as t
 The weights are random, made on the device in bfloat16 a matrix at a time. What they would decide
 says nothing of a trained model, so rows are given the lengths that they would have in one. The demo
 measured the ratio of every layer and KV head of a model trained for 4x (`head_ratios.json`, 16 of
-them, 1.3x to 18x). Every layer here gets these heads' slots per token, as often as it takes, in random
-order, scaled so that their mean is one over the ratio asked for (for 8x: half of what was
+them, 1.3x to 18x). Every layer here gets these heads' slots per token, as often as it takes, in
+random order, scaled so that their mean is one over the ratio asked for (for 8x: half of what was
 measured). After n tokens a row has that many slots times n; sequences are alike. The pages are full
 of random keys and values and lie in random order over the pool.
 

@@ -323,7 +323,7 @@ def evaluated(params, config, settings, tokens, threshold):
 
 def read_prompts(tiny_model, prompts, cache, where, **changes):
     options = {"policy": DMC(DMCSettings(offset=0.0)), "chunk": CHUNK} | changes
-    prompts = [np.asarray(prompt) for prompt in prompts]
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     return prefill.prefill(*tiny_model, cache, prompts, where, **options)
 
 
