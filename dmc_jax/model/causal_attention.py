@@ -3,7 +3,7 @@
 import functools
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.errors import UserError
@@ -11,7 +11,7 @@ from pallas_kernels.causal_attention import api as kernels
 
 
 def choose_attention(
-    implementation: str = "auto", *, block: int = 256, mesh: Mesh | None = None
+    implementation: str = "auto", *, block: int = 256, mesh: Mesh | AbstractMesh | None = None
 ) -> CausalAttention:
     """Pick who attends; equal arguments give the same function, so that jit knows it again.
 
@@ -38,7 +38,7 @@ def choose_attention(
 
 
 def evaluation_attention(
-    trained_with: str, block: int, mesh: Mesh | None = None
+    trained_with: str, block: int, mesh: Mesh | AbstractMesh | None = None
 ) -> CausalAttention:
     """Pick who attends on a machine that may not be that of training.
 
@@ -62,7 +62,7 @@ def _by_kernels(implementation: str) -> CausalAttention:
 
 
 @functools.cache
-def _split_over(mesh: Mesh, attention: CausalAttention) -> CausalAttention:
+def _split_over(mesh: Mesh | AbstractMesh, attention: CausalAttention) -> CausalAttention:
     """The same attention, every device with its own sequences and heads."""
 
     def attend(q, k, v, key_bias=None, *, scale, segment_ids=None):
