@@ -53,6 +53,7 @@ class Engine:
         kv_bytes: int | None = None,
         page_size: int = 16,
         max_length: int | None = None,
+        chunk: int | None = None,
         dtype: str = "float32",
     ):
         """Allocate the cache.
@@ -67,11 +68,14 @@ class Engine:
             kv_bytes: the pool's size in bytes instead of pages.
             page_size: slots per page, a power of two of 8 or more.
             max_length: tokens of a prompt and its continuation; None: what the model knows.
+            chunk: tokens of prompts that a step reads at most, a power of two of 16 or more:
+                between two tokens nobody waits for more. None: 512, on a GPU 1,024.
             dtype: of the forward pass, keys and values: float32 or bfloat16.
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
-                sequence, a length that the model does not know, or what `paged_cache.init` refuses.
+                sequence, a length that the model does not know, a bad `chunk`, or what
+                `paged_cache.init` refuses.
         """
         self.config, self.tokenizer = config, tokenizer
         self.max_sequences, self.page_size = max_sequences, page_size
@@ -96,6 +100,7 @@ class Engine:
             pages=pages,
             kv_bytes=kv_bytes,
             max_length=self.max_length,
+            chunk=chunk,
         )
         self._ids = 0
         self._inboxes: dict[int, collections.deque[Event]] = {}  # of sequences that a stream reads
@@ -131,7 +136,7 @@ class Engine:
             budget: slots of a row, for "tova".
             threshold: merge logit above which "dmc" merges; None: that of training.
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
-            options: `page_size`, `max_length` of the engine.
+            options: `page_size`, `max_length`, `chunk` of the engine.
 
         Raises:
             UserError: no checkpoint there, another tokenizer, an unknown policy, or as for an
@@ -261,10 +266,10 @@ class Engine:
         return self.resume(self.snapshot(sequence), params)
 
     def step(self) -> list[Event]:
-        """Admit what fits, and give every running sequence its next token.
+        """Admit what fits, read on in prompts, and give every other sequence its next token.
 
-        A sequence that joins gets two. After an interruption (Ctrl-C) the engine can go on: what
-        ran is read again.
+        A sequence whose prompt is read to its end gets two. After an interruption (Ctrl-C) the
+        engine can go on: what ran is read again.
 
         Returns:
             What happened since the last step, in order.

@@ -86,38 +86,94 @@ def prefill(
     Raises:
         UserError: an empty prompt, a seat that does not exist or comes twice, a bad `chunk`.
     """
-    if chunk is None:
-        chunk = 1024 if jax.default_backend() == "gpu" else 512
+    chunk = usual_chunk() if chunk is None else chunk
     _check(cache, prompts, seats, chunk)
     B = _power_of_two(len(prompts))
-    lengths = np.zeros(B, np.int32)
-    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     # The seat after the last: rows that fill up the batch.
     where = np.full(B, cache.position.size, np.int32)
     where[: len(prompts)] = seats
     last = None
-    for start in range(0, lengths.max(), chunk):
-        counts = np.clip(lengths - start, 0, chunk)
-        tokens = np.zeros((B, min(chunk, _bucket(counts.max()))), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=False):
-            part = prompt[start : start + chunk]
-            row[: len(part)] = part
-        x, cache = run_layers(
-            *(params, config, tokens, cache),
-            make_attend=attend_chunk,
-            inputs={"policy": policy, "counts": counts, "seats": where},
-            dtype=dtype,
+    for start in range(0, max(map(len, prompts)), chunk):
+        parts = [prompt[start : start + chunk] for prompt in prompts]
+        parts += [()] * (B - len(prompts))
+        width = chunk_width(max(map(len, parts)), chunk)
+        cache, x = read_chunk(
+            *(params, config, cache, parts, where), width=width, policy=policy, dtype=dtype
         )
-        cache, last = _end_chunk(cache, x, counts, where, last)
+        read = np.array([len(part) > 0 for part in parts])
+        last = x if last is None else jnp.where(read[:, None], x, last)
     return cache, logits_of(params, config, last)[: len(prompts)]
 
 
+def usual_chunk() -> int:
+    """Tokens of a prompt per pass: as many as pay for the pass over the weights, and no more."""
+    return 1024 if jax.default_backend() == "gpu" else 512
+
+
+def chunk_width(tokens: int, chunk: int) -> int:
+    """Tell to how many tokens a pass of so many is padded: 32, 128, 512, ..., `chunk` at most."""
+    size = _SMALLEST_BUCKET
+    while size < tokens:
+        size *= _BUCKET_STEP
+    return min(size, chunk)
+
+
+def check_chunk(chunk: int) -> None:
+    """Refuse a number of tokens per pass that is no power of two, or too small.
+
+    Raises:
+        UserError: it is.
+    """
+    if chunk < _SMALLEST_CHUNK or chunk & (chunk - 1):
+        raise UserError(
+            f"prefill: chunk must be a power of two, {_SMALLEST_CHUNK} or more, got {chunk}"
+        )
+
+
+def read_chunk(
+    params: Any,
+    config: ModelConfig,
+    cache: PagedCache,
+    parts: Sequence[Sequence[int] | Integer[np.ndarray, "_"]],
+    seats: Int[np.ndarray, " B"],
+    *,
+    width: int,
+    policy: Policy,
+    dtype: str,
+) -> tuple[PagedCache, Float[Array, "B D"]]:
+    """Let sequences read some tokens more, in one pass. Compiles for every B and width.
+
+    Args:
+        params: of the model.
+        config: its sizes.
+        cache: given up.
+        parts: token ids of each sequence, `width` at most, perhaps none.
+        seats: of the sequences, all different; one that the cache does not have fills up the batch.
+        width: of the pass in tokens, a power of two.
+        policy: that the cache was made for.
+        dtype: of the forward pass.
+
+    Returns:
+        (the cache with the tokens, the residual stream at each sequence's last token).
+    """
+    counts = np.array([len(part) for part in parts], np.int32)
+    tokens = np.zeros((len(parts), width), np.int32)
+    for row, part in zip(tokens, parts, strict=True):
+        row[: len(part)] = part
+    x, cache = run_layers(
+        *(params, config, tokens, cache),
+        make_attend=attend_chunk,
+        inputs={"policy": policy, "counts": counts, "seats": seats},
+        dtype=dtype,
+    )
+    return _end_chunk(cache, x, counts, seats)
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
-def _end_chunk(cache, x, counts, seats, last):
-    """Move the positions on; also the residual stream [B, D] at each row's last token so far."""
+def _end_chunk(cache, x, counts, seats):
+    """Move the positions on; also the residual stream [B, D] at each row's last token."""
     position = cache.position.at[seats].add(counts, mode="drop")
     x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    x = x if last is None else jnp.where(counts[:, None] > 0, x, last)
     return dataclasses.replace(cache, position=position), x
 
 
@@ -323,13 +379,6 @@ def _attend_block(
 # ---- what comes in ----------------------------------------------------------------------------
 
 
-def _bucket(tokens: int | np.integer) -> int:
-    size = _SMALLEST_BUCKET
-    while size < tokens:
-        size *= _BUCKET_STEP
-    return size
-
-
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is not below `n` >= 1."""
     return 1 << (int(n) - 1).bit_length()
@@ -343,7 +392,4 @@ def _check(cache, prompts, seats, chunk) -> None:
         raise UserError(f"prefill: {len(prompts)} prompts but {len(seats)} seats for them")
     if len(set(seats)) != len(seats) or not all(0 <= s <= last for s in seats):
         raise UserError(f"prefill: expected different seats from 0 to {last}, got {list(seats)}")
-    if chunk < _SMALLEST_CHUNK or chunk & (chunk - 1):
-        raise UserError(
-            f"prefill: chunk must be a power of two, {_SMALLEST_CHUNK} or more, got {chunk}"
-        )
+    check_chunk(chunk)

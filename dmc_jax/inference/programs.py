@@ -15,7 +15,7 @@ from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.inference.layers import logits_of, run_layers
 from dmc_jax.inference.paged_cache import PagedCache, pages_for_one_token, pages_of
-from dmc_jax.inference.prefill import prefill
+from dmc_jax.inference.prefill import chunk_width, read_chunk
 from dmc_jax.inference.requests import Request, Usage
 from dmc_jax.inference.sampling import (
     SamplingArrays,
@@ -114,43 +114,45 @@ def widen(batch: Batch, policy: Policy, room: int) -> Batch:
     return dataclasses.replace(batch, cache=dataclasses.replace(batch.cache, page_table=table))
 
 
-def read_prompt(
+def read_prompts(
     params: Any,
     config: ModelConfig,
     batch: Batch,
-    request: Request,
+    parts: Sequence[tuple[Request, int]],
     *,
+    chunk: int,
     policy: Policy,
     dtype: str,
-) -> tuple[Batch, Int[Array, ""]]:
-    """Read a sequence, what it has said included, and choose the token after it.
-
-    One at a time, so that what a prompt gives does not depend on the others' lengths.
+) -> tuple[Batch, Int[Array, " B"]]:
+    """Read some tokens more of sequences, what they have said included, in one pass.
 
     Args:
         params: of the model.
         config: its sizes.
         batch: given up.
-        request: its seat is empty.
+        parts: each sequence, and how many of its tokens the cache has; all of one width.
+        chunk: tokens of a sequence that a pass reads at most.
         policy: that the batch was made for.
         dtype: of the forward pass.
 
     Returns:
-        (the batch, the token, which means nothing if the sequence `failed`).
+        (the batch, the token that follows each, which means nothing if the sequence `failed`, or
+        has tokens left to read).
     """
-    tokens = [*request.prompt, *request.tokens]
-    cache, logits = prefill(
-        params,
-        config,
-        batch.cache,
-        [tokens],
-        [request.seat],
+    known = [(*request.prompt, *request.tokens) for request, _ in parts]
+    read = [tokens[begin : begin + chunk] for tokens, (_, begin) in zip(known, parts, strict=True)]
+    seats = np.array([request.seat for request, _ in parts], np.int32)
+    cache, x = read_chunk(
+        *(params, config, batch.cache, read, seats),
+        width=chunk_width(max(map(len, read)), chunk),
         policy=policy,
         dtype=dtype,
     )
-    numbers = stack_params([request.params]), np.array([len(request.tokens)], np.int32)
-    seen = _mark(config, tokens)
-    seen, chosen = _first_token(batch.seen, np.int32(request.seat), seen, logits, *numbers)
+    sampling = stack_params([request.params for request, _ in parts])
+    index = np.array([len(request.tokens) for request, _ in parts], np.int32)
+    seen = np.stack([_mark(config, tokens) for tokens in known])
+    logits = logits_of(params, config, x)
+    seen, chosen = _first_tokens(batch.seen, seats, seen, logits, sampling, index)
     return Batch(cache, seen), chosen
 
 
@@ -177,9 +179,9 @@ def _mark(config: ModelConfig, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
 
 
 @functools.partial(jax.jit, donate_argnames="all_seen")
-def _first_token(all_seen, seat, seen, logits, sampling, index):
-    chosen = sample(logits, sampling, token_keys(sampling.seed, index), seen[None])[0]
-    return all_seen.at[seat].set(seen.at[chosen].set(True)), chosen
+def _first_tokens(all_seen, seats, seen, logits, sampling, index):
+    seen, chosen = choose_tokens(seen, logits, sampling, index)
+    return all_seen.at[seats].set(seen), chosen
 
 
 def columns(

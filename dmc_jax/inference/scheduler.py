@@ -4,6 +4,9 @@ Pages are promised to nobody: a sequence is admitted if what its prompt should t
 compression measured so far, is free, and when a step could run out of pages the youngest sequence
 gives its own back and waits to be read again. Since each token depends on its sequence alone (for a
 drawn one, on seed and index), it then goes on as before.
+
+Prompts are read in parts, some between every two tokens of those that go on: how long a prompt is,
+nobody else has to wait for. Parts that are padded to the same width share a pass.
 """
 
 import collections
@@ -18,6 +21,7 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import RunFailure
 from dmc_jax.inference import programs
+from dmc_jax.inference.prefill import check_chunk, chunk_width, usual_chunk
 from dmc_jax.inference.programs import Tally
 from dmc_jax.inference.requests import Event, Request, finish, take_token
 from dmc_jax.inference.snapshot import CachedRows, copy_out
@@ -41,6 +45,7 @@ class Scheduler:
         seats: int,
         page_size: int,
         max_length: int,
+        chunk: int | None = None,
         **pool: int | None,
     ):
         """Allocate the cache.
@@ -54,11 +59,14 @@ class Scheduler:
             seats: sequences that run at a time.
             page_size: slots per page.
             max_length: tokens of a sequence.
+            chunk: tokens of prompts that a step reads at most; None: as many as `prefill` usually.
             pool: `pages` and `kv_bytes`, as in `programs.init`.
 
         Raises:
-            UserError: as in `programs.init`.
+            UserError: as in `programs.init`, or a bad `chunk`.
         """
+        self._chunk = usual_chunk() if chunk is None else chunk
+        check_chunk(self._chunk)
         params = unstack_layers(params, config, jnp.dtype(dtype))
         params = jax.tree.map(jnp.asarray, params)
         # Loaded parameters are bound to their device, fresh arrays to none, and a program is
@@ -81,6 +89,7 @@ class Scheduler:
         self._max_length, self._room = max_length, min(max_length, _ROOM)
         self._queue: collections.deque[Request] = collections.deque()  # by age
         self._seats: list[Request | None] = [None] * seats
+        self._unread: dict[Request, int] = {}  # those in the cache that are read, and how far
         self._events: list[Event] = []  # that the next step reports
         self._reset()
 
@@ -113,7 +122,7 @@ class Scheduler:
 
     def rows(self, request: Request) -> CachedRows | None:
         """Copy what a request has in the cache, or will put there; None: it is to be read."""
-        if request.seat is None:
+        if request.seat is None or request in self._unread:
             return request.rows
         return copy_out(self._batch.cache, request.seat)
 
@@ -123,7 +132,7 @@ class Scheduler:
         self._events.append(finish(request, reason, self._tokenizer))
 
     def step(self) -> list[Event]:
-        """Admit what fits, and give every running sequence its next token.
+        """Admit what fits, read on in its prompts, and give every other sequence its next token.
 
         After an interruption (Ctrl-C) it can go on: what ran is read again.
 
@@ -131,9 +140,9 @@ class Scheduler:
             What happened since the last step, in order.
         """
         try:
-            self._admit()
+            self._read_prompts()
             self._make_room()
-            if self.running():
+            if self._speaking():
                 self._decode()
         except BaseException:
             # The cache was perhaps given up and not replaced.
@@ -147,7 +156,7 @@ class Scheduler:
     def _reset(self) -> None:
         for request in reversed(self.running()):
             self._requeue(request)
-        self._seats = [None] * len(self._seats)
+        self._seats, self._unread = [None] * len(self._seats), {}
         self._leaving = np.zeros(len(self._seats), bool)  # seats that are to be emptied
         self._counts: Tally | None = None  # None: the cache has changed since
         self._batch = jax.device_put(self._empty_batch(room=self._room), self._device)
@@ -157,6 +166,7 @@ class Scheduler:
             # Emptied when the engine next counts: ending a sequence never waits for the device.
             self._seats[request.seat], self._leaving[request.seat] = None, True
             request.seat = None
+            self._unread.pop(request, None)
         elif request in self._queue:
             self._queue.remove(request)
 
@@ -164,47 +174,106 @@ class Scheduler:
         self._leave(request)
         self._queue.appendleft(request)
 
+    def _speaking(self) -> list[Request]:
+        return [request for request in self.running() if request not in self._unread]
+
     def _may_take(self) -> int:  # pages, in the next step
-        return int(sum(self.tally().may_take[request.seat] for request in self.running()))
+        return int(sum(self.tally().may_take[request.seat] for request in self._speaking()))
 
     # ---- one step -----------------------------------------------------------------------------
 
+    def _read_prompts(self) -> None:
+        """Admit what fits, and read parts of prompts that make up a chunk, or the first of them."""
+        left = self._chunk
+        while True:
+            self._admit()
+            parts, width = self._next_parts(left)
+            if not parts:
+                return
+            self._read(parts)
+            left -= width * len(parts)
+
     def _admit(self) -> None:
         while self._queue and None in self._seats and self._fits(self._queue[0]):
-            self._join(self._queue[0], self._seats.index(None))
+            request, seat = self._queue[0], self._seats.index(None)
+            self.tally()  # which empties the seat
+            self._queue.popleft()
+            self._seats[seat], request.seat = request, seat
+            if request.rows is None:
+                self._unread[request] = 0
+                continue
+            self._batch, self._counts = programs.put_back(self._config, self._batch, request), None
+            if not self._sent_away(request):
+                request.rows = None
 
     def _fits(self, request: Request) -> bool | np.bool_:
         if not self.running():
             return True  # nobody can give it more than all
         counts = self.tally()
-        slots_per_token = counts.slots.sum() / counts.position.sum()
+        still = sum(
+            max(0.0, self._pages_of(other) - counts.pages[other.seat]) for other in self._unread
+        )
+        wanted = max(self._pages_of(request), request.pages_wanted)
+        return still + wanted + self._may_take() <= counts.free
+
+    def _pages_of(self, request: Request) -> float:
+        """Expect so many pages to be taken by what is known of a sequence."""
+        counts = self.tally()
+        read = counts.position.sum()
+        slots_per_token = counts.slots.sum() / read if read else self._config.kv_rows
         tokens = len(request.prompt) + len(request.tokens)
         # Every row begins a page that it does not fill.
         expected = tokens * slots_per_token / self._page_size + self._config.kv_rows
         _, rows, most = self._batch.cache.page_table.shape
-        expected = min(expected, rows * most)
-        return max(expected, request.pages_wanted) + self._may_take() <= counts.free
+        return min(expected, rows * most)
 
-    def _join(self, request: Request, seat: int) -> None:
-        free = int(self.tally().free)
-        self._queue.popleft()
-        self._seats[seat], request.seat = request, seat
-        self._counts, token = None, None
-        if request.rows is not None:
-            self._batch = programs.put_back(self._config, self._batch, request)
-        else:
-            self._batch, token = programs.read_prompt(
-                self._params, self._config, self._batch, request, **self._options
-            )
-        if not self.tally().failed[seat]:
-            request.rows = None
-            if token is not None:
+    def _next_parts(self, left: int) -> tuple[list[tuple[Request, int]], int]:
+        """Choose who reads in the next pass: the oldest, and others of equal width beside it.
+
+        Their number is a power of 4, so that few shapes ever compile and no row is padding.
+
+        Returns:
+            (who and from which token on, the width); nobody where `left` tokens are too few.
+        """
+        parts = sorted(self._unread.items(), key=lambda part: part[0].id)
+        widths = [
+            chunk_width(len(request.prompt) + len(request.tokens) - begin, self._chunk)
+            for request, begin in parts
+        ]
+        equal = [part for part, width in zip(parts, widths, strict=True) if width == widths[0]]
+        most = min(len(equal), left // widths[0]) if parts else 0
+        if not most:
+            return [], 0
+        return equal[: 4 ** ((most.bit_length() - 1) // 2)], widths[0]
+
+    def _read(self, parts: list[tuple[Request, int]]) -> None:
+        self.tally()  # which empties the seats of those who left
+        self._counts = None
+        self._batch, chosen = programs.read_prompts(
+            *(self._params, self._config, self._batch, parts), chunk=self._chunk, **self._options
+        )
+        for (request, begin), token in zip(parts, jax.device_get(chosen), strict=True):
+            if request not in self._unread or self._sent_away(request):
+                continue
+            self._unread[request] = begin + self._chunk
+            if self._unread[request] >= len(request.prompt) + len(request.tokens):
+                del self._unread[request]
                 self._take(request, int(token))
-        elif len(self.running()) == 1:
+
+    def _sent_away(self, request: Request) -> bool:
+        """Let a sequence wait that found no pages in the cache, and the younger ones behind it."""
+        counts = self.tally()
+        if not counts.failed[request.seat]:
+            return False
+        if len(self.running()) == 1:
             self.end(request, "pages")
-        else:
-            request.pages_wanted = free + 1
-            self._requeue(request)
+            return True
+        # With what it may have had it would fail again.
+        request.pages_wanted = int(counts.free + counts.pages[request.seat]) + 1
+        for other in reversed(self.running()):
+            if other.id >= request.id:
+                self._requeue(other)
+        return True
 
     def _make_room(self) -> None:
         """Send the youngest away until the next step cannot run out of pages."""
@@ -217,12 +286,14 @@ class Scheduler:
 
     def _decode(self) -> None:
         self.tally()  # which empties the slots of those who left
-        columns = programs.columns(self._seats)
+        columns = programs.columns(
+            [None if request in self._unread else request for request in self._seats]
+        )
         self._batch, chosen, counts = programs.next_tokens(
             self._params, self._config, self._batch, *columns, **self._options
         )
         chosen, self._counts = jax.device_get((chosen, counts))
-        for request in self.running():
+        for request in self._speaking():
             if self._counts.failed[request.seat]:
                 # There was room for all but a single sequence, which has the whole pool.
                 self.end(request, "pages")

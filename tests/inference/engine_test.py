@@ -215,7 +215,7 @@ def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
         else:
             assert what_was_said(results[one]) == what_was_said(expected)
     assert engine.free_pages == TINY
-    assert layers._run_layer._cache_size() - compiled <= 2  # a prompt's bucket, a step
+    assert layers._run_layer._cache_size() - compiled <= 3  # one prompt, four, a step
 
 
 def a_program_is_compiled_once_a_shape_of_loaded_parameters_test(tiny_model, caplog):
@@ -256,6 +256,78 @@ def an_interrupted_engine_goes_on_where_it_was_test(roomy, alone, monkeypatch):
     said = [what_was_said(results[first + number]) for number in range(6)]
     assert said == list(map(what_was_said, alone(prompts, params)))
     assert [event for event in stream if event.finish_reason]  # which had its own copy
+
+
+# ---- prompts in parts -------------------------------------------------------------------------
+
+
+def a_long_prompt_keeps_nobody_waiting_test(tiny_model, alone):
+    engine = build_engine(tiny_model, pages=10_000, chunk=16)
+    [short], long = some_prompts(1, seed=3, longest=10), [1, *[5, 9, 30] * 30]
+    first = engine.submit(short, greedy(20))
+    engine.step()
+    second = engine.submit(long, greedy(4))
+    steps = [[]]
+    while second not in steps[-1]:
+        steps.append([event.sequence for event in engine.step()])
+        assert engine.running == [first, second]
+    # While 16 tokens are read, who runs says one; the other says two at its prompt's end.
+    assert steps[1:] == [[first]] * (len(long) // 16) + [[second, first, second]]
+    expected = list(map(what_was_said, alone([short, long], [greedy(20), greedy(4)])))
+    assert results_of(engine, first, second) == expected
+
+
+def prompts_of_one_width_are_read_in_one_pass_test(tiny_model, alone, monkeypatch):
+    passes, read = [], programs.read_prompts
+
+    def counted(params, config, batch, parts, **options):
+        passes.append([request.id for request, _ in parts])
+        return read(params, config, batch, parts, **options)
+
+    monkeypatch.setattr(programs, "read_prompts", counted)
+    engine = build_engine(tiny_model, pages=10_000, max_sequences=8)
+    prompts = [[1, *range(3, 3 + more)] for more in (4, 7, 40, 20, 30, 9, 45)]
+    params = [greedy(3)] * len(prompts)
+    results = engine.generate(prompts, params)
+    # 32 tokens or fewer: 0, 1, 3, 4 and 5; more: 2 and 6.
+    assert passes == [[0, 1, 3, 4], [2], [5], [6]]
+    assert list(map(what_was_said, results)) == list(map(what_was_said, alone(prompts, params)))
+
+
+def a_prompt_that_finds_no_page_beside_others_is_read_again_test(
+    tiny_model, departures, monkeypatch
+):
+    """Whoever is admitted by too low a guess."""
+    options = {"policy": Dense(0.0), "max_sequences": SEATS, "chunk": 16}
+    prompts = [[1, *range(3, 3 + more)] for more in (20, 11, 25)]
+    params = [greedy(6)] * 3
+    roomy = build_engine(tiny_model, pages=10_000, **options)
+    expected = [roomy.generate([prompt], greedy(6))[0] for prompt in prompts]
+    monkeypatch.setattr(Scheduler, "_fits", lambda self, request: True)
+    engine = build_engine(tiny_model, pages=5 * ROWS, **options)
+    ids = [engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
+    said = results_of(engine, *ids)
+    assert departures and said == list(map(what_was_said, expected))
+    assert engine.free_pages == 5 * ROWS
+
+
+def a_sequence_may_end_or_be_copied_while_its_prompt_is_read_test(tiny_model, alone):
+    engine = build_engine(tiny_model, pages=10_000, chunk=16)
+    free, prompt = engine.free_pages, [1, *[5, 9, 30] * 20]
+    [expected] = map(what_was_said, alone([prompt], [greedy(4)]))
+    sequence = engine.submit(prompt, greedy(4))
+    assert engine.step() == [] and engine.running == [sequence]
+    fork = engine.fork(sequence)
+    engine.step()
+    engine.cancel(sequence)
+    assert results_of(engine, sequence, fork)[1] == expected
+    assert engine.free_pages == free
+
+
+@pytest.mark.parametrize("chunk", [8, 24, 0])
+def a_chunk_is_a_power_of_two_test(tiny_model, chunk):
+    with pytest.raises(UserError, match="chunk must be a power of two, 16 or more"):
+        build_engine(tiny_model, chunk=chunk)
 
 
 # ---- pages ------------------------------------------------------------------------------------
@@ -527,9 +599,9 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
     sequence = engine.submit(first, params)
     run_until(engine, sequence, 11)
     engine.snapshot(sequence).save(tmp_path / "sequence.npz")
-    read = programs.read_prompt
+    read = programs.read_prompts
     try:
-        programs.read_prompt = None  # what follows must not read a prompt again
+        programs.read_prompts = None  # what follows must not read a prompt again
         fork = engine.fork(sequence)
         assert results_of(engine, sequence, fork) == [expected, expected]
         elsewhere = make()
@@ -537,7 +609,7 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
         restored = elsewhere.resume(load_snapshot(tmp_path / "sequence.npz"))
         assert results_of(elsewhere, restored) == [expected]
     finally:
-        programs.read_prompt = read
+        programs.read_prompts = read
     assert elsewhere.free_pages == free
 
 
