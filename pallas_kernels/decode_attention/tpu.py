@@ -11,7 +11,8 @@ matter whose rows they are: a short row costs no wait of its own.
 Lengths lie in SMEM as a whole. Page tables may be larger than it and stay in HBM, from where 128
 ids, one line of memory, are copied a block. Of a block only the pages in use are copied, each by a
 transfer of its own: a TPU wants pages of 64 slots and more. The G queries of a row are padded to 8,
-the sublanes of a register.
+the sublanes of a register. Where H is a multiple of 128, a register's lanes, the pool is read where
+it lies; for others XLA lays it out in its own way and copies it whole in every call.
 
 JAX ships paged attention for TPUs too. `paged_attention` copies the pages behind a row's last as
 well, whatever their ids, lets NaN through from slots that no row uses, rounds float32 keys and
@@ -134,9 +135,7 @@ def _attend_rows(
         return pl.cdiv(jnp.minimum(lengths[row] - block * slots, slots), page)
 
     def ids_copy(row, block):
-        return pltpu.make_async_copy(
-            table.at[row * lines + block * pages // _IDS], ids, ids_copied
-        )
+        return pltpu.make_async_copy(table.at[row * lines + block * pages // _IDS], ids, ids_copied)
 
     def page_copies(page_id, buffer, i):
         return [
