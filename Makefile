@@ -33,7 +33,8 @@ test: $(STAMP)
 
 # With JAX's CUDA plugin jax-triton can be imported, and so its kernels lowered, where there is no GPU;
 # and whole programs are compiled for one that is only described.
-# It lies apart: wherever JAX finds it, it complains on every start that there is none.
+# So they are for a TPU, by the libtpu that JAX asks for.
+# Both lie apart: wherever JAX finds them, they complain on every start that there is none.
 # Here programs are compiled as in real runs; `make test` leaves out LLVM's optimizations.
 test-all: $(STAMP)
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
@@ -43,6 +44,10 @@ test-all: $(STAMP)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
 	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/lowering_test.py \
 	  tests/pallas_kernels/cache_update/compile_test.py tests/pallas_kernels/gpu_program_test.py
+	$(VENV_PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/libtpu "$$($(VENV_PYTHON) -c \
+	  'from importlib.metadata import requires; print(*(x.split(";")[0] for x in requires("jax") if x.startswith("libtpu")))')"
+	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/libtpu" \
+	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/tpu_program_test.py
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV_PYTHON) -m pytest $(PARALLEL)
 
 # On a machine with an NVIDIA GPU: tests of the kernels on it, then the benchmarks; docs/gpu.md.

@@ -39,7 +39,6 @@ from pallas_kernels.decode_attention.settings import CANDIDATES, Settings, setti
 
 SIZES = (8 * MB, 64 * MB, 256 * MB, 1024 * MB)
 PAGES, WIDTHS, QUERIES = (16, 64, 256), (64, 128), (1, 4, 8)
-ON_GPU = ("triton", "xla")
 _QUICK_COLD_BYTES = 2**20
 
 
@@ -224,8 +223,9 @@ def _implementations(given: str | None) -> tuple[str, ...]:
         ValueError: a name that is not known or cannot run here.
     """
     if given is None:
-        names = ON_GPU if target.current().platform == "gpu" else ("xla",)
-        return tuple(name for name in names if api.unavailable(name) is None)
+        best = api.choose(None)
+        others = set(api.IMPLEMENTATIONS.names) - {best, "reference"}
+        return best, *sorted(name for name in others if api.unavailable(name) is None)
     names = tuple(given.split(","))
     for name in names:
         try:

@@ -19,7 +19,7 @@ from pallas_kernels.contract import check_axes, check_dtypes
 from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.implementations import Implementations
 
-IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton"))
+IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton", "tpu"))
 unavailable = IMPLEMENTATIONS.unavailable
 
 SMALLEST_PAGE = 8
@@ -176,7 +176,8 @@ def choose(implementation: str | None) -> str:
 
     Args:
         implementation: one of `IMPLEMENTATIONS.names`, which never falls back to another; None: on
-            an NVIDIA GPU "triton" where jax-triton is installed, elsewhere "xla".
+            an NVIDIA GPU "triton" where jax-triton is installed, elsewhere "xla", on a TPU too:
+            "tpu" runs where it is asked for, until someone has timed it on one.
 
     Raises:
         ValueError, RuntimeError: as `decode_attention`.

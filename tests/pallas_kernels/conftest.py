@@ -1,6 +1,6 @@
-"""Without a GPU, tests that are parametrised by an implementation run GPU kernels interpreted.
+"""Tests that are parametrised by an implementation run kernels on their device, where it is here.
 
-With one, they run on it.
+Elsewhere they run them interpreted.
 """
 
 import jax
@@ -20,9 +20,14 @@ def exact_products():
 
 
 @pytest.fixture(autouse=True)
-def interpreted_without_a_gpu(request, monkeypatch):
+def interpreted_without_the_device(request, monkeypatch):
     """Does nothing for other tests."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     for parameter, kernel in KERNELS.items():
         if parameters.get(parameter) == "triton":
             interpreted.let_run(kernel, parameters[parameter], monkeypatch)
+    if parameters.get("implementation") != "tpu":
+        yield
+        return
+    with interpreted.on_a_tpu(monkeypatch):
+        yield

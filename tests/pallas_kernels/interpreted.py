@@ -1,10 +1,14 @@
-"""GPU kernels on a machine without a GPU: interpreted, one program after another.
+"""Kernels on a machine without their device: interpreted, one program after another.
 
 Triton interprets every kernel of a process in which TRITON_INTERPRET is set; here one kernel at a
 time is wrapped instead, so that the same process can also compile it. Triton's interpreter expects
 torch tensors, but of what these can do it asks little enough for `_Tensor`.
+
+Pallas interprets TPU kernels itself: with the memories of a TPU, where what nobody wrote is NaN and
+what is not there cannot be read, and with copies that come when they are waited for.
 """
 
+import contextlib
 import importlib
 import threading
 from unittest import mock
@@ -13,12 +17,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import target
 from pallas_kernels.implementations import Implementations
 
 # Few cores, so that programs have several items each, and items several blocks.
 GPU = target.Target(platform="gpu", kind="interpreted", cores=2, capability=90)
+TPU = target.Target(platform="tpu", kind="interpreted", cores=1, capability=None)
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "int32": "i32"}
 
@@ -39,6 +45,19 @@ def let_run(kernel, name, monkeypatch):
     monkeypatch.setattr(target, "current", lambda: GPU)
     monkeypatch.setattr(module, "unavailable", lambda: None)
     monkeypatch.setattr(module, "launch", launch_triton)
+
+
+@contextlib.contextmanager
+def on_a_tpu(monkeypatch):
+    """Runs kernels for TPUs in this context: on a TPU as they are, else interpreted."""
+    if jax.default_backend() == "gpu":
+        pytest.skip("kernels for TPUs are interpreted on a CPU")
+    if jax.default_backend() == "tpu":
+        yield
+        return
+    monkeypatch.setattr(target, "current", lambda: TPU)
+    with pltpu.force_tpu_interpret_mode():
+        yield
 
 
 def launch_triton(

@@ -1,6 +1,7 @@
 """Every implementation against the reference; the reference against numbers worked out by hand.
 
-Without a GPU, its implementations run interpreted (see conftest), all through the same interface.
+Without a GPU or TPU, its implementations run interpreted (see conftest), all through the same
+interface.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from pallas_kernels.decode_attention.workloads import (
     ragged_lengths,
 )
 from pallas_kernels.implementations import Implementations
-from tests.pallas_kernels.interpreted import GPU
+from tests.pallas_kernels.interpreted import GPU, TPU
 
 # Relative and absolute. Both sides compute in float32, so bfloat16 only rounds the result.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -46,9 +47,20 @@ SLOW = {
     *("many_short-G1-H32-page16-float32", "boundaries-G4-H32-page8-float32"),
 }
 
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.names)
+# Interpreting a TPU takes a second a test, whatever the size.
+QUICK_ON_TPU = {
+    *("boundaries-G8-H64-page64-float32", "boundaries-G4-H64-page32-bfloat16"),
+    "roomy_table-G4-H64-page8-float32",
+}
+
+every_implementation = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "tpu" else [])
+        for name in IMPLEMENTATIONS.names
+    ],
+)
 without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-fast_implementation = pytest.mark.parametrize("implementation", FAST)
 
 
 @functools.cache
@@ -128,13 +140,17 @@ def huge_scores_do_not_overflow_test(implementation):
 # ---- every implementation against the reference -------------------------------------------------
 
 
+def is_slow(name, workload):
+    return str(workload) not in QUICK_ON_TPU if name == "tpu" else str(workload) in SLOW
+
+
 @pytest.mark.parametrize(
     "implementation, workload",
     [
         pytest.param(
             *(name, workload),
             id=f"{name}-{workload}",
-            marks=[pytest.mark.slow] if str(workload) in SLOW else [],
+            marks=[pytest.mark.slow] if is_slow(name, workload) else [],
         )
         for name in FAST
         for workload in CORRECTNESS
@@ -372,7 +388,7 @@ def an_implementation_that_cannot_give_the_weights_says_so_test(monkeypatch):
         decode_attention_and_weights(*inputs_of(RAGGED), scale=0.2, implementation="xla")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
 def an_implementation_without_plans_makes_none_and_takes_none_test(implementation):
     inputs = inputs_of(Workload("planless", (100, 3, 40), 2, 32, 16))
     options = {"longest": 112, "implementation": implementation}
@@ -454,6 +470,18 @@ def an_unknown_implementation_is_refused_and_never_replaced_test(name):
 def a_gpu_implementation_without_a_gpu_says_what_it_lacks_test():
     with pytest.raises(RuntimeError, match="'triton' .* cannot run here: .*(GPU|imported)"):
         decode_attention(*inputs_of(RAGGED), scale=1.0, implementation="triton")
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="there is a TPU")
+def a_tpu_implementation_without_a_tpu_says_what_it_lacks_test():
+    with pytest.raises(RuntimeError, match="'tpu' .* cannot run here: it needs a TPU, and JAX"):
+        decode_attention(*inputs_of(RAGGED), scale=1.0, implementation="tpu")
+
+
+def on_a_tpu_its_kernel_runs_where_it_is_asked_for_test(monkeypatch):
+    monkeypatch.setattr(target, "current", lambda: TPU)
+    assert choose(None) == "xla"
+    assert choose("tpu") == "tpu"
 
 
 def on_a_gpu_the_best_that_can_run_is_taken_test(monkeypatch):
