@@ -117,6 +117,7 @@ def make(case: Case) -> tuple[PagedCache, Read]:
         page_size=PAGE,
         max_length=longest,
         dtype=_DTYPE,
+        tokens=_DTYPE,
     )
     keys = iter(jax.random.split(jax.random.key(0), 12))
     lengths = jax.random.randint(next(keys), (seats, R), 1, _STARTS + 1)
