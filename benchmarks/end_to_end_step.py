@@ -144,6 +144,7 @@ def new_cache(setup: Setup, run: Run, batch: int, key: Array) -> PagedCache:
         page_size=setup.page,
         max_length=total,
         dtype=jnp.dtype(DTYPE),
+        tokens=jnp.dtype(DTYPE),
     )
     shape = min(batch * pages, _BLOCK_PAGES), *cache.pages.k.shape[1:]
     pools = [
@@ -324,7 +325,8 @@ def prefill_times(
     """
     # As large for all prompts and ratios: so all of a policy run the same programs.
     rows, longest = setup.config.kv_rows, setup.config.max_length
-    sizes = {"page_size": setup.page, "max_length": longest, "dtype": jnp.dtype(DTYPE)}
+    sizes = {"page_size": setup.page, "max_length": longest}
+    sizes |= dict.fromkeys(("dtype", "tokens"), jnp.dtype(DTYPE))
     pages = rows * paged_cache.pages_of(longest, setup.page)
     cache = paged_cache.init(setup.config, policy, seats=1, pages=pages, **sizes)
     prompt = np.random.default_rng(0).integers(0, setup.config.vocab_size, tokens)

@@ -54,6 +54,7 @@ def init(
     page_size: int,
     max_length: int,
     dtype: DTypeLike,
+    tokens: DTypeLike = jnp.float32,
 ) -> PagedCache:
     """Allocate an empty cache.
 
@@ -65,6 +66,7 @@ def init(
         page_size: slots per page, a power of two.
         max_length: tokens that a sequence may come to, whose slots size the page tables.
         dtype: of keys and values in the pages, float32 or bfloat16.
+        tokens: dtype in which the policy remembers tokens: that of the forward pass, or wider.
 
     Raises:
         UserError: a size below 1, or what `empty_pages` refuses.
@@ -78,7 +80,7 @@ def init(
         pages=pool,
         page_table=jnp.zeros((*rows, pages_of(longest, page_size)), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
-        state=policy.start(rows, config.head_dim),
+        state=policy.start(rows, config.head_dim, tokens),
         position=jnp.zeros(seats, jnp.int32),
         free_pages=jnp.arange(pages, dtype=jnp.int32),
         free_count=jnp.int32(pages),
@@ -91,7 +93,7 @@ def init(
 
 def first_rows(config: ModelConfig) -> Int[Array, " L"]:
     """Number the first row of every layer."""
-    return jnp.cumsum(jnp.array((0, *config.kv_heads_by_layer[:-1]), jnp.int32))
+    return jnp.asarray(np.cumsum((0, *config.kv_heads_by_layer[:-1])), jnp.int32)
 
 
 def take_rows(

@@ -81,7 +81,8 @@ def init(
     """
     if (pages is None) == (kv_bytes is None):
         raise UserError("engine: give one of pages and kv_bytes")
-    sizes = {"page_size": page_size, "max_length": room, "dtype": jnp.dtype(dtype)}
+    sizes = {"page_size": page_size, "max_length": room}
+    sizes |= dict.fromkeys(("dtype", "tokens"), jnp.dtype(dtype))
     of_cache = functools.partial(paged_cache.init, config, policy, seats=seats, **sizes)
     rows = config.kv_rows
     # Without a pool yet: it refuses sizes that the next lines could not divide by.

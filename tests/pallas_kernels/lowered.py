@@ -47,6 +47,7 @@ def empty_cache():
         page_size=PAGE,
         max_length=512,
         dtype=jnp.bfloat16,
+        tokens=jnp.bfloat16,
     )
 
 

@@ -258,6 +258,7 @@ def decoded(case, implementation):
         page_size=8,
         max_length=64,
         dtype=jnp.dtype(case.dtype),
+        tokens=jnp.dtype(case.dtype),
     )
     nan = jnp.full_like(cache.pages.k, jnp.nan)
     cache = dataclasses.replace(cache, pages=Pages(nan, nan))
