@@ -6,7 +6,6 @@ do, so its converter moved the rows of W_q and W_k, which are moved back here.
 """
 
 import collections
-import contextlib
 import os
 import re
 from pathlib import Path
@@ -74,9 +73,13 @@ def is_gguf(path: str | os.PathLike) -> bool:
     path = Path(path)
     if path.is_dir():
         return any(path.glob("*.gguf"))
-    with contextlib.suppress(OSError):
-        return path.suffix == ".gguf" or path.open("rb").read(len(MAGIC)) == MAGIC
-    return False
+    if path.suffix == ".gguf":
+        return path.is_file()
+    try:
+        with path.open("rb") as opened:
+            return opened.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def open_gguf(path: str | os.PathLike) -> Source:
