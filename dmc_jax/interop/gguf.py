@@ -6,6 +6,7 @@ do, so its converter moved the rows of W_q and W_k, which are moved back here.
 """
 
 import collections
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies
 from dmc_jax.errors import UserError
-from dmc_jax.interop.fields import Fields
+from dmc_jax.interop.fields import Fields, shown
 from dmc_jax.interop.gguf_files import MAGIC, GGUFFile, open_gguf_file
 from dmc_jax.interop.gguf_tokenizer import unpacked_tokenizer
 from dmc_jax.interop.meta import to_huggingface_order
@@ -99,13 +100,13 @@ def open_gguf(path: str | os.PathLike) -> Source:
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
     if len(stored) != sum(len(file.tensors) for file in files):
         raise UserError(f"{first.path}: two of its {len(files)} parts hold the same tensor")
-    architecture = first.metadata.get("general.architecture")
+    fields = Fields(str(first.path), first.metadata)
+    architecture = fields.text("general.architecture")
     if architecture != _ARCHITECTURE:
         raise UserError(
-            f"{first.path}: the architecture (general.architecture) is {architecture!r:.60}; only "
+            f"{first.path}: the architecture (general.architecture) is {shown(architecture)}; only "
             f"{_ARCHITECTURE!r} can be read"
         )
-    fields = Fields(str(first.path), first.metadata)
     config = _config(fields, stored)
     tokenizer, said = _tokenizer(first)
     types = collections.Counter(kind for file in files for kind in file.types.values())
@@ -142,10 +143,10 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     match = _PART_NAME.fullmatch(path.name)
     if match is None:
         file = open_gguf_file(path)
-        if (count := file.metadata.get("split.count", 1)) not in (0, 1):
+        if (count := _count(file, "split.count", 1)) > 1:
             raise UserError(
-                f"{path} is one of {count} parts (split.count), which cannot be found by its name: "
-                "expected a name as NAME-00001-of-00003.gguf"
+                f"{path} is one of {count} parts (split.count), and its name does not say which: "
+                "expected one as NAME-00001-of-00003.gguf"
             )
         return [file]
     stem, count = match[1], int(match[3])
@@ -158,19 +159,25 @@ def _open_parts(path: Path) -> list[GGUFFile]:
         )
     files = [open_gguf_file(path.parent / name) for name in names]
     for part, file in enumerate(files):
-        said = file.metadata.get("split.no"), file.metadata.get("split.count")
+        said = _count(file, "split.no", -1), _count(file, "split.count", 1)
         if said != (part, count):
             raise UserError(
-                f"{file.path}: split.no and split.count are {said[0]!r:.20} and {said[1]!r:.20}; "
-                f"its name says {part} and {count}"
+                f"{file.path}: split.no and split.count are {said[0]} and {said[1]}; by its name "
+                f"they should be {part} and {count}"
             )
-    wanted, found = files[0].metadata.get("split.tensors.count"), sum(len(f.tensors) for f in files)
-    if wanted is not None and wanted != found:
+    found = sum(len(file.tensors) for file in files)
+    wanted = _count(files[0], "split.tensors.count", found)
+    if wanted != found:
         raise UserError(
             f"{files[0].path}: its {count} parts hold {found} tensors, split.tensors.count is "
-            f"{wanted!r:.20}"
+            f"{wanted}"
         )
     return files
+
+
+def _count(file: GGUFFile, name: str, default: int) -> int:
+    fields = Fields(str(file.path), file.metadata)
+    return fields.integer(name, least=0) if fields.has(name) else default
 
 
 def _tokenizer(file: GGUFFile) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -193,24 +200,27 @@ def _config(fields: Fields, stored: dict[str, Tensor]) -> ModelConfig:
         )
     width = fields.integer("llama.embedding_length")
     heads = _for_all_layers(fields, "llama.attention.head_count", layers)
-    head_dim = _head_dim(fields, width, heads)
-    theta = fields.number("llama.rope.freq_base", 10_000.0)
-    return ModelConfig(
-        vocab_size=_vocab_size(fields, stored),
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=_by_layer(fields, "llama.attention.head_count_kv", layers)
-        if fields.has("llama.attention.head_count_kv")
+    grouped = fields.has("llama.attention.head_count_kv")
+    sizes = {
+        "vocab_size": _vocab_size(fields, stored),
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": _by_layer(fields, "llama.attention.head_count_kv", layers)
+        if grouped
         else heads,
-        head_dim=head_dim,
-        mlp_width=_for_all_layers(fields, "llama.feed_forward_length", layers),
-        rope_theta=theta,
-        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
-        max_length=fields.integer("llama.context_length"),
-        tied_embeddings="output.weight" not in stored,
-        rope_scaling=_rope_scaling(fields, stored, head_dim, theta),
-    )
+        "head_dim": _head_dim(fields, width, heads),
+        "mlp_width": _for_all_layers(fields, "llama.feed_forward_length", layers),
+        "rope_theta": fields.number("llama.rope.freq_base", 10_000.0),
+        "norm_eps": fields.number("llama.attention.layer_norm_rms_epsilon"),
+        "max_length": fields.integer("llama.context_length"),
+        "tied_embeddings": "output.weight" not in stored,
+    }
+    try:
+        config = ModelConfig(**sizes)
+    except UserError as error:
+        raise UserError(f"{fields.where}: {error}") from None
+    return dataclasses.replace(config, rope_scaling=_rope_scaling(fields, stored, config))
 
 
 def _refuse_unknown(fields: Fields) -> None:
@@ -225,11 +235,11 @@ def _refuse_unknown(fields: Fields) -> None:
             )
     fields.require("llama.attention.causal", True)
     fields.require("llama.tensor_data_layout", "Meta AI original pth")
-    window = fields.values.get("llama.attention.sliding_window")
-    if window and window < fields.integer("llama.context_length"):
+    length, window = fields.integer("llama.context_length"), "llama.attention.sliding_window"
+    if fields.has(window) and 0 < fields.integer(window, least=0) < length:
         raise UserError(
-            f"{fields.where}: llama.attention.sliding_window is {window}; attention over a sliding "
-            "window cannot be computed here"
+            f"{fields.where}: {window} is {fields.values[window]}, but the model is for {length} "
+            "tokens; attention over a sliding window cannot be computed here"
         )
 
 
@@ -285,36 +295,41 @@ def _vocab_size(fields: Fields, stored: dict[str, Tensor]) -> int:
 
 
 def _rope_scaling(
-    fields: Fields, stored: dict[str, Tensor], head_dim: int, theta: float
+    fields: Fields, stored: dict[str, Tensor], config: ModelConfig
 ) -> Llama3Scaling | None:
     """Llama 3's scaling, which the file holds as what every rotary frequency is divided by."""
-    kind = fields.values.get("llama.rope.scaling.type", "linear")
+    kind = fields.text("llama.rope.scaling.type", "linear")
     named = [f"llama.rope.{name}" for name in ("scaling.factor", "scale_linear")]
-    factor = next((fields.values[name] for name in named if fields.has(name)), 0)
-    if kind != "none" and (kind != "linear" or factor not in (0, 1)):
+    factor = next((fields.number(name) for name in named if fields.has(name)), 1.0)
+    if kind != "none" and (kind != "linear" or factor != 1):
         raise UserError(
-            f"{fields.where}: llama.rope.scaling.type is {kind!r:.40} with a factor of "
-            f"{factor!r:.20}; only Llama 3's scaling, by the tensor {_SCALING}, can be read"
+            f"{fields.where}: llama.rope.scaling.type is {shown(kind)} with a factor of "
+            f"{factor:g}; only Llama 3's scaling, by the tensor {_SCALING}, can be read"
         )
     if _SCALING not in stored:
         return None
-    tensor = stored[_SCALING]
+    tensor, count = stored[_SCALING], config.head_dim // 2
+    if tensor.shape != (count,):
+        raise UserError(
+            f"{fields.where}: {_SCALING} has shape {list(tensor.shape)}, its heads ask for "
+            f"{[count]}"
+        )
     found = tensor.read().astype(np.float64)
-    if np.array_equal(found, np.ones(head_dim // 2)):
+    largest = float(found.max())
+    if np.array_equal(found, np.ones(count)):
         return None
     # Llama 3.1, 3.2 and 3.3 differ in the factor alone, by which the slowest frequency is divided.
-    largest = float(found.max())
-    if tensor.shape == (head_dim // 2,) and 1 < largest < 1e6:
+    if 1 < largest < 1e6:
         scaling = Llama3Scaling(factor=float(str(np.float32(largest))))
         plain, scaled = (
-            np.asarray(rotary_frequencies(head_dim, theta, s), np.float64) for s in (None, scaling)
+            np.asarray(rotary_frequencies(config.head_dim, config.rope_theta, x), np.float64)
+            for x in (None, scaling)
         )
         if np.allclose(plain / scaled, found, rtol=1e-4):
             return scaling
     raise UserError(
-        f"{fields.where}: {_SCALING} {list(tensor.shape)} holds factors from {found.min():g} to "
-        f"{largest:g}, which are not Llama 3's scaling of {head_dim // 2} frequencies (low 1, high "
-        "4, 8192 tokens) and cannot be read"
+        f"{fields.where}: {_SCALING} holds factors from {found.min():g} to {largest:g}, which are "
+        f"not Llama 3's scaling of {count} frequencies (low 1, high 4, 8192 tokens)"
     )
 
 

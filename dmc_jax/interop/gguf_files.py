@@ -22,6 +22,7 @@ import numpy as np
 
 from dmc_jax.errors import UserError
 from dmc_jax.files import lfs_pointer
+from dmc_jax.interop.fields import shown
 from dmc_jax.interop.parameters import PART_BYTES
 from dmc_jax.interop.source import Tensor
 
@@ -164,7 +165,7 @@ def _read_header(path: Path, data: mmap.mmap) -> GGUFFile:
         metadata[key] = cursor.value(cursor.integer(4), key)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise bad(path, f"general.alignment is {alignment!r:.60}; expected a power of two")
+        raise bad(path, f"general.alignment is {shown(alignment)}; expected a power of two")
 
     tensors, types, kinds, position = {}, {}, {}, 0  # position: in the data, in bytes
     entries = [_entry(cursor) for _ in range(tensor_count)]

@@ -19,6 +19,7 @@ import sentencepiece
 from dmc_jax.data.tokenizer_formats import LLAMA3_PATTERN
 from dmc_jax.errors import UserError
 from dmc_jax.files import appears_when_complete
+from dmc_jax.interop.fields import Fields, shown
 from dmc_jax.interop.gguf_files import GGUFFile
 from dmc_jax.interop.tokenizer_export import added_token, byte_letters, byte_level_json
 
@@ -55,7 +56,7 @@ class _Vocabulary:
             return None
         if type(token) is not int or not 0 <= token < len(self.tokens):
             raise UserError(
-                f"{self.where}: {_KEYS}{name}_token_id is {token!r:.40}, there are "
+                f"{self.where}: {_KEYS}{name}_token_id is {shown(token)}, there are "
                 f"{len(self.tokens)} tokens"
             )
         return token
@@ -73,12 +74,13 @@ def unpacked_tokenizer(file: GGUFFile) -> tuple[Path, ...]:
     Raises:
         UserError: of a kind that cannot be read, damaged, or a cache that cannot be written.
     """
-    kind = file.metadata.get(_KEYS + "model", "no_vocab")
+    kind = Fields(str(file.path), file.metadata).text(_KEYS + "model", "no_vocab")
     if kind in ("no_vocab", "none"):
         return ()
     if kind not in ("gpt2", "llama"):
         raise UserError(
-            f"{file.path}: the tokenizer ({_KEYS}model) is {kind!r:.40}; gpt2 and llama can be read"
+            f"{file.path}: the tokenizer ({_KEYS}model) is {shown(kind)}; gpt2 and llama can "
+            "be read"
         )
     vocabulary = _vocabulary(file)
     contents = _byte_level(vocabulary) if kind == "gpt2" else _sentencepiece(vocabulary)
@@ -154,10 +156,10 @@ def _marks(vocabulary: _Vocabulary, kind: str) -> dict[str, bytes]:
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, bytes]:
     """tokenizer.json for byte-level BPE."""
     where, metadata = vocabulary.where, vocabulary.metadata
-    pre = metadata.get(_KEYS + "pre")
+    pre = Fields(str(where), metadata).text(_KEYS + "pre")
     if pre not in _CUTS:
         raise UserError(
-            f"{where}: how text is cut before merging ({_KEYS}pre) is {pre!r:.40}; those that can "
+            f"{where}: how text is cut before merging ({_KEYS}pre) is {shown(pre)}; those that can "
             f"be read are {', '.join(_CUTS)}"
         )
     used = [

@@ -283,7 +283,7 @@ REFUSED = {
         {"tokenizer.ggml.pre": "tekken"},
         "is 'tekken'; those that can be read are gpt-2",
     ),
-    "no cut": ({"tokenizer.ggml.pre": None}, "is None; those that can be read"),
+    "no cut": ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre is missing"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "tokens is no list of texts"),
     "no merges": ({"tokenizer.ggml.merges": None}, "merges is no list of texts"),
     "a merge of nothing": ({"tokenizer.ggml.merges": ["a"]}, "'a'; expected two tokens that make"),
