@@ -12,10 +12,10 @@ file's lengths on trust, so that a hundred bytes can fill the memory: the header
 
 import dataclasses
 import math
-import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -88,29 +88,29 @@ def open_gguf_file(path: Path) -> GGUFFile:
                 raise UserError(
                     f"{path} is no GGUF file: it begins with {head[:8]!r}, expected {MAGIC!r}"
                 )
-            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read_header(path, data)
+            opened.seek(len(MAGIC))
+            return _read_header(_Cursor(path, opened, os.fstat(opened.fileno()).st_size))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 class _Cursor:
-    """A place in the bytes of a file; nothing is read beyond their end."""
+    """A place in an open file; nothing is read beyond its end."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.at = path, data, len(MAGIC)
+    def __init__(self, path: Path, opened: BinaryIO, size: int):
+        self.path, self.opened, self.size, self.at = path, opened, size, len(MAGIC)
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
-        begin, left = self.at, len(self.data) - self.at
-        if count > left:
+        data = self.opened.read(count) if count <= self.size - self.at else b""
+        if len(data) != count:
             raise bad(
                 self.path,
-                f"{count:,} bytes should follow at byte {begin:,} of its header, the file has "
-                f"{left:,} more: is it cut short?",
+                f"{count:,} bytes should follow at byte {self.at:,} of its header, the file has "
+                f"{self.size - self.at:,} more: is it cut short?",
             )
         self.at += count
-        return self.data[begin : self.at]
+        return data
 
     def integer(self, size: int) -> int:
         """The next unsigned number of that many bytes."""
@@ -146,8 +146,8 @@ class _Cursor:
         return _SCALARS[kind]
 
 
-def _read_header(path: Path, data: mmap.mmap) -> GGUFFile:
-    cursor = _Cursor(path, data)
+def _read_header(cursor: _Cursor) -> GGUFFile:
+    path = cursor.path
     version = cursor.integer(4)
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -163,12 +163,19 @@ def _read_header(path: Path, data: mmap.mmap) -> GGUFFile:
         if key in metadata:
             raise bad(path, f"the key {key[:80]!r} appears twice")
         metadata[key] = cursor.value(cursor.integer(4), key)
-    alignment = metadata.get("general.alignment", 32)
+    return GGUFFile(path, metadata, *_read_tensors(cursor, tensor_count, metadata))
+
+
+def _read_tensors(
+    cursor: _Cursor, count: int, metadata: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the table of tensors; each must lie right after the one before, and in the file."""
+    path, alignment = cursor.path, metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise bad(path, f"general.alignment is {shown(alignment)}; expected a power of two")
 
     tensors, types, kinds, position = {}, {}, {}, 0  # position: in the data, in bytes
-    entries = [_entry(cursor) for _ in range(tensor_count)]
+    entries = [_entry(cursor) for _ in range(count)]
     start = _aligned(cursor.at, alignment)
     for name, shape, number, offset in entries:
         if name in tensors:
@@ -184,15 +191,15 @@ def _read_header(path: Path, data: mmap.mmap) -> GGUFFile:
         if offset != position:
             raise bad(path, f"{name[:80]!r} is at byte {offset:,} of the data, not {position:,}")
         nbytes = math.prod(shape) // kind.block * kind.size
-        if start + offset + nbytes > len(data):
+        if start + offset + nbytes > cursor.size:
             raise bad(
                 path,
                 f"{name[:80]!r} should end at byte {start + offset + nbytes:,}, the file has "
-                f"{len(data):,}: is it cut short?",
+                f"{cursor.size:,}: is it cut short?",
             )
         tensors[name], types[name] = _tensor(path, start + offset, shape, kind), kind.name
         position += _aligned(nbytes, alignment)
-    return GGUFFile(path, metadata, tensors, types)
+    return tensors, types
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

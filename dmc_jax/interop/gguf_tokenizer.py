@@ -184,8 +184,9 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, bytes]:
         for token, name, kind in used
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
-    plain = {name for _, name, kind in used if kind == 1}
-    strange = next((name for name in plain if not set(name) <= set(byte_letters())), None)
+    letters = set(byte_letters())
+    plain = (name for _, name, kind in used if kind == 1)
+    strange = next((name for name in plain if not letters.issuperset(name)), None)
     if strange is not None:
         raise UserError(
             f"{where}: the token {strange[:60]!r} is not written in the letters of bytes, as those "
@@ -239,4 +240,4 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, bytes]:
 
 
 def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+    return json.dumps(content, ensure_ascii=False).encode()
