@@ -6,7 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
+from dmc_jax.checkpoints.models import find_model
 from dmc_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -25,6 +27,7 @@ from dmc_jax.training import starts
 from dmc_jax.training.loop import train
 from dmc_jax.training.optimizer import make_optimizer
 from tests.interop.checkpoint_files import write_checkpoint
+from tests.interop.gguf_by_hand import gguf_bytes, llama_metadata, llama_tensors
 from tests.interop.reference_llama import Sizes, random_weights
 
 SIZES = Sizes(V=280)
@@ -153,6 +156,45 @@ def text_of_another_tokenizer_is_refused_test(run, tmp_path):
         starts.initial_model(other)
     (tmp_path / "hf/tokenizer.model").unlink()  # without one there is nothing to compare
     assert starts.initial_model(other).tokenizer is None
+
+
+def a_start_from_a_gguf_file_with_text_of_its_own_tokenizer_is_the_same_test(
+    run, mesh, folders, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    theirs = sentencepiece.SentencePieceProcessor(str(folders / "hf/tokenizer.model"))
+    ids = range(theirs.get_piece_size())
+    kinds = (theirs.is_unknown, theirs.is_control, theirs.is_byte)
+    types = [next((n for f, n in zip(kinds, (2, 3, 6), strict=True) if f(i)), 1) for i in ids]
+    tokenizer = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [theirs.id_to_piece(token) for token in ids],
+        "tokenizer.ggml.scores": np.array([theirs.get_score(token) for token in ids], "<f4"),
+        "tokenizer.ggml.token_type": np.array(types, "<i4"),
+        "tokenizer.ggml.bos_token_id": theirs.bos_id(),
+        "tokenizer.ggml.eos_token_id": theirs.eos_id(),
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tensors = llama_tensors(random_weights(SIZES), SIZES)
+    file = tmp_path / "x.gguf"
+    file.write_bytes(gguf_bytes(llama_metadata(SIZES) | tokenizer, tensors))
+    prepare(
+        tmp_path / "data",
+        source=folders / "texts",
+        tokenizer=find_model(file).tokenizer,
+        workers=1,
+        report=lambda _: None,
+    )
+    data = dataclasses.replace(run.data, path=str(tmp_path / "data"))
+    other = dataclasses.replace(run, init_from=str(file), data=data)
+    assert starts.initial_model(other).format == "gguf"
+    optimizer = make_optimizer(run.optimizer, 1.0)
+    (one, _), (same, _) = (
+        starts.start_of_stage(each, "retrofit", optimizer, mesh) for each in (run, other)
+    )
+    assert_equal(one, same)
+    with pytest.raises(UserError, match=f"another tokenizer.*{tmp_path}/cache/dmc_jax/tokenizers"):
+        starts.initial_model(dataclasses.replace(run, init_from=str(file)))
 
 
 def a_folder_of_no_known_format_is_refused_as_before_test(run, tmp_path):
