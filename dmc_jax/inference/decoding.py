@@ -179,10 +179,14 @@ def attend_cached(
     offsets = first_rows(config)
 
     def attend(q, k, v, layer, cache):
-        plan = plans and plans[k.shape[2]]
+        N, K = q.shape[2], k.shape[2]
+        # Parts of one product are one array for the kernel, if nothing lies between them and it.
+        together = jnp.concatenate([q, k, v], axis=2)[:, 0]
+        q, k, v = jnp.split(together, (N, N + K), axis=1)
+        plan = plans and plans[K]
         out, cache = attend_token(
             *(cache, policy, offsets[layer]),
-            Tokens(q[:, 0], k[:, 0], v[:, 0], cache.position, frequencies),
+            Tokens(q, k, v, cache.position, frequencies),
             active=active,
             implementation=implementation,
             update=update,

@@ -84,7 +84,7 @@ def _run_layer(weights, index, layer, x, state, inputs, *, config, kv_heads, mak
     """Run one layer; `index` is that of its weights in their stack, None where they have none."""
     if index is not None:
         weights = jax.tree.map(lambda leaf: leaf[index], weights)
-    block = Block(config, kv_heads, make_attend(config, **inputs), None)
+    block = Block(config, kv_heads, make_attend(config, **inputs), None, index is not None)
     return block.apply({"params": weights}, (x, state), layer)[0]
 
 

@@ -91,7 +91,7 @@ def init(
 
 def first_rows(config: ModelConfig) -> Int[Array, " L"]:
     """Number the first row of every layer."""
-    return jnp.cumsum(jnp.array((0, *config.kv_heads_by_layer[:-1]), jnp.int32))
+    return jnp.asarray(np.cumsum((0, *config.kv_heads_by_layer[:-1])), jnp.int32)
 
 
 def take_rows(

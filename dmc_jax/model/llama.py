@@ -6,18 +6,22 @@ stack, which is scanned.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.losses import Prediction
 from dmc_jax.core.projection import project
+
+# Matrices that multiply the same activations, which are one, side by side, in unstacked layers.
+_SIDE_BY_SIDE = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 # Llama's initialisation: normal, the projections into the residual stream scaled down by depth.
 _INIT_STD = 0.02
@@ -100,6 +104,7 @@ class Block(nn.Module):
     kv_heads: int
     attend: Attend
     sharding: jax.sharding.Sharding | None
+    stacked: bool
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Any], layer: Int[Array, ""] | int) -> tuple[tuple, Any]:
@@ -109,19 +114,27 @@ class Block(nn.Module):
         out_std = _INIT_STD * (2 * c.layers) ** -0.5
 
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        q = Projection("BTD,DNH->BTNH", (D, N, H), name="q")(y)
-        k = Projection("BTD,DKH->BTKH", (D, K, H), name="k")(y)
-        v = Projection("BTD,DKH->BTKH", (D, K, H), name="v")(y)
+        q, k, v = self._multiply(y, "BTD,DNH->BTNH", "qkv", (N, K, K), H)
         out, state, record = self.attend(q, k, v, layer, state)
         x += Projection("BTNH,NHD->BTD", (N, H, D), out_std, name="o")(out.astype(x.dtype))
 
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        gate = Projection("BTD,DF->BTF", (D, F), name="gate")(y)
-        up = Projection("BTD,DF->BTF", (D, F), name="up")(y)
+        gate, up = self._multiply(y, "BTD,DF->BTF", "gate_up", (F, F))
         x += Projection("BTF,FD->BTD", (F, D), out_std, name="down")(nn.silu(gate) * up)
         if self.sharding is not None:
             x = jax.lax.with_sharding_constraint(x, self.sharding)
         return (x, state), record
+
+    def _multiply(
+        self, x: Array, equation: str, name: str, sizes: tuple[int, ...], *rest: int
+    ) -> Sequence[Array]:
+        """Multiply `x` by matrices [D, size, *rest], which are one where layers are unstacked."""
+        D = x.shape[-1]
+        if self.stacked:
+            parts = zip(_SIDE_BY_SIDE[name], sizes, strict=True)
+            return [Projection(equation, (D, size, *rest), name=part)(x) for part, size in parts]
+        y = Projection(equation, (D, sum(sizes), *rest), name=name)(x)
+        return jnp.split(y, np.cumsum(sizes)[:-1], axis=2)
 
 
 _REMAT_POLICIES = {
@@ -181,12 +194,12 @@ class Llama(nn.Module):
                 # The names of the parameters are those of checkpoints, from before "stack".
                 scanned = nn.scan(
                     block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
-                )(c, kv_heads, attend, self.sharding, name=f"run_{index}")
+                )(c, kv_heads, attend, self.sharding, True, name=f"run_{index}")
                 (x, state), record = scanned((x, state), first + jnp.arange(length))
                 records.append(record)
         else:
             for layer, kv_heads in enumerate(c.kv_heads_by_layer):
-                one = block(c, kv_heads, attend, self.sharding, name=f"layer_{layer}")
+                one = block(c, kv_heads, attend, self.sharding, False, name=f"layer_{layer}")
                 (x, state), record = one((x, state), layer)
                 records.append(record)
         if only is not None:
@@ -213,7 +226,8 @@ def unstack_layers(
     """Arrange parameters for decoding: an entry per layer, matrices as the forward pass wants.
 
     A scan reads each layer's matrices out of the stack, that is copies them, and a forward pass
-    narrows them. Where a pass reads one token, that costs as much as the work itself.
+    narrows them. Where a pass reads one token, that costs as much as the work itself. Matrices of
+    the same activations become one: fewer and larger products.
 
     Args:
         params: as of `init_params`; unstacked ones stay so.
@@ -229,17 +243,27 @@ def unstack_layers(
     def narrowed(path, x):
         return x if path[-1].key == "scale" else x.astype(dtype)
 
+    def of_layer(i, parts):
+        def joined(path, *leaves):
+            leaves = [narrowed(path, leaf[i]) for leaf in leaves]
+            return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=1)
+
+        return jax.tree_util.tree_map_with_path(joined, *parts)
+
     alone = {name: leaf for name, leaf in params.items() if name[:4] != "run_"}
     unstacked = jax.tree_util.tree_map_with_path(narrowed, alone)
     for stack, (first, length, _) in enumerate(layer_stacks(config)):
-        leaves, form = jax.tree_util.tree_flatten_with_path(params.get(f"run_{stack}", {}))
-        layers = []
-        for path, leaf in leaves:
-            layers.append([narrowed(path, leaf[i]) for i in range(length)])
+        if f"run_{stack}" not in params:
+            continue
+        single = dict(params[f"run_{stack}"])
+        joint = {
+            name: [single.pop(part) for part in parts] for name, parts in _SIDE_BY_SIDE.items()
+        }
+        for name, parts in (joint | {name: [part] for name, part in single.items()}).items():
+            for i in range(length):
+                unstacked.setdefault(f"layer_{first + i}", {})[name] = of_layer(i, parts)
             if give_up:
-                leaf.delete()
-        for i, of_layer in enumerate(zip(*layers, strict=True)):
-            unstacked[f"layer_{first + i}"] = form.unflatten(of_layer)
+                jax.tree.map(lambda x: x.delete(), parts)
     return unstacked
 
 

@@ -45,9 +45,7 @@ def update_rows(
     values_before,
     weights_before,
     count_before,
-    q_ptr,  # [seats, K * G, H]
-    k_ptr,  # [seats, K, H]
-    v_ptr,
+    token_ptr,  # [seats, K * G + 2 * K, H]: queries, keys, values
     table_ptr,  # [seats, R, maxp]
     active_ptr,  # [seats], int32
     cos_ptr,  # [seats, H / 2], float32
@@ -86,10 +84,14 @@ def update_rows(
     channel = tl.load(number_ptr + 1)
     if active == 0:
         return
-    row = seat.to(tl.int64) * R + first + of_layer % K
+    head = of_layer % K
+    row = seat.to(tl.int64) * R + first + head
     length = tl.load(lengths_ptr + row)
-    token = of_layer.to(tl.int64) * H
-    queries = token * G
+    token_ptr += seat.to(tl.int64) * ((G + 2) * K * H)
+    q_ptr = token_ptr + head * (G * H)
+    k_ptr = token_ptr + (G * K + head) * H
+    v_ptr = k_ptr + K * H
+    rotated_ptr += of_layer.to(tl.int64) * (G * H)
 
     # Both halves of a head side by side, each padded: channels f and f + H / 2 rotate as a pair.
     column = tl.arange(0, 2 * HALF)
@@ -97,8 +99,8 @@ def update_rows(
     h = tl.where(column < HALF, pair, pair + H // 2)
     real = pair < H // 2
     scaled = tl.where(h == H - 1, channel, 1.0)
-    key = tl.load(k_ptr + token + h, mask=real, other=0.0).to(tl.float32)
-    value = tl.load(v_ptr + token + h, mask=real, other=0.0).to(tl.float32)
+    key = tl.load(k_ptr + h, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(v_ptr + h, mask=real, other=0.0).to(tl.float32)
 
     f = tl.arange(0, HALF)
     angles = seat.to(tl.int64) * (H // 2)
@@ -108,10 +110,10 @@ def update_rows(
     joins = 0
     if MERGES:
         count = tl.load(count_ptr + row)
-        merge = tl.load(k_ptr + token + H - 1).to(tl.float32) - OFFSET > threshold
+        merge = tl.load(k_ptr + H - 1).to(tl.float32) - OFFSET > threshold
         logit = 0.0
         for g in tl.static_range(G):
-            logit += tl.load(q_ptr + queries + g * H + H - 1).to(tl.float32)
+            logit += tl.load(q_ptr + g * H + H - 1).to(tl.float32)
         omega = 1.0 / (1.0 + tl.exp(-(logit / G + OFFSET))) + EPS
         kept = tl.where(merge, count, 0)  # tokens that it joins
         joins = (kept > 0).to(tl.int32)
@@ -123,13 +125,12 @@ def update_rows(
     page = tl.load(table_ptr + row * maxp + entry, mask=entry < maxp, other=-1)
 
     for g in tl.static_range(G):
-        of_query = queries + g * H
-        x = tl.load(q_ptr + of_query + h, mask=real, other=0.0).to(tl.float32) * scaled
+        x = tl.load(q_ptr + g * H + h, mask=real, other=0.0).to(tl.float32) * scaled
         left, right = tl.split(tl.trans(tl.reshape(x, [2, HALF])))
         turned_left = (left * cos - right * sin).to(rotated_ptr.dtype.element_ty)
         turned_right = (right * cos + left * sin).to(rotated_ptr.dtype.element_ty)
         turned_right = turned_right * tl.where(f == H // 2 - 1, channel, 1.0)
-        to = rotated_ptr + of_query + f
+        to = rotated_ptr + g * H + f
         tl.store(to, turned_left, mask=f < H // 2)
         tl.store(to + H // 2, turned_right.to(turned_left.dtype), mask=f < H // 2)
 
@@ -253,7 +254,9 @@ def _update(
     changed = *pages, *(segment if merges else [jnp.zeros(1)] * 4)
     rotated, *after = launch(
         update_rows,
-        *(*changed, q, k_t, v_t, page_table, active.astype(jnp.int32)),
+        # Where they are parts of one product, as they are of the model, XLA finds that again.
+        *(*changed, jnp.concatenate([q, k_t, v_t], axis=1)),
+        *(page_table, active.astype(jnp.int32)),
         *(jnp.cos(angles), jnp.sin(angles)),
         jnp.stack([first, jnp.int32(page_table.shape[2])]),
         jnp.stack([threshold, channel]),

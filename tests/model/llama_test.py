@@ -277,6 +277,15 @@ def unstacked_layers_give_the_same_logits_and_records_test(config):
     assert len(both[1].records) == config.layers
 
 
+def matrices_of_the_same_activations_are_one_in_unstacked_layers_test():
+    params = small_params()
+    layer, stack = unstack_layers(params, SMALL, jnp.float32)["layer_1"], params["run_0"]
+    assert set(layer) == {"attention_norm", "qkv", "o", "mlp_norm", "gate_up", "down"}
+    for name, parts in (("qkv", "qkv"), ("gate_up", ("gate", "up"))):
+        together = np.concatenate([stack[part]["kernel"][1] for part in parts], axis=1)
+        np.testing.assert_array_equal(layer[name]["kernel"], together)
+
+
 def unstacked_matrices_are_narrowed_as_the_forward_pass_would_and_norms_are_not_test():
     params = small_params()
     narrow = unstack_layers(params, SMALL, jnp.bfloat16)

@@ -63,7 +63,7 @@ def compile_update(
         dtypes |= {f"{name}_{end}": dtype for name in names for end in ("before", "ptr")}
     if not merges:
         dtypes |= dict.fromkeys(("count_before", "count_ptr"), "float32")
-    dtypes |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "rotated_ptr"), tokens)
+    dtypes |= dict.fromkeys(("token_ptr", "rotated_ptr"), tokens)
     dtypes |= dict.fromkeys(("table_ptr", "active_ptr", "at_ptr"), "int32")
     warps = warps_for(constants, SETTINGS)
     usage = compile_kernel(
