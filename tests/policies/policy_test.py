@@ -236,7 +236,11 @@ def thresholds_of_many_values_are_one_program_test():
 @pytest.mark.parametrize(
     "trained, options, complaint",
     [
-        (DMC(DMCSettings()), {"name": "none"}, "policy: expected dense or dmc or tova, got 'none'"),
+        (
+            DMC(DMCSettings()),
+            {"name": "none"},
+            "policy: expected dense or dmc or dms or tova, got 'none'",
+        ),
         (Dense(), {"name": "dmc"}, "dmc needs a model that was trained for it"),
         (DMC(DMCSettings()), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
         (Dense(), {"name": "tova"}, "budget: give the slots of a row with tova"),
@@ -246,6 +250,15 @@ def thresholds_of_many_values_are_one_program_test():
             {"name": "tova", "budget": 0},
             "budget: expected a slot or more",
         ),
+        (Dense(), {"name": "dms"}, "gates: give their file with dms"),
+        (
+            Dense(),
+            {"name": "tova", "budget": 9, "gates": DMS(some_gates())},
+            "with no other policy",
+        ),
+        (DMC(DMCSettings()), {"gates": DMS(some_gates())}, "models as they were pretrained"),
+        (Dense(), {"threshold": 1.0}, "threshold: .* dense has none"),
+        (Dense(), {"gates": DMS(some_gates()), "threshold": float("nan")}, "expected a logit"),
         (DMC(DMCSettings()), {"name": "dense", "window": 3}, "window: .* dense does not"),
     ],
 )
@@ -261,6 +274,9 @@ def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
     assert policy_for(trained) == trained
     assert policy_for(trained, name="dense") == Dense(0.0)
     assert policy_for(trained, name="tova", budget=9) == TOVA(9, 0.0)
+    gates = DMS(some_gates(), 0.3)
+    assert policy_for(Dense(), gates=gates) is gates
+    assert policy_for(Dense(), gates=gates, threshold=2.0).threshold == 2.0
     assert policy_for(trained, window=0) == DMC(dataclasses.replace(settings, window=None), 0.5)
 
 
