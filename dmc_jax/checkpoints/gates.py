@@ -47,6 +47,7 @@ class StoredGates:
     base_sha256: str  # of the model, by `model_hash`
     table: tuple[Measured, ...]  # ratios rise
     about: dict[str, Any]  # how they were made: command, text, tokens, machine, ...
+    path: str = ""  # of the file that they were read from
 
     def at(self, ratio: float) -> DMS:
         """Set the threshold for a ratio: between two that were measured, in proportion.
@@ -116,7 +117,7 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
             raise UserError(f"{path} has gates for {about['method']!r}; this version knows dms")
         table = tuple(Measured(**entry) for entry in about["table"])
         policy = DMS(Gates(**arrays), table[0].threshold, delay=about["delay"])
-        stored = StoredGates(policy, about["base_sha256"], table, about["about"])
+        stored = StoredGates(policy, about["base_sha256"], table, about["about"], path=str(path))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     L, D, R = config.layers, config.width, config.kv_rows
@@ -127,14 +128,36 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
     return stored
 
 
-def check_base(
-    gates: StoredGates, path: str | os.PathLike, params: Any, config: ModelConfig
-) -> None:
+def gates_for(
+    path: str | os.PathLike | None,
+    config: ModelConfig,
+    ratio: float | None = None,
+    threshold: float | None = None,
+) -> StoredGates | None:
+    """Read a file of gates, if there is one, and set its policy's threshold for a ratio.
+
+    Args:
+        path: of the file; None: there is none.
+        config: sizes of the model that they shall serve.
+        ratio: tokens per slot; None: as stored.
+        threshold: given in its place; is only checked.
+
+    Raises:
+        UserError: both, a ratio without gates or outside of what was measured, or as `load_gates`.
+    """
+    if ratio is not None and (path is None or threshold is not None):
+        raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
+    if path is None:
+        return None
+    gates = load_gates(path, config)
+    return gates if ratio is None else dataclasses.replace(gates, policy=gates.at(ratio))
+
+
+def check_base(gates: StoredGates, params: Any, config: ModelConfig) -> None:
     """Refuse gates that were made for another model.
 
     Args:
-        gates: from the file `path`.
-        path: for the message.
+        gates: from a file.
         params: of the model, as `init_params` gives them, in any dtype.
         config: its sizes.
 
@@ -144,8 +167,8 @@ def check_base(
     found = model_hash(params, config)
     if found != gates.base_sha256:
         raise UserError(
-            f"{path} was made for another model (hash {gates.base_sha256[:12]}..., this one has "
-            f"{found[:12]}...): gates serve the weights that they were made for, and no others"
+            f"{gates.path} was made for another model (hash {gates.base_sha256[:12]}..., this one "
+            f"has {found[:12]}...): gates serve the weights that they were made for, and no others"
         )
 
 

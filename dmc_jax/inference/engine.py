@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmc_jax.checkpoints.gates import check_base, load_gates
+from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, load_tokenizer_of
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
@@ -148,16 +148,14 @@ class Engine:
                 engine.
         """
         model = path if isinstance(path, StoredModel) else find_model(path)
-        stored = None if gates is None else load_gates(gates, model.config)
-        if ratio is not None and (stored is None or threshold is not None):
-            raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
+        stored = gates_for(gates, model.config, ratio, threshold)
         keeps = policy_for(
             model.policy,
             name=policy,
             window=window,
             budget=budget,
             threshold=threshold,
-            gates=stored and (stored.policy if ratio is None else stored.at(ratio)),
+            gates=stored and stored.policy,
         )
         if dtype is None:
             on_cpu = jax.default_backend() == "cpu"
@@ -165,7 +163,7 @@ class Engine:
         text = load_tokenizer_of(model, tokenizer, add_bos)
         loaded = model if isinstance(model, LoadedModel) else model.load(dtype=dtype)
         if stored is not None:
-            check_base(stored, gates, loaded.params, model.config)
+            check_base(stored, loaded.params, model.config)
         params = loaded.params
         if loaded is not model:
             params = unstack_layers(params, model.config, jnp.dtype(dtype), give_up=True)
