@@ -1,7 +1,8 @@
 """Other people's checkpoints: `python -m dmc_jax.convert --input=PATH --output=DIR`.
 
-Reads checkpoints of Hugging Face, Meta and Megatron(-DMC) and our own, which it recognises, and
-writes one of ours (`--to=dmc_jax`) or a Hugging Face one. DIR appears only when it is complete.
+Reads checkpoints of Hugging Face, Meta and Megatron(-DMC), GGUF files and our own, which it
+recognises, and writes one of ours (`--to=dmc_jax`) or a Hugging Face one. DIR appears only when it
+is complete.
 `--verify --input=A --against=B --prompt=TEXT` compares the logits of two checkpoints instead.
 
 Exit codes: 0 done; 1 a failure such as a full disk, or logits further apart than `--tolerance`;
@@ -25,7 +26,9 @@ from dmc_jax.interop.formats import FORMATS, describe, open_source, with_tokeniz
 from dmc_jax.interop.output import new_folder, progress_of
 from dmc_jax.interop.source import Source
 
-_INPUT = flags.DEFINE_string("input", None, "Folder of the checkpoint to read.", required=True)
+_INPUT = flags.DEFINE_string(
+    "input", None, "Folder of the checkpoint to read, or a GGUF file.", required=True
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.")
 _FROM = flags.DEFINE_enum("from", "auto", ["auto", *FORMATS], "Format of the input.")
 _TO = flags.DEFINE_enum(

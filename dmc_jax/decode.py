@@ -33,8 +33,8 @@ _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that cou
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "A run's directory, a stage of it, a step, or the folder of a Hugging Face, Meta or Megatron "
-    "checkpoint; default: the run of `make demo`.",
+    "A run's directory, a stage of it, a step, the folder of a Hugging Face, Meta or Megatron "
+    "checkpoint, or a GGUF file; default: the run of `make demo`.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is the prompt.")

@@ -31,7 +31,7 @@ class StoredModel:
     """A model on disk, of any format, with all that is known of it but its parameters."""
 
     path: Path
-    format: str  # dmc_jax | huggingface | meta | megatron
+    format: str  # dmc_jax | huggingface | meta | megatron | gguf
     metadata: Metadata
     tokenizer: Path | None  # None: it came without one
     tokenizer_sha256: frozenset[str]  # of its tokenizer, in each form that it has; empty: unknown
@@ -81,7 +81,7 @@ def find_model(path: str | os.PathLike) -> StoredModel:
 
     Args:
         path: of ours, a run directory (the newest step of its furthest stage), a stage of it or a
-            step; of others, the folder.
+            step; of others, the folder, or the file of a GGUF model.
 
     Raises:
         UserError: there is none, or a damaged one.
@@ -96,7 +96,7 @@ def find_model(path: str | os.PathLike) -> StoredModel:
         raise UserError(
             f"no complete checkpoint in {path}; expected a run directory, a stage of one "
             "(RUN/finetune) or a step of that (RUN/finetune/600), or a folder with a checkpoint of "
-            "Hugging Face, Meta or Megatron"
+            "Hugging Face, Meta or Megatron, or a GGUF file"
         )
     return model
 
@@ -132,7 +132,10 @@ def load_tokenizer_of(
     """
     path = path or model.tokenizer
     if path is None:
-        raise UserError(f"{model.path} came without a tokenizer: name one with --tokenizer=FILE")
+        raise UserError(
+            f"{model.path} came without a tokenizer that can be read: name one with "
+            "--tokenizer=FILE"
+        )
     if path == model.tokenizer and not Path(path).is_file():
         raise UserError(
             f"{path}, the tokenizer of {model.path}, is not there any more: say where it is with "

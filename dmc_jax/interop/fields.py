@@ -31,7 +31,7 @@ class Fields:
         value = self._value(name, default)
         if type(value) is not int or not least <= value < _LARGEST:
             raise UserError(
-                f"{self.where}: {name} is {_shown(value)}; expected an integer of at least {least}"
+                f"{self.where}: {name} is {shown(value)}; expected an integer of at least {least}"
             )
         return value
 
@@ -40,7 +40,7 @@ class Fields:
         value = self._value(name, default)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= least:
             raise UserError(
-                f"{self.where}: {name} is {_shown(value)}; expected a number above {least:g}"
+                f"{self.where}: {name} is {shown(value)}; expected a number above {least:g}"
             )
         return float(value)
 
@@ -52,7 +52,19 @@ class Fields:
         """
         value = self.values[name] if self.has(name) else default
         if type(value) is not bool:
-            raise UserError(f"{self.where}: {name} is {_shown(value)}; expected true or false")
+            raise UserError(f"{self.where}: {name} is {shown(value)}; expected true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A field that is text; absent or null is the default, which goes without saying.
+
+        Raises:
+            UserError: no text, or none at all where there is no default.
+        """
+        value = self.values[name] if self.has(name) else default
+        if not isinstance(value, str):
+            what = "missing" if value is None else f"{shown(value)}; expected text"
+            raise UserError(f"{self.where}: {name} is {what}")
         return value
 
     def has(self, name: str) -> bool:
@@ -68,7 +80,7 @@ class Fields:
         value = self.values.get(name)
         if value is not None and not any(type(value) is type(e) and value == e for e in expected):
             raise UserError(
-                f"{self.where}: {name} is {_shown(value)}; only {expected[0]!r} can be read"
+                f"{self.where}: {name} is {shown(value)}; only {expected[0]!r} can be read"
             )
 
     def notes(self) -> tuple[str, ...]:
@@ -84,7 +96,7 @@ class Fields:
         return default
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value if it is a plain and short one, otherwise its type: it may be endless."""
     if isinstance(value, str):
         return repr(value[:60])

@@ -11,6 +11,7 @@ from dmc_jax.data.tokenizer_files import COMPANIONS
 from dmc_jax.data.tokenizer_formats import LibraryMissing
 from dmc_jax.errors import UserError
 from dmc_jax.interop.dmc_jax import open_dmc_jax
+from dmc_jax.interop.gguf import is_gguf, open_gguf
 from dmc_jax.interop.huggingface import is_huggingface, open_huggingface, tokenizer_files
 from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.meta import is_meta, open_meta
@@ -23,6 +24,7 @@ _READERS = {
     "huggingface": (is_huggingface, open_huggingface),
     "meta": (is_meta, open_meta),
     "megatron": (is_megatron, open_megatron),
+    "gguf": (is_gguf, open_gguf),
 }
 FORMATS = tuple(_READERS)
 
@@ -31,7 +33,8 @@ def open_source(path: str | os.PathLike, form: str = "auto") -> Source:
     """Open a checkpoint of any format.
 
     Args:
-        path: its folder; for one of ours, a run directory, a stage of it or a step.
+        path: its folder; for one of ours, a run directory, a stage of it or a step; the file of a
+            GGUF model.
         form: one of `FORMATS`, or "auto" to recognise it.
 
     Raises:
@@ -47,7 +50,8 @@ def open_source(path: str | os.PathLike, form: str = "auto") -> Source:
         raise UserError(
             f"{path} is no checkpoint of a known format: expected a run of ours, a Hugging Face "
             "folder (config.json and model.safetensors), one of Meta's (params.json and "
-            f"consolidated.*.pth) or of Megatron's (mp_rank_*/model_optim_rng.pt){hint}"
+            "consolidated.*.pth) or of Megatron's (mp_rank_*/model_optim_rng.pt), or a GGUF "
+            f"file{hint}"
         )
     return _READERS[form][1](path)
 

@@ -7,6 +7,7 @@ own, and stack layers of equal shape. Both rotate channel f with f + H/2, so no 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -243,7 +244,10 @@ def unflatten(leaves: Mapping) -> dict:
 
 
 def check_tensors(
-    where: str, config: ModelConfig, tensors: Mapping[str, Tensor]
+    where: str,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    called: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Hold the tensors of a checkpoint against its config.
 
@@ -251,6 +255,7 @@ def check_tensors(
         where: the checkpoint, for messages.
         config: sizes it claims.
         tensors: by their names at Hugging Face.
+        called: what the checkpoint calls those of another name, for messages.
 
     Returns:
         The tensors of the model, in Hugging Face's order. Rotary frequencies, which old files
@@ -260,7 +265,7 @@ def check_tensors(
         UserError: a tensor is missing, unknown, of another shape, or not of a floating dtype.
     """
     table = places(config)
-    missing = [name for name in table if name not in tensors]
+    missing = [called.get(name, name) for name in table if name not in tensors]
     unknown = [name for name in tensors if name not in table and not is_frequencies(name)]
     if missing:
         hint, more = "", f" It has {_some(unknown)} besides." if unknown else ""
@@ -276,15 +281,15 @@ def check_tensors(
             "Llama of its config has"
         )
     for name, place in table.items():
-        tensor = tensors[name]
+        tensor, shown = tensors[name], called.get(name, name)
         if tensor.shape != place.foreign_shape:
             raise UserError(
-                f"{where}: {name} has shape {list(tensor.shape)}, its config asks for "
+                f"{where}: {shown} has shape {list(tensor.shape)}, its config asks for "
                 f"{list(place.foreign_shape)}"
             )
         if str(tensor.dtype) not in ("float32", "bfloat16", "float16"):
             raise UserError(
-                f"{where}: {name} is {tensor.dtype}; float32, bfloat16 and float16 can be read, "
+                f"{where}: {shown} is {tensor.dtype}; float32, bfloat16 and float16 can be read, "
                 "quantised weights cannot: use the original checkpoint"
             )
     return {name: tensors[name] for name in table}

@@ -1,8 +1,8 @@
 """What every foreign format is read into: a model's sizes, and its tensors not read yet.
 
-Each reader (`huggingface`, `meta`, `megatron`) opens a checkpoint as a `Source`, whose tensors have
-the names and the layout of Hugging Face's Llama. So one table leads from there to our parameters,
-and one tensor at a time has to be in memory.
+Each reader (`huggingface`, `meta`, `megatron`, `gguf`) opens a checkpoint as a `Source`, whose
+tensors have the names and the layout of Hugging Face's Llama. So one table leads from there to our
+parameters, and one tensor at a time has to be in memory.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Tensor:
 class Source:
     """A checkpoint that was recognised and checked, but for the contents of its tensors."""
 
-    format: str  # dmc_jax | huggingface | meta | megatron
+    format: str  # dmc_jax | huggingface | meta | megatron | gguf
     path: Path
     config: ModelConfig
     policy: Trained  # that the model was trained for

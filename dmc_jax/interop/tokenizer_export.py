@@ -5,6 +5,7 @@ export says it all: the same pieces as `tokenizer.json`, and by which rule texts
 """
 
 import base64
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,7 @@ def _as_json(tokenizer: Marked) -> dict[str, Any] | None:
         parts = _sentencepiece(tokenizer)
     else:
         return None
-    return parts and {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        **parts,
-        "post_processor": _opening(tokenizer),
-    }
+    return parts and parts | {"post_processor": _opening(tokenizer)}
 
 
 def _opening(tokenizer: Marked) -> dict[str, Any] | None:
@@ -120,35 +115,45 @@ def _opening(tokenizer: Marked) -> dict[str, Any] | None:
     }
 
 
-def _added(token: int, content: str, special: bool = True) -> dict[str, Any]:
+def added_token(token: int, content: str, special: bool = True) -> dict[str, Any]:
+    """An entry of `added_tokens` in tokenizer.json."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": token, "content": content, **flags, "special": special}
 
 
-# ---- tiktoken -----------------------------------------------------------------------------------
+# ---- byte-level ---------------------------------------------------------------------------------
 
 
-def _tiktoken(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
-    letters = _byte_letters()
-    ranks = {piece: rank for rank, piece in enumerate(tokenizer.pieces)}
-    merges = []
-    for piece in tokenizer.pieces:
-        halves = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-        halves = [(a, b) for a, b in halves if a in ranks and b in ranks]
-        merges += sorted(halves, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+def byte_level_json(
+    cuts: Sequence[str],
+    vocabulary: Mapping[str, int],
+    merges: Sequence[Sequence[str]],
+    added: Sequence[Mapping[str, Any]],
+    whole_first: bool,
+) -> dict[str, Any]:
+    """What tokenizer.json says of byte-level BPE, but for what marks the beginning of a text.
 
-    def spelt(piece: bytes) -> str:
-        return "".join(letters[byte] for byte in piece)
-
+    Args:
+        cuts: patterns by which a text is cut before merging, each within the pieces of the last.
+        vocabulary: ids of tokens, spelled in `byte_letters`.
+        merges: pairs of tokens in their order.
+        added: entries of `added_token`.
+        whole_first: a piece of text that is a token is that token, whatever the merges make of it.
+    """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    cut = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated"}
-    first = len(ranks)
+    splits = [
+        {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
+        for cut in cuts
+    ]
     return {
-        "added_tokens": [_added(first + i, name) for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)],
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": list(added),
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [cut | {"invert": False}, byte_level | {"use_regex": False}],
+            "pretokenizers": [*splits, byte_level | {"use_regex": False}],
         },
         "decoder": byte_level | {"use_regex": True},
         "model": {
@@ -159,14 +164,36 @@ def _tiktoken(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {spelt(piece): rank for piece, rank in ranks.items()},
-            "merges": [[spelt(a), spelt(b)] for a, b in merges],
+            "ignore_merges": whole_first,
+            "vocab": dict(vocabulary),
+            "merges": [list(pair) for pair in merges],
         },
     }
 
 
-def _byte_letters() -> list[str]:
+def _tiktoken(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
+    letters = byte_letters()
+    ranks = {piece: rank for rank, piece in enumerate(tokenizer.pieces)}
+    merges = []
+    for piece in tokenizer.pieces:
+        halves = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        halves = [(a, b) for a, b in halves if a in ranks and b in ranks]
+        merges += sorted(halves, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+    def spelt(piece: bytes) -> str:
+        return "".join(letters[byte] for byte in piece)
+
+    first = len(ranks)
+    return byte_level_json(
+        [LLAMA3_PATTERN],
+        {spelt(piece): rank for piece, rank in ranks.items()},
+        [(spelt(a), spelt(b)) for a, b in merges],
+        [added_token(first + i, name) for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)],
+        whole_first=True,
+    )
+
+
+def byte_letters() -> list[str]:
     """A printable letter for every byte, those of GPT-2's tokenizer (its `bytes_to_unicode`)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -187,14 +214,14 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
         return None
     Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
     added = [
-        _added(token, piece.piece, piece.type != Piece.USER_DEFINED)
+        added_token(token, piece.piece, piece.type != Piece.USER_DEFINED)
         for token, piece in enumerate(pieces)
         if piece.type in (Piece.CONTROL, Piece.UNKNOWN, Piece.USER_DEFINED)
     ]
     known = {entry["content"] for entry in added}
     for token, entry in sorted(tokenizer.added.items()):
         if entry.content not in known:
-            added.append(_added(token, entry.content, entry.special))
+            added.append(added_token(token, entry.content, entry.special))
     unknown = proto.trainer_spec.unk_id
     matched = (Piece.NORMAL, Piece.USER_DEFINED)
     if kind == _BPE:
@@ -221,6 +248,9 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
         }
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": added,
         "normalizer": _normalizer(proto.normalizer_spec),
         "pre_tokenizer": None,

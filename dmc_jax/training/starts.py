@@ -29,7 +29,7 @@ def initial_model(run: RunConfig) -> StoredModel | None:
             other = ", or start with --config.stages=pretrain,..." if run.pretrain else ""
             raise UserError(
                 f"stage {run.stage_names[0]} continues a trained model: name its checkpoint, one "
-                "of Hugging Face, Meta, Megatron or an earlier run that has "
+                "of Hugging Face, Meta, Megatron, llama.cpp (GGUF) or an earlier run that has "
                 f"{run.model.layers} layers of width {run.model.width}, with "
                 f"--config.init_from=DIR{other}"
             )
