@@ -85,7 +85,7 @@ class Read(NamedTuple):
 
 def cases(rows: tuple[int, ...], *, cold_bytes: int, steps: int) -> list[Case]:
     """A case for every number of rows, with as many layers as keep them out of caches."""
-    row_bytes = 2 * SETTINGS.window * WIDTH * 4
+    row_bytes = 2 * SETTINGS.window * WIDTH * jnp.dtype(_DTYPE).itemsize
     return [Case(n, timing.buffers_for(n * row_bytes, cold_bytes), steps) for n in rows]
 
 
@@ -126,7 +126,10 @@ def make(case: Case) -> tuple[PagedCache, Read]:
     count = 1 + jnp.floor(jnp.log(uniform) / math.log(_MERGED)).astype(jnp.int32)
     full = jnp.arange(SETTINGS.window) < count[..., None]
     ring = (seats, R, SETTINGS.window)
-    k, v = (jnp.where(full[..., None], _normal(next(keys), (*ring, WIDTH)), 0) for _ in range(2))
+    k, v = (
+        jnp.where(full[..., None], _normal(next(keys), (*ring, WIDTH)), 0).astype(_DTYPE)
+        for _ in range(2)
+    )
     cache = dataclasses.replace(
         cache,
         state=OpenSegment(k, v, jnp.where(full, _weights(next(keys), ring), 0), count),

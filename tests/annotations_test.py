@@ -8,17 +8,17 @@ from jaxtyping import TypeCheckError
 from dmc_jax.config import load_config
 from dmc_jax.interop import pickles
 from pallas_kernels.decode_attention import xla
-from pallas_kernels.decode_attention.plan import Plan, make_plan
+from pallas_kernels.decode_attention.api import Plan, decode_attention, rows_of
 
 
 @pytest.mark.parametrize(
-    "lengths, block",
-    [(jnp.zeros((2, 3), jnp.int32), 8), (jnp.zeros(2), 8), (jnp.zeros(2, jnp.int32), "8")],
+    "lengths, rows",
+    [(jnp.zeros(3, jnp.int32), 2), (jnp.zeros((2, 3)), 2), (jnp.zeros((2, 3), jnp.int32), "2")],
     ids=["shape", "dtype", "type"],
 )
-def what_an_annotation_does_not_allow_is_refused_test(lengths, block):
-    with pytest.raises(TypeCheckError, match="parameter 'lengths'|parameter 'block'"):
-        make_plan(lengths, block=block, programs=1)
+def what_an_annotation_does_not_allow_is_refused_test(lengths, rows):
+    with pytest.raises(TypeCheckError, match="parameter 'x'|parameter 'rows'"):
+        rows_of(lengths, 0, rows)
 
 
 def a_size_must_be_the_same_in_all_arguments_test():
@@ -31,12 +31,13 @@ def a_size_must_be_the_same_in_all_arguments_test():
 
 @pytest.mark.usefixtures("annotations_aside")
 def they_can_be_put_aside_test():
+    pool, table = jnp.zeros((5, 8, 16)), jnp.zeros((2, 4), jnp.int32)
     with pytest.raises(ValueError, match="lengths must be"):
-        make_plan(jnp.zeros((2, 3), jnp.int32), block=8, programs=1)
+        decode_attention(jnp.zeros((2, 4, 16)), pool, pool, table, table, scale=1.0)
 
 
 def pytrees_may_hold_anything_test():
-    plan = make_plan(jnp.ones(3, jnp.int32), block=8, programs=2)
+    plan = Plan(*[jnp.zeros(4, jnp.int32)] * 5, block=8)
     shapes = jax.tree.map(jnp.shape, plan, is_leaf=lambda x: not isinstance(x, Plan))
     assert isinstance(shapes, Plan) and shapes.of_row == (4,)
 

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 # Tokens per block of the banded product that pools them.
@@ -103,25 +104,28 @@ def _running_sum(decay: Array, x: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OpenSegment:
-    """The newest slot of every row while it still grows: its last W tokens, weighted, float32.
+    """The newest slot of every row while it still grows: its last W tokens and their weights.
 
     A ring rather than running sums: the average is recomputed from the ring at every step, so
-    nothing is ever subtracted and no error accumulates. An unlimited window keeps sums (a ring of
-    one entry that is added to).
+    nothing is ever subtracted and no error accumulates. Tokens are there as they came, in their
+    dtype, which is half the memory of float32 products with their weights. Of an unlimited window
+    one entry stands for all tokens: their average, in float32, with the sum of their weights.
     """
 
     keys: Float[Array, "*rows W H"]
     values: Float[Array, "*rows W H"]
-    weights: Float[Array, "*rows W"]
+    weights: Float[Array, "*rows W"]  # float32
     count: Int[Array, "*rows"]  # tokens in the segment; 0 before the first
 
 
-def empty_segment(rows: tuple[int, ...], head_dim: int, window: int | None) -> OpenSegment:
-    """Make an open segment without tokens; whatever comes first is appended."""
-    ring = (*rows, window or 1)
+def empty_segment(
+    rows: tuple[int, ...], head_dim: int, window: int | None, dtype: DTypeLike
+) -> OpenSegment:
+    """Make an open segment without tokens, which are of a dtype; what comes first is appended."""
+    ring, dtype = (*rows, window or 1), dtype if window else jnp.float32
     return OpenSegment(
-        keys=jnp.zeros((*ring, head_dim)),
-        values=jnp.zeros((*ring, head_dim)),
+        keys=jnp.zeros((*ring, head_dim), dtype),
+        values=jnp.zeros((*ring, head_dim), dtype),
         weights=jnp.zeros(ring),
         count=jnp.zeros(rows, jnp.int32),
     )
@@ -152,22 +156,26 @@ def merge_step(
     merge = jnp.where(open_segment.count > 0, decision, 0.0)
     kept = open_segment.count * merge.astype(jnp.int32)  # tokens that the new one joins
     newest = jnp.arange(W) == (kept % W)[..., None]  # [*rows, W]: the ring entry it takes
-    weight = omega.astype(jnp.float32)[..., None]  # [*rows, 1]
+    omega = omega.astype(jnp.float32)
+    old = open_segment.weights * merge[..., None]
+    weights = jnp.where(newest, omega[..., None], old) if window else old
+    total = weights.sum(axis=-1) if window else old[..., 0] + omega
 
-    def updated(ring: Array, entry: Array) -> Array:
-        """The ring with the token's entry [*rows, 1, ...]; emptied first where it opens a slot."""
-        per_row = (..., *(None,) * (ring.ndim - merge.ndim))
-        ring = ring * merge[per_row]
-        return jnp.where(newest[per_row[:-1]], entry, ring) if window else ring + entry
+    def updated(ring: Array, token: Array) -> tuple[Array, Array]:
+        """The ring with the token, emptied first where it opens a slot; and its average."""
+        ring = jnp.where(merge[..., None, None] > 0, ring, jnp.zeros((), ring.dtype))
+        if window:
+            ring = jnp.where(newest[..., None], token[..., None, :].astype(ring.dtype), ring)
+        average = (weights[..., None] * ring.astype(jnp.float32)).sum(axis=-2)
+        if window:
+            return ring, average / total[..., None]
+        average = (average + omega[..., None] * token.astype(jnp.float32)) / total[..., None]
+        return average[..., None, :], average
 
-    segment = OpenSegment(
-        keys=updated(open_segment.keys, (weight * k_t.astype(jnp.float32))[..., None, :]),
-        values=updated(open_segment.values, (weight * v_t.astype(jnp.float32))[..., None, :]),
-        weights=updated(open_segment.weights, weight),
-        count=kept + 1,
-    )
-    total = segment.weights.sum(axis=-1)[..., None]
-    return segment, segment.keys.sum(axis=-2) / total, segment.values.sum(axis=-2) / total
+    keys, key = updated(open_segment.keys, k_t)
+    values, value = updated(open_segment.values, v_t)
+    weights = weights if window else total[..., None]
+    return OpenSegment(keys, values, weights, count=kept + 1), key, value
 
 
 def pool_chunk(
@@ -201,35 +209,25 @@ def pool_chunk(
     x = jnp.concatenate([k, v], axis=-1).astype(jnp.float32)  # [B, T, K, 2H]
     merges = decisions.at[:, 0].multiply((open_segment.count > 0).astype(decisions.dtype))
 
-    weighted, weight, joins = _remembered(open_segment, window)  # [B, E, K, ...]
+    tokens, weight, joins = _remembered(open_segment, window)  # [B, E, K, ...]
     before = jnp.where(weight > 0, weight, 1.0)  # an absent token counts, but nothing joins it
     together = functools.partial(jnp.concatenate, axis=1)
-    states = pool(
-        together([weighted / before[..., None], x]),
-        together([joins, merges]),
-        together([before, omega]),
-        window,
-    )[:, weight.shape[1] :]
-    after = _open_after(
-        open_segment,
-        together([weighted, omega[..., None] * x]),
-        together([weight, omega]),
-        merges,
-        counts,
-        window,
-    )
+    tokens = together([tokens, x])
+    states = pool(tokens, together([joins, merges]), together([before, omega]), window)
+    states = states[:, weight.shape[1] :]
+    after = _open_after(open_segment, tokens, together([weight, omega]), merges, counts, window)
     return states[..., :H], states[..., H:], merges > 0, after
 
 
 def _remembered(
     segment: OpenSegment, window: int | None
 ) -> tuple[Float[Array, "B E K both"], Float[Array, "B E K"], Float[Array, "B E K"]]:
-    """An open segment as E tokens: weighted [key | value], weight, and whether it is a merge.
+    """An open segment as E tokens: [key | value], weight, and whether it is a merge.
 
     What the segment does not have has weight 0.
     """
-    both = jnp.concatenate([segment.keys, segment.values], axis=-1)  # [B, K, W, 2H]
-    weights = segment.weights
+    both = jnp.concatenate([segment.keys, segment.values], axis=-1).astype(jnp.float32)
+    weights = segment.weights  # [B, K, W], and both [B, K, W, 2H]
     if window:
         # Token m of the segment is in ring entry m % W; these are its last W - 1.
         token = segment.count[..., None] - (window - 1) + jnp.arange(window - 1)  # [B, K, E]
@@ -243,12 +241,12 @@ def _remembered(
     return both.swapaxes(1, 2), weights.swapaxes(1, 2), joins.swapaxes(1, 2)
 
 
-def _open_after(segment, weighted, weights, merges, counts, window) -> OpenSegment:
+def _open_after(segment, tokens, weights, merges, counts, window) -> OpenSegment:
     """The open segment after the last real token of the chunk.
 
     Args:
         segment: before the chunk, rows (B, K).
-        weighted, weights: [B, E + T, K, ...], of the remembered tokens and the chunk's.
+        tokens, weights: [B, E + T, K, ...], the remembered ones and the chunk's.
         merges: 0/1 [B, T, K].
         counts: tokens of the chunk, [B].
         window: W.
@@ -264,16 +262,18 @@ def _open_after(segment, weighted, weights, merges, counts, window) -> OpenSegme
         age = (count[..., None] - 1 - jnp.arange(window)) % window  # [B, K, W]
         index = (E + counts[..., None] - 1 - age).swapaxes(1, 2)  # [B, W, K]
         there = (age < count[..., None]).swapaxes(1, 2)
-        weighted = jnp.take_along_axis(weighted, index[..., None], axis=1, mode="clip")
+        tokens = jnp.take_along_axis(tokens, index[..., None], axis=1, mode="clip")
         weights = jnp.take_along_axis(weights, index, axis=1, mode="clip")
-        weighted, weights = jnp.where(there[..., None], weighted, 0.0), jnp.where(there, weights, 0)
+        tokens, weights = jnp.where(there[..., None], tokens, 0.0), jnp.where(there, weights, 0)
     else:
         index = jnp.arange(-E, T)[:, None]
         inside = (index < counts[..., None]) & ((newest < 0)[:, None] | (index >= newest[:, None]))
-        weighted = jnp.where(inside[..., None], weighted, 0.0).sum(axis=1, keepdims=True)
-        weights = jnp.where(inside, weights, 0.0).sum(axis=1, keepdims=True)
-    weighted = weighted.swapaxes(1, 2)  # [B, K, W, 2H]
-    after = OpenSegment(weighted[..., :H], weighted[..., H:], weights.swapaxes(1, 2), count)
+        weights = jnp.where(inside, weights, 0.0)
+        total = weights.sum(axis=1, keepdims=True)
+        tokens = (weights[..., None] * tokens).sum(axis=1, keepdims=True) / total[..., None]
+        weights = total
+    tokens = tokens.swapaxes(1, 2).astype(segment.keys.dtype)  # [B, K, W, 2H]
+    after = OpenSegment(tokens[..., :H], tokens[..., H:], weights.swapaxes(1, 2), count)
 
     def unless_nothing_came(new, old):
         return jnp.where((counts > 0)[(..., *(None,) * (new.ndim - 2))], new, old)

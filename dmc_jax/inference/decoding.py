@@ -24,11 +24,11 @@ from dmc_jax.model.llama import Attend, forward
 from dmc_jax.policies.policy import Policy, Tokens, first_rows
 from pallas_kernels.cache_update.api import XLA, choose
 from pallas_kernels.decode_attention.api import (
+    Plan,
     decode_attention,
     decode_attention_and_weights,
     plan_decode_attention,
 )
-from pallas_kernels.decode_attention.plan import Plan
 
 
 def read_token(

@@ -64,7 +64,7 @@ def init(
         pages: P, in the pool.
         page_size: slots per page, a power of two.
         max_length: tokens that a sequence may come to, whose slots size the page tables.
-        dtype: of keys and values in the pages, float32 or bfloat16.
+        dtype: of keys and values, in the pages and the policy's state: float32 or bfloat16.
 
     Raises:
         UserError: a size below 1, or what `empty_pages` refuses.
@@ -78,7 +78,7 @@ def init(
         pages=pool,
         page_table=jnp.zeros((*rows, pages_of(longest, page_size)), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
-        state=policy.start(rows, config.head_dim),
+        state=policy.start(rows, config.head_dim, dtype),
         position=jnp.zeros(seats, jnp.int32),
         free_pages=jnp.arange(pages, dtype=jnp.int32),
         free_count=jnp.int32(pages),

@@ -55,6 +55,7 @@ class Snapshot:
             OSError: it cannot be written.
         """
         about = {
+            "version": _VERSION,
             "model": self.model,
             "prompt": self.prompt,
             "tokens": self.tokens,
@@ -82,12 +83,15 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in about["params"].items()
         }
+        rows = _from_arrays(arrays) if arrays else None
+        if rows and about.get("version", 1) < _VERSION:
+            rows = dataclasses.replace(rows, state=_with_tokens(rows.state))
         return Snapshot(
             model=about["model"],
             prompt=tuple(about["prompt"]),
             tokens=tuple(about["tokens"]),
             params=SamplingParams(**params),
-            rows=_from_arrays(arrays) if arrays else None,
+            rows=rows,
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a snapshot of a sequence: {error}") from error
@@ -153,7 +157,7 @@ def _reserve(cache: PagedCache, lengths: Array, seat: Array) -> PagedCache:
 @functools.partial(jax.jit, donate_argnames="cache")
 def _write(cache, ids, pages, state, position, seat) -> PagedCache:
     def row_written(path, x):
-        return x.at[seat].set(state[jax.tree_util.keystr(path)])
+        return x.at[seat].set(state[jax.tree_util.keystr(path)].astype(x.dtype))
 
     return dataclasses.replace(
         cache,
@@ -187,6 +191,7 @@ def _bucket(n: int) -> int:
 # NumPy's files know no bfloat16: its bits are kept, and their dtype says what they are.
 _BITS = np.uint16
 _STATE = "state"  # before the names of its leaves
+_VERSION = 2  # files of version 1 do not say it
 
 
 def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
@@ -195,7 +200,7 @@ def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
         "v_pages": _as_bits(rows.pages.v),
         "lengths": rows.lengths,
         "position": np.array(rows.position),
-        **{_STATE + name: np.asarray(leaf) for name, leaf in rows.state.items()},
+        **{_STATE + name: _as_bits(np.asarray(leaf)) for name, leaf in rows.state.items()},
     }
 
 
@@ -204,7 +209,7 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedRows:
         pages=Pages(_as_numbers(arrays["k_pages"]), _as_numbers(arrays["v_pages"])),
         lengths=arrays["lengths"],
         state={
-            name.removeprefix(_STATE): array
+            name.removeprefix(_STATE): _as_numbers(array)
             for name, array in arrays.items()
             if name.startswith(_STATE)
         },
@@ -218,3 +223,11 @@ def _as_bits(x: np.ndarray) -> np.ndarray:
 
 def _as_numbers(x: np.ndarray) -> np.ndarray:
     return x.view(jnp.bfloat16) if x.dtype == _BITS else x
+
+
+def _with_tokens(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Read a state of version 1, whose open segments hold products of weights and tokens."""
+    if ".weights" not in state:
+        return state
+    weights = np.where(state[".weights"] > 0, state[".weights"], 1)[..., None]
+    return {**state, **{name: state[name] / weights for name in (".keys", ".values")}}

@@ -59,9 +59,9 @@ class DMC(Policy):
         )
         return Attended(result.out, Record(1.0 - result.merged, result.decisions))
 
-    def start(self, rows, head_dim):
+    def start(self, rows, head_dim, dtype):
         """Remember the tokens of the open segment."""
-        return empty_segment(rows, head_dim, self.settings.window)
+        return empty_segment(rows, head_dim, self.settings.window, dtype)
 
     def step(self, state, token, lengths):
         """Let the token join the open slot, or take the next one."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dmc_jax.config import ModelConfig
@@ -133,12 +134,13 @@ class Policy(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self, rows: tuple[int, ...], head_dim: int) -> State:
+    def start(self, rows: tuple[int, ...], head_dim: int, dtype: DTypeLike) -> State:
         """Make what empty rows remember: arrays [*rows, ...] of zeros.
 
         Args:
             rows: shape of all rows.
             head_dim: H.
+            dtype: of the keys and values that they will read.
         """
 
     @abc.abstractmethod
@@ -236,7 +238,7 @@ def whole_by_steps(
     G, slots = q.shape[2] // K, policy.most_slots(T)
     frequencies = rotary_frequencies(H, where.rope_theta, where.rope_scaling)
     begins = jnp.broadcast_to(segment_starts(B, T, where.segment_ids), (B, T, K)) > 0
-    nothing = policy.start((B, K), H)
+    nothing = policy.start((B, K), H, k.dtype)
 
     def read(carry, now):
         keys, values, lengths, state = carry

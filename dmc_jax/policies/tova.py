@@ -54,7 +54,7 @@ class TOVA(Policy):
         """Attend token by token; `noise` and `attention` have no meaning."""
         return whole_by_steps(self, q, k, v, where, x)
 
-    def start(self, rows, head_dim):
+    def start(self, rows, head_dim, dtype):
         """Remember which slot was attended to least."""
         return jnp.zeros(rows, jnp.int32)
 

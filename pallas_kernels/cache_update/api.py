@@ -31,14 +31,14 @@ _STORED = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 class Segment(NamedTuple):
     """What rows remember of the tokens in their open slots.
 
-    Token m of a row's segment is in ring entry m % W as weight times key, weight times value and
-    weight; entries that no token of the segment is in are zero. With an unlimited window the only
-    entry is the sum of all tokens.
+    Token m of a row's segment is in ring entry m % W as key, value and weight; entries that no
+    token of the segment is in are zero. With an unlimited window the only entry is the average of
+    all tokens, in float32, and the sum of their weights.
     """
 
-    keys: Float[Array, "seats R W H"]  # float32, as the next two
+    keys: Float[Array, "seats R W H"]  # in the dtype of tokens, as the next
     values: Float[Array, "seats R W H"]
-    weights: Float[Array, "seats R W"]
+    weights: Float[Array, "seats R W"]  # float32
     count: Int[Array, "seats R"]  # tokens in the segment
 
 
@@ -154,9 +154,10 @@ def _validate(state, q, k_t, v_t, window, page_table, frequencies) -> None:
         "frequencies": (frequencies, (H // 2,), (jnp.float32,)),
     }
     if state.segment is not None:
+        tokens = k_t.dtype if window else jnp.float32
         expected |= {
-            "keys": (state.segment.keys, (seats, R, W, H), (jnp.float32,)),
-            "values": (state.segment.values, (seats, R, W, H), (jnp.float32,)),
+            "keys": (state.segment.keys, (seats, R, W, H), (tokens,)),
+            "values": (state.segment.values, (seats, R, W, H), (tokens,)),
             "weights": (state.segment.weights, (seats, R, W), (jnp.float32,)),
             "count": (state.segment.count, (seats, R), (jnp.int32,)),
         }

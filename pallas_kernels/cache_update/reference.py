@@ -39,7 +39,20 @@ def cache_update(
 
 
 def _update(
-    state, q, k_t, v_t, table, first, active, position, freq, channel, threshold, offset, eps, sums
+    state,
+    q,
+    k_t,
+    v_t,
+    table,
+    first,
+    active,
+    position,
+    freq,
+    channel,
+    threshold,
+    offset,
+    eps,
+    unlimited,
 ):
     page, K = state.k_pages.shape[1], k_t.shape[1]
     rotated = np.zeros_like(q)
@@ -58,7 +71,7 @@ def _update(
             weight = 1 / (1 + np.exp(-np.float64(logit))) + eps
             above = key[-1].astype(np.float32) - np.float32(offset) > threshold
             joins = above and state.segment.count[row] > 0
-            key, value = _joined(state.segment, row, (weight, key, value), joins, sums)
+            key, value = _joined(state.segment, row, (weight, key, value), joins, unlimited)
         slot = length - joins
         entry = slot // page
         if entry >= table.shape[2] or table[row][entry] < 0:
@@ -71,38 +84,33 @@ def _update(
     return rotated, state
 
 
-def _joined(segment, row, new, joins, sums):
+def _joined(segment, row, new, joins, unlimited):
     """Put a token into the row's segment; the key and value of its slot then."""
-    tokens = _tokens(segment, row, sums) if joins else []
-    _keep(segment, row, new, int(segment.count[row]) + 1 if joins else 1, sums)
-    tokens.append(new)
+    tokens = [*(_tokens(segment, row, unlimited) if joins else []), new]
     total = sum(weight for weight, _, _ in tokens)
-    return (sum(token[0] * token[i].astype(np.float64) for token in tokens) / total for i in (1, 2))
+    average = [sum(x[0] * x[i].astype(np.float64) for x in tokens) / total for i in (1, 2)]
+    entry = (total, *average) if unlimited else new
+    _keep(segment, row, entry, int(segment.count[row]) + 1 if joins else 1)
+    return average
 
 
-def _tokens(segment, row, sums):
+def _tokens(segment, row, unlimited):
     """Tokens of the row's segment that an average with the next one counts: (weight, key, value).
 
-    Of unlimited sums the one is as if of a single token.
+    With an unlimited window one stands for all.
     """
     W, count = segment.weights.shape[-1], int(segment.count[row])
-    newest = range(count - 1, max(count - W, -1), -1) if not sums else range(min(count, 1))
-    tokens = []
-    for entry in (m % W for m in newest):
-        weight = float(segment.weights[row][entry])
-        tokens.append((weight, *(x[row][entry] / weight for x in (segment.keys, segment.values))))
-    return tokens
+    newest = range(count - 1, max(count - W, -1), -1) if not unlimited else range(min(count, 1))
+    rings = [segment.weights[row].astype(np.float64), segment.keys[row], segment.values[row]]
+    return [tuple(ring[m % W].copy() for ring in rings) for m in newest]
 
 
-def _keep(segment, row, new, count, sums):
-    """Put the token into the ring, or add it to the sums; a segment's first empties it."""
-    weight, key, value = new
-    entry = 0 if sums else (count - 1) % segment.weights.shape[-1]
-    entries = (segment.weights, weight), (segment.keys, weight * key.astype(np.float64))
-    for ring, of_token in (*entries, (segment.values, weight * value.astype(np.float64))):
+def _keep(segment, row, new, count):
+    """Put the token into the ring, which a segment's first empties."""
+    for ring, of_token in zip((segment.weights, segment.keys, segment.values), new, strict=True):
         if count == 1:
             ring[row] = 0
-        ring[row][entry] = ring[row][entry] + of_token if sums else of_token
+        ring[row][(count - 1) % ring.shape[2]] = of_token
     segment.count[row] = count
 
 

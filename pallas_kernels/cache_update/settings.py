@@ -12,7 +12,7 @@ class Settings:
     Attributes:
         entries: of the ring in a tile; a longer ring takes several, one after another.
         tile_per_warp: elements. With 2048, up to W = 16 and H = 128 a row is one warp's, whose
-            threads have four channels each: it sums the ring without shared memory.
+            threads have 16 bytes of channels each: four, or of a ring in bfloat16 eight.
     """
 
     entries: int

@@ -6,8 +6,8 @@ that merges reads the entries that its segment has used, and writes one. (XLA re
 W entries of all rows.)
 
     last channels of q and k -> joins? weight?   -> slot, its page
-    ring[used], token -> new ring entry          [W, H] -> [H], twice: keys and values
-    sum of the ring / sum of weights -> average  -> key rotated at the token -> page
+    weights * ring[used], token -> average       [W, H] -> [H], twice: keys and values
+    average -> key rotated at the token          -> page
     queries -> rotated at the token
 
 Where nothing is merged there is no ring, and the token itself goes to the page.
@@ -56,7 +56,7 @@ def update_rows(
     k_pages_ptr,  # [P, PAGE, H]
     v_pages_ptr,
     lengths_ptr,  # [seats, R]
-    keys_ptr,  # [seats, R, W, H], float32; these four are of any shape where nothing is merged
+    keys_ptr,  # [seats, R, W, H]; these four are of any shape where nothing is merged
     values_ptr,
     weights_ptr,  # [seats, R, W], float32
     count_ptr,  # [seats, R]
@@ -69,7 +69,7 @@ def update_rows(
     W: tl.constexpr,
     H: tl.constexpr,
     MERGES: tl.constexpr,
-    SUMS: tl.constexpr,  # an unlimited window: the ring's one entry is added to
+    UNLIMITED: tl.constexpr,  # window: the ring's one entry is the average of all tokens
     HALF: tl.constexpr,  # H / 2, padded to a power of two
     ENTRIES: tl.constexpr,  # of the ring at a time, a power of two
 ):
@@ -117,7 +117,7 @@ def update_rows(
         omega = 1.0 / (1.0 + tl.exp(-(logit / G + OFFSET))) + EPS
         kept = tl.where(merge, count, 0)  # tokens that it joins
         joins = (kept > 0).to(tl.int32)
-        newest = 0 if SUMS else kept % W  # the ring entry that it takes
+        newest = 0 if UNLIMITED else kept % W  # the ring entry that it takes
         used = tl.minimum(kept, W)
         stale = tl.where(kept == 0, tl.minimum(count, W), 0)
     slot = length - joins
@@ -135,8 +135,8 @@ def update_rows(
         tl.store(to + H // 2, turned_right.to(turned_left.dtype), mask=f < H // 2)
 
     if MERGES:
-        new_key = omega * key
-        new_value = omega * value
+        new_key = key
+        new_value = value
         # Addresses within a row take 32 bits, so half the registers.
         weights_ptr += row * W
         keys_ptr += row * W * H
@@ -148,30 +148,37 @@ def update_rows(
             at = start + tl.arange(0, ENTRIES)
             tile = at[:, None] * H + h[None, :]
             # Not `&`: interpreted, it is wrong for masks that broadcast, in some versions.
-            read = tl.where(at < used, True if SUMS else at != newest, False)
+            read = tl.where(at < used, True if UNLIMITED else at != newest, False)
             reads = tl.where(read[:, None], real[None, :], False)
-            total += tl.sum(tl.load(weights_ptr + at, mask=read, other=0.0), 0)
-            key += tl.sum(tl.load(keys_ptr + tile, mask=reads, other=0.0), 0)
-            value += tl.sum(tl.load(values_ptr + tile, mask=reads, other=0.0), 0)
+            weights = tl.load(weights_ptr + at, mask=read, other=0.0)
+            keys = tl.load(keys_ptr + tile, mask=reads, other=0.0).to(tl.float32)
+            values = tl.load(values_ptr + tile, mask=reads, other=0.0).to(tl.float32)
+            total += tl.sum(weights, 0)
+            key += tl.sum(weights[:, None] * keys, 0)
+            value += tl.sum(weights[:, None] * values, 0)
             clear = tl.where(at < stale, at != newest, False)
             clears = tl.where(clear[:, None], real[None, :], False)
-            zeros = tl.full([ENTRIES, 2 * HALF], 0.0, tl.float32)
+            zeros = tl.full([ENTRIES, 2 * HALF], 0.0, keys_ptr.dtype.element_ty)
             tl.store(weights_ptr + at, tl.full([ENTRIES], 0.0, tl.float32), mask=clear)
             tl.store(keys_ptr + tile, zeros, mask=clears)
             tl.store(values_ptr + tile, zeros, mask=clears)
         total += omega
-        key += new_key
-        value += new_value
+        totals = tl.full([2 * HALF], 0.0, tl.float32) + total
+        key = tl.div_rn(key + omega * new_key, totals)
+        value = tl.div_rn(value + omega * new_value, totals)
+        if UNLIMITED:
+            new_key = key
+            new_value = value
         # Every warp must have read what one of them writes now.
         tl.debug_barrier()
         tl.store(count_ptr + row, kept + 1)
-        tl.store(weights_ptr + newest, total if SUMS else omega)
-        tl.store(keys_ptr + newest * H + h, key if SUMS else new_key, mask=real)
-        tl.store(values_ptr + newest * H + h, value if SUMS else new_value, mask=real)
-        total = tl.full([2 * HALF], 0.0, tl.float32) + total
-        value = tl.div_rn(value, total)
+        tl.store(weights_ptr + newest, total if UNLIMITED else omega)
+        new_key = new_key.to(keys_ptr.dtype.element_ty)
+        new_value = new_value.to(keys_ptr.dtype.element_ty)
+        tl.store(keys_ptr + newest * H + h, new_key, mask=real)
+        tl.store(values_ptr + newest * H + h, new_value, mask=real)
         # Rounded as the token is.
-        key = tl.div_rn(key, total).to(k_ptr.dtype.element_ty).to(tl.float32)
+        key = key.to(k_ptr.dtype.element_ty).to(tl.float32)
     else:
         tl.debug_barrier()  # every warp must have read the length
     tl.store(lengths_ptr + row, tl.where(page >= 0, slot + 1, -1 - length))
@@ -287,7 +294,7 @@ def update_constants(
         "W": W,
         "H": H,
         "MERGES": state.segment is not None,
-        "SUMS": unlimited,
+        "UNLIMITED": unlimited,
         "HALF": max(triton.next_power_of_2(H), _LEAST_WIDTH) // 2,
         "ENTRIES": min(triton.next_power_of_2(W), settings.entries),
     }

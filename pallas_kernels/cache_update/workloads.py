@@ -87,8 +87,11 @@ def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
     active = rng.random(seats) < 0.8
     active[:2], active[2:][-1:] = True, False
     empty = jnp.full((P, page, H), jnp.nan, workload.pages)
+    tokens = workload.tokens if workload.window else jnp.float32
     segment = Segment(
-        *(jnp.asarray(x, jnp.float32) for x in (keys, values, weights)), jnp.asarray(count)
+        *(jnp.asarray(x, tokens) for x in (keys, values)),
+        jnp.asarray(weights, jnp.float32),
+        jnp.asarray(count),
     )
     merges = workload.window != 0
     state = State(empty, empty, jnp.asarray(lengths), segment if merges else None)

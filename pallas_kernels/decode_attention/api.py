@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.contract import check_axes, check_dtypes
-from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.implementations import Implementations
 
 IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton"))
@@ -25,6 +24,26 @@ unavailable = IMPLEMENTATIONS.unavailable
 SMALLEST_PAGE = 8
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which program attends to which slots of which row.
+
+    A plan serves every call with these rows and no greater lengths: a slot past a row's length is
+    masked by whoever uses the plan. So one made for a decoding step ahead of it, for lengths that
+    may or may not grow by a slot, holds for the whole step. Those of several layers are one, with
+    an axis of layers.
+    """
+
+    row: Int[Array, "*L items"]  # of each item; nothing is said about those past the last
+    begin: Int[Array, "*L items"]  # first slot, a multiple of `block`
+    end: Int[Array, "*L items"]  # one past the last slot; `begin` where there is no item
+    of_program: Int[Array, "*L programs+1"]  # program p has items of_program[p] to [p + 1]
+    of_row: Int[Array, "*L R+1"]  # row r has items of_row[r] to of_row[r + 1]
+    layer: int | Int[Array, ""] = 0  # whose plan is meant, of those of several layers
+    block: int = dataclasses.field(metadata={"static": True}, kw_only=True)
 
 
 def decode_attention(
@@ -163,12 +182,7 @@ def plan_decode_attention(
     if not hasattr(module, "plan_rows"):
         return None
 
-    def plan(lengths):
-        return module.plan_rows(lengths, k_pages)
-
-    for _ in lengths.shape[:-1]:
-        plan = jax.vmap(plan)
-    return dataclasses.replace(plan(jnp.clip(lengths, 0, longest)), layer=0)
+    return module.plan_rows(jnp.clip(lengths, 0, longest), k_pages)
 
 
 def choose(implementation: str | None) -> str:

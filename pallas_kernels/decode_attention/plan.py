@@ -9,48 +9,124 @@ within one block, and a stretch is cut again wherever a row ends inside it:
     items       |    0    |1|2|      3      |    4      | 5 |  ...
 
 Those pieces are the work items: a program's items follow one another, and so do a row's. Every cut
-is the end of a row or of a program, hence at most R + programs - 1 items, which is static. The sums
-are linear in R + programs and made of scans and scatters alone, so that nothing waits for the host.
+is the end of a row or of a program, hence at most R + programs - 1 items, which is static. A kernel
+makes the plan of a layer in one program, which goes over the rows twice: all layers at once.
 """
 
-import dataclasses
 import functools
+import math
+from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import triton
+import triton.language as tl
 from jaxtyping import Array, Int
 
+from pallas_kernels import triton_call
+from pallas_kernels.decode_attention.api import Plan
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which program attends to which slots of which row.
-
-    A plan serves every call with these rows and no greater lengths: a slot past a row's length is
-    masked by whoever uses the plan. So one made for a decoding step ahead of it, for lengths that
-    may or may not grow by a slot, holds for the whole step. Those of several layers are one, with
-    an axis of layers.
-    """
-
-    row: Int[Array, "*L items"]  # of each item; nothing is said about those past the last
-    begin: Int[Array, "*L items"]  # first slot, a multiple of `block`
-    end: Int[Array, "*L items"]  # one past the last slot; `begin` where there is no item
-    of_program: Int[Array, "*L programs+1"]  # program p has items of_program[p] to [p + 1]
-    of_row: Int[Array, "*L R+1"]  # row r has items of_row[r] to of_row[r + 1]
-    layer: int | Int[Array, ""] = 0  # whose plan is meant, of those of several layers
-    block: int = dataclasses.field(metadata={"static": True}, kw_only=True)
+# Rows at a time, at most, two in a thread: four take all of its registers. And warps.
+MOST_ROWS = 1024
+WARPS = 16
 
 
-@functools.partial(jax.jit, static_argnames=("block", "programs"))
-def make_plan(lengths: Int[Array, " R"], *, block: int, programs: int) -> Plan:
+@triton.jit
+@no_type_check
+def plan_layer(
+    lengths_ptr,  # [layers, rows]
+    rows_ptr,  # [1]
+    row_ptr,  # [layers, items]
+    begin_ptr,
+    end_ptr,
+    of_program_ptr,  # [layers, PROGRAMS + 1]
+    of_row_ptr,  # [layers, rows + 1]
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,  # at a time, a power of two
+    ENDS: tl.constexpr,  # PROGRAMS + 1, padded to a power of two
+):
+    """One program per layer."""
+    layer = tl.program_id(0)
+    rows = tl.load(rows_ptr)
+    most = rows + PROGRAMS - 1
+    lengths_ptr += layer * rows
+    row_ptr += layer * most
+    begin_ptr += layer * most
+    end_ptr += layer * most
+    of_program_ptr += layer * (PROGRAMS + 1)
+    of_row_ptr += layer * (rows + 1)
+    column = tl.arange(0, ROWS)
+
+    total = 0
+    for start in tl.range(0, rows, ROWS, num_stages=1):
+        length = tl.load(lengths_ptr + start + column, mask=start + column < rows, other=0)
+        total += tl.sum((length + BLOCK - 1) // BLOCK, 0)
+    # The first `longer` stretches have share + 1 blocks, the others share.
+    share = total // PROGRAMS
+    longer = total % PROGRAMS
+    others = longer * (share + 1)  # where those begin
+    least = tl.maximum(share, 1)
+
+    before = 0  # blocks of the rows before
+    items = 0  # of theirs
+    for start in tl.range(0, rows, ROWS, num_stages=1):
+        row = start + column
+        length = tl.load(lengths_ptr + row, mask=row < rows, other=0)
+        blocks = (length + BLOCK - 1) // BLOCK
+        ends = before + tl.cumsum(blocks, 0)
+        starts = ends - blocks
+        first = starts // (share + 1)
+        first = tl.where(starts < others, first, longer + (starts - others) // least)
+        last = (ends - 1) // (share + 1)
+        last = tl.where(ends <= others, last, longer + (ends - 1 - others) // least)
+        count = tl.where(blocks > 0, last - first + 1, 0)
+        item = items + tl.cumsum(count, 0) - count
+        tl.store(of_row_ptr + row, item, mask=row < rows)
+        for piece in tl.range(0, tl.max(count, 0), num_stages=1):
+            program = first + piece
+            begin = program * share + tl.minimum(program, longer) - starts
+            end = (begin + share + (program < longer).to(tl.int32)) * BLOCK
+            there = piece < count
+            tl.store(row_ptr + item + piece, row, mask=there)
+            tl.store(begin_ptr + item + piece, tl.maximum(begin, 0) * BLOCK, mask=there)
+            tl.store(end_ptr + item + piece, tl.minimum(end, length), mask=there)
+            begins = tl.where(there, begin >= 0, False)
+            tl.store(of_program_ptr + program, item + piece, mask=begins)
+        before += tl.sum(blocks, 0)
+        items += tl.sum(count, 0)
+
+    tl.store(of_row_ptr + rows, items)
+    program = tl.arange(0, ENDS)
+    begin = program * share + tl.minimum(program, longer)
+    idle = tl.where(program <= PROGRAMS, begin >= total, False)
+    tl.store(of_program_ptr + program, tl.full([ENDS], 0, tl.int32) + items, mask=idle)
+    nothing = tl.full([ROWS], 0, tl.int32)
+    for start in tl.range(items, most, ROWS, num_stages=1):
+        item = start + column
+        tl.store(row_ptr + item, nothing, mask=item < most)
+        tl.store(begin_ptr + item, nothing, mask=item < most)
+        tl.store(end_ptr + item, nothing, mask=item < most)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "programs", "capability", "launch"))
+def make_plan(
+    lengths: Int[Array, "*L R"],
+    *,
+    block: int,
+    programs: int,
+    capability: int,
+    launch: Callable = triton_call.launch,
+) -> Plan:
     """Cut rows into items so that every program gets as many blocks as any other, or one more.
 
-    To plan all layers of a model at once, `jax.vmap` this over lengths [L, R].
-
     Args:
-        lengths: int32, slots of each row, 0 or more.
+        lengths: int32, slots of each row, 0 or more; those of several layers are planned at once.
         block: slots that are worked on at a time; only a row's end, or a multiple of it, is cut.
-        programs: that share the work.
+        programs: that share the work of a layer.
+        capability: to compile for, 90 for compute capability 9.0.
+        launch: calls the kernel.
 
     Returns:
         The plan. An empty row has no item; with fewer blocks than programs some have none.
@@ -58,46 +134,33 @@ def make_plan(lengths: Int[Array, " R"], *, block: int, programs: int) -> Plan:
     Raises:
         ValueError: no rows, or a block or number of programs below 1.
     """
-    if lengths.ndim != 1 or lengths.size == 0:
-        raise ValueError(f"lengths must be [R] with R >= 1, got shape {tuple(lengths.shape)}")
+    if lengths.ndim == 0 or lengths.size == 0:
+        raise ValueError(f"lengths must be [*L, R] with R >= 1, got shape {tuple(lengths.shape)}")
     if block < 1 or programs < 1:
         raise ValueError(f"block and programs must be >= 1, got {block} and {programs}")
-    blocks = -(-lengths // block)
-    ends = jnp.cumsum(blocks, dtype=jnp.int32)  # of the rows on the line of blocks
-    starts = ends - blocks
-    share, longer = jnp.divmod(ends[-1], programs)  # the first `longer` programs get share + 1
-
-    def cut(program):  # where a program's stretch begins
-        return program * share + jnp.minimum(program, longer)
-
-    def program_at(position):
-        behind = position - cut(longer)  # how far behind the last of the longer stretches
-        return jnp.where(
-            behind < 0, position // (share + 1), longer + behind // jnp.maximum(share, 1)
-        )
-
-    first = program_at(starts)
-    items = jnp.where(blocks > 0, program_at(ends - 1) - first + 1, 0)
-    of_row = _sums_before(items)
-
-    # An item's row is the last that begins at or before it; an empty row begins with the next.
-    index = jnp.arange(lengths.size + programs - 1, dtype=jnp.int32)
-    begins = jnp.zeros(index.size + 1, jnp.int32).at[of_row[:-1]].add(1)
-    row = jnp.cumsum(begins, dtype=jnp.int32)[: index.size] - 1
-    used = index < of_row[-1]
-    program = jnp.where(used, first[row] + index - of_row[row], programs)  # `programs`: nobody
-    begin = jnp.maximum(cut(program) - starts[row], 0) * block
-    end = jnp.minimum((cut(program + 1) - starts[row]) * block, lengths[row])
-    loads = jnp.zeros(programs, jnp.int32).at[program].add(1, mode="drop")
-    return Plan(
-        row=row,
-        begin=jnp.where(used, begin, 0),
-        end=jnp.where(used, end, 0),
-        of_program=_sums_before(loads),
-        of_row=of_row,
-        block=block,
+    *layers, R = lengths.shape
+    items = R + programs - 1
+    row, begin, end, of_program, of_row = launch(
+        plan_layer,
+        *(lengths, jnp.full(1, R, jnp.int32)),
+        out=tuple(
+            jax.ShapeDtypeStruct((*layers, n), jnp.int32)
+            for n in (items, items, items, programs + 1, R + 1)
+        ),
+        grid=(math.prod(layers),),
+        num_warps=WARPS,
+        num_stages=1,
+        capability=capability,
+        **plan_constants(R, block, programs),
     )
+    return Plan(row, begin, end, of_program, of_row, block=block)
 
 
-def _sums_before(x: Int[Array, " n"]) -> Int[Array, " n+1"]:
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(x, dtype=jnp.int32)])
+def plan_constants(R: int, block: int, programs: int) -> dict[str, int]:
+    """The compile-time arguments of `plan_layer` for so many rows."""
+    return {
+        "BLOCK": block,
+        "PROGRAMS": programs,
+        "ROWS": min(triton.next_power_of_2(R), MOST_ROWS),
+        "ENDS": triton.next_power_of_2(programs + 1),
+    }

@@ -30,8 +30,8 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target
-from pallas_kernels.decode_attention.api import rows_of
-from pallas_kernels.decode_attention.plan import Plan, make_plan
+from pallas_kernels.decode_attention.api import Plan, rows_of
+from pallas_kernels.decode_attention.plan import make_plan
 from pallas_kernels.decode_attention.settings import Settings, settings_for
 from pallas_kernels.triton_call import launch, unavailable
 
@@ -232,11 +232,11 @@ def _where(q, page_table, first, plan) -> Int[Array, " 6"]:
 
 
 def plan_rows(
-    lengths: Int[Array, " rows"],
+    lengths: Int[Array, "*L rows"],
     k_pages: Float[Array, "P page H"],
     settings: Settings | None = None,
 ) -> Plan:
-    """Make the plan that suits this pool on this device.
+    """Make the plan, of one layer or of several, that suits this pool on this device.
 
     Args:
         settings: as for `decode_attention`, which must be given the same.
@@ -246,6 +246,8 @@ def plan_rows(
         lengths,
         block=settings.block(padded_width(k_pages.shape[-1]), k_pages.dtype.itemsize),
         programs=target.current().cores * settings.programs_per_core,
+        capability=target.current().capability,
+        launch=launch,
     )
 
 

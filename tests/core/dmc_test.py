@@ -68,7 +68,7 @@ def pooling_equals_the_double_sum_test(seed, S, K, window, hard):
 def one_token_at_a_time_equals_all_at_once_test(seed, S, window):
     x, decisions, omega = draw(seed, 2, S, 3, 4, hard=True)
     k, v = x, x[..., ::-1].copy()
-    segment = dmc.empty_segment((2, 3), 4, window)
+    segment = dmc.empty_segment((2, 3), 4, window, jnp.float32)
     step = jax.jit(functools.partial(dmc.merge_step, window=window))
     expected_k = np.asarray(pool(k, decisions, omega, window))
     expected_v = np.asarray(pool(v, decisions, omega, window))
@@ -95,7 +95,7 @@ def pooling_ignores_the_first_alpha_test():
 
 
 def an_empty_segment_appends_whatever_it_is_told_test():
-    segment = dmc.empty_segment((2,), 3, 4)
+    segment = dmc.empty_segment((2,), 3, 4, jnp.float32)
     k = jnp.arange(6.0).reshape(2, 3)
     segment, k_bar, _ = dmc.merge_step(segment, k, k, jnp.ones(2), jnp.full(2, 0.5), 4)
     np.testing.assert_array_equal(segment.count, 1)

@@ -241,7 +241,7 @@ def step_form_matches_cached_decoding_test(path):
         rotated = dmc.rotate_for_attention(k_bar[:, None], at, frequencies)[:, 0]
         return segment, k_bar, v_bar, rotated
 
-    segment = dmc.empty_segment((B, K), D, settings.window)
+    segment = dmc.empty_segment((B, K), D, settings.window, jnp.float32)
     cache_k, cache_v = np.zeros((2, B, K, L, D), np.float32)
     slot = np.full((B, K), -1)
     rows = np.ix_(np.arange(B), np.arange(K))

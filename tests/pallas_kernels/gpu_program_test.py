@@ -37,9 +37,10 @@ def a_step_is_one_graph_and_computes_every_product_once_test(tmp_path, layers, r
     assert (found["graphs"], found["outside_of_graphs"]) == (1, 0)
     # Queries, keys and values are one product; gates and what they let through are another.
     assert found["products"] == 4 * layers + 1
-    # Attention takes two kernels, the update of the cache one.
-    assert found["own_kernels"] == 3 * layers
-    assert found["launches"] <= 12 * layers + 55
+    # Attention takes two kernels, the update of the cache one; the plan of all layers is one.
+    assert found["own_kernels"] == 3 * layers + 1
+    # XLA's own are the norms, the sums of the residual stream and what is between gate and up.
+    assert found["launches"] <= 12 * layers + 31
     assert found["large_copies"] == 0
     assert found["temporary_bytes"] < 0.5e9
 

@@ -56,7 +56,7 @@ def launch_triton(
 
 
 def _interpret(kernel, inputs, out, grid, in_place, constants):
-    """Runs a Triton kernel on NumPy arrays; what it does not write of new ones stays NaN."""
+    """Runs a Triton kernel on NumPy arrays; what it does not write of new ones stays poison."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -64,6 +64,7 @@ def _interpret(kernel, inputs, out, grid, in_place, constants):
     reductions = {
         "max": lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max),
         "sum": lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine),
+        "cumsum": lambda x, axis: tl.associative_scan(x, axis, tl.standard._sum_combine),
     }
     convert = interpreter._convert_float
 
@@ -75,9 +76,7 @@ def _interpret(kernel, inputs, out, grid, in_place, constants):
 
     arrays = [np.array(x, order="C") for x in inputs]
     memory = {output: arrays[input] for input, output in in_place.items()}
-    arrays += [
-        memory[i] if i in memory else np.full(x.shape, np.nan, x.dtype) for i, x in enumerate(out)
-    ]
+    arrays += [memory[i] if i in memory else _poison(x) for i, x in enumerate(out)]
     with (
         _one_at_a_time,
         mock.patch.multiple(tl, **reductions),
@@ -87,6 +86,11 @@ def _interpret(kernel, inputs, out, grid, in_place, constants):
     ):
         interpreter.InterpretedFunction(kernel.fn)[grid](*map(_Tensor, arrays), **constants)
     return tuple(arrays[len(inputs) :])
+
+
+def _poison(x):
+    nowhere = np.nan if jax.numpy.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).min
+    return np.full(x.shape, nowhere, x.dtype)
 
 
 class _Tensor:

@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dmc_jax.core.dmc import DMCSettings
@@ -49,7 +50,8 @@ def compile_update(
     def array(*shape, dtype="float32"):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    pool, ring = array(9999, 64, H, dtype=pages), array(64, 1024, window or 1, H)
+    of_ring = tokens if window else "float32"
+    pool, ring = array(9999, 64, H, dtype=pages), array(64, 1024, window or 1, H, dtype=of_ring)
     count = array(64, 1024, dtype="int32")
     segment = api.Segment(ring, ring, array(*ring.shape[:3]), count)
     state = api.State(pool, pool, count, segment if merges else None)
@@ -58,8 +60,8 @@ def compile_update(
         state, array(64, 32 * G, H), array(64, 32, H), not window, SETTINGS
     )
     dtypes = {name: "float32" for name in update_rows.arg_names if name not in constants}
-    changed = ("k_pages", "v_pages"), ("lengths", "count")
-    for names, dtype in zip(changed, (pages, "int32"), strict=True):
+    changed = ("k_pages", "v_pages"), ("lengths", "count"), ("keys", "values") if merges else ()
+    for names, dtype in zip(changed, (pages, "int32", of_ring), strict=True):
         dtypes |= {f"{name}_{end}": dtype for name in names for end in ("before", "ptr")}
     if not merges:
         dtypes |= dict.fromkeys(("count_before", "count_ptr"), "float32")
@@ -74,14 +76,16 @@ def compile_update(
 
 @capabilities
 @pytest.mark.parametrize("pages, tokens", [("bfloat16", "bfloat16"), ("float32", "float32")])
-def a_row_of_the_usual_size_is_one_warp_without_shared_memory_test(capability, pages, tokens):
+def a_row_of_the_usual_size_is_one_warp_test(capability, pages, tokens):
     usage, warps = compile_update(capability, pages=pages, tokens=tokens)
     assert warps == 1
-    assert (usage.spilled, usage.shared) == (0, 0)
+    # Threads that have channels in common, of a ring in bfloat16, add up no more than one head.
+    assert usage.spilled == 0
+    assert usage.shared <= (256 if tokens == "bfloat16" else 0)
     assert usage.resident(warps, capability) >= _ROWS_PER_CORE
     # The rings go by 16 bytes, and only what the masks let through.
     wide = [line for line in usage.ptx.splitlines() if "ld.global.v4.b32" in line]
-    assert len(wide) >= 2 * 16
+    assert len(wide) >= 2 * 16 * jnp.dtype(tokens).itemsize // 4
     assert all(line.strip().startswith("@%p") for line in wide)
 
 
@@ -121,7 +125,7 @@ def a_decoding_step_calls_one_kernel_a_layer_that_changes_the_cache_in_place_tes
     text = lowered_step()
     calls = re.findall(r".*custom_call @triton_kernel_call_ffi\(.*", text)
     assert len(calls) == len(re.findall(r"call @_update\w*\(", text)) == CONFIG.layers
-    ring = f"{SEATS}x{CONFIG.kv_rows}x12x64xf32"
+    ring = f"{SEATS}x{CONFIG.kv_rows}x12x64xbf16"
     for call in calls:
         aliases = re.findall(
             r"output_operand_alias<output_tuple_indices = \[(\d+)\],\s*operand_index = (\d+)", call

@@ -15,12 +15,12 @@ import pytest
 from pallas_kernels import target
 from pallas_kernels.decode_attention.api import (
     IMPLEMENTATIONS,
+    Plan,
     choose,
     decode_attention,
     decode_attention_and_weights,
     plan_decode_attention,
 )
-from pallas_kernels.decode_attention.plan import make_plan
 from pallas_kernels.decode_attention.settings import CANDIDATES
 from pallas_kernels.decode_attention.workloads import (
     CORRECTNESS,
@@ -377,7 +377,7 @@ def an_implementation_without_plans_makes_none_and_takes_none_test(implementatio
     inputs = inputs_of(Workload("planless", (100, 3, 40), 2, 32, 16))
     options = {"longest": 112, "implementation": implementation}
     assert plan_decode_attention(inputs.lengths, inputs.k_pages, **options) is None
-    plan = make_plan(inputs.lengths, block=16, programs=2)
+    plan = Plan(*[jnp.zeros(4, jnp.int32)] * 5, block=16)
     with pytest.raises(ValueError, match=f"'{implementation}' .* works without a plan"):
         decode_attention(*inputs, scale=0.2, implementation=implementation, plan=plan)
 

@@ -1,12 +1,12 @@
 """Every variant of the Triton kernels in the tuning set, compiled for A100 and H100/H200."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing can be compiled")
 
-from pallas_kernels.decode_attention.plan import make_plan  # noqa: E402
+from pallas_kernels.decode_attention.api import Plan  # noqa: E402
+from pallas_kernels.decode_attention.plan import WARPS, plan_constants, plan_layer  # noqa: E402
 from pallas_kernels.decode_attention.settings import CANDIDATES, settings_for  # noqa: E402
 from pallas_kernels.decode_attention.triton import (  # noqa: E402
     JOIN_WARPS,
@@ -100,7 +100,8 @@ def float32_compiles_within_shared_memory_test():
 @pytest.mark.parametrize("R, G", [(4, 8), (2048, 1), (256, 8)])
 def joining_items_takes_little_test(R, G, capability):
     q = jax.ShapeDtypeStruct((R, G, 128), "bfloat16")
-    plan = jax.eval_shape(lambda: make_plan(jnp.zeros(R, jnp.int32), block=64, programs=2 * 132))
+    ends = [jax.ShapeDtypeStruct((n + 1,), "int32") for n in (2 * 132, R)]
+    plan = Plan(None, None, None, *ends, block=64)
     dtypes = dict.fromkeys(("partial_ptr", "lse_ptr"), "float32")
     usage = compile_kernel(
         join_items,
@@ -114,6 +115,18 @@ def joining_items_takes_little_test(R, G, capability):
     )
     assert usage.spilled == 0
     assert usage.resident(JOIN_WARPS, capability) >= 4
+
+
+@capabilities
+@pytest.mark.parametrize("R", [4, 8704])
+def planning_spills_nothing_test(R, capability):
+    constants = plan_constants(R, block=64, programs=3 * 132)
+    dtypes = {name: "int32" for name in plan_layer.arg_names if name not in constants}
+    usage = compile_kernel(
+        plan_layer, dtypes, constants, warps=WARPS, stages=1, capability=capability
+    )
+    assert usage.spilled == 0
+    assert usage.resident(WARPS, capability) >= 1
 
 
 def a_spill_would_be_seen_test(monkeypatch):

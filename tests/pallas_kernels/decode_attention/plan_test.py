@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+from pallas_kernels import target, triton_call
+from pallas_kernels.decode_attention import plan as plan_module
 from pallas_kernels.decode_attention.plan import make_plan
+from tests.pallas_kernels.interpreted import GPU, launch_triton
+
+if triton_call.unavailable() is None:
+    HERE = {"capability": target.current().capability, "launch": triton_call.launch}
+else:
+    HERE = {"capability": GPU.capability, "launch": launch_triton}
 
 # Shapes are few, since each is compiled; what hypothesis varies are the lengths.
 ROWS = 7
@@ -46,7 +56,14 @@ def dealt(lengths, block, programs):
 
 
 def plan_of(lengths, block, programs):
-    return make_plan(jnp.array(lengths, jnp.int32), block=block, programs=programs)
+    return make_plan(jnp.array(lengths, jnp.int32), block=block, programs=programs, **HERE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_rows_at_a_time():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plan_module, "MOST_ROWS", 4)  # a plan takes several turns
+        yield
 
 
 @many
@@ -102,9 +119,9 @@ def rows_that_are_all_empty_have_no_items_test(programs):
 
 def layers_are_planned_at_once_test():
     lengths = jnp.array(np.random.default_rng(0).integers(0, 300, (3, ROWS)), jnp.int32)
-    together = jax.vmap(lambda x: make_plan(x, block=BLOCK, programs=3))(lengths)
+    together = make_plan(lengths, block=BLOCK, programs=3, **HERE)
     for layer in range(3):
-        one = jax.tree.map(lambda x: x[layer], together)  # noqa: B023
+        one = jax.tree.map(lambda x: x[layer] if x.ndim else x, together)  # noqa: B023
         assert items_of(one) == dealt(lengths[layer].tolist(), BLOCK, 3)
 
 
@@ -112,12 +129,12 @@ def layers_are_planned_at_once_test():
 @pytest.mark.parametrize(
     "lengths, block, programs, message",
     [
-        (jnp.zeros(0, jnp.int32), 8, 1, r"lengths must be \[R\] with R >= 1, got shape \(0,\)"),
-        (jnp.zeros((2, 3), jnp.int32), 8, 1, r"got shape \(2, 3\)"),
+        (jnp.zeros(0, jnp.int32), 8, 1, r"be \[\*L, R\] with R >= 1, got shape \(0,\)"),
+        (jnp.zeros((), jnp.int32), 8, 1, r"got shape \(\)"),
         (jnp.zeros(2, jnp.int32), 0, 1, "block and programs must be >= 1, got 0 and 1"),
         (jnp.zeros(2, jnp.int32), 8, 0, "block and programs must be >= 1, got 8 and 0"),
     ],
 )
 def what_cannot_be_planned_is_refused_test(lengths, block, programs, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(lengths, block=block, programs=programs)
+        make_plan(lengths, block=block, programs=programs, **HERE)
