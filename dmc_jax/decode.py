@@ -61,8 +61,12 @@ _POLICY = flags.DEFINE_enum(
 )
 _BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
 _THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "Merge logit above which a DMC model merges; default: that of training."
+    "threshold", None, "Logit above which DMC merges or gates drop; default: that of training."
 )
+_GATES = flags.DEFINE_string(
+    "gates", None, "File of gates, which make a pretrained model compress as it is."
+)
+_RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of a prompt and its continuation at most; default: the model's."
 )
@@ -110,6 +114,8 @@ def main() -> int:
         window=_WINDOW.value,
         budget=_BUDGET.value,
         threshold=_THRESHOLD.value,
+        gates=_GATES.value,
+        ratio=_RATIO.value,
         add_bos=_ADD_BOS.value,
         dtype=_DTYPE.value,
     )

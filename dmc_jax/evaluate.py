@@ -14,6 +14,7 @@ from absl import flags, logging
 from jax.sharding import Mesh
 
 from dmc_jax import commands
+from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, open_model
 from dmc_jax.config import MeshConfig, RunConfig
 from dmc_jax.data.prepared import PreparedData, open_data
@@ -25,6 +26,7 @@ from dmc_jax.model.sharding import make_mesh
 from dmc_jax.policies.choice import POLICIES, policy_for
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import Policy
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -46,6 +48,10 @@ _THRESHOLD = flags.DEFINE_float(
 _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What rows keep; default: what the model was trained for."
 )
+_GATES = flags.DEFINE_string(
+    "gates", None, "File of gates, which make a pretrained model compress as it is."
+)
+_RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
 _BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
 _DENSE = flags.DEFINE_string(
     "dense", None, "Dense checkpoint to compare with; default: the one before the retrofit."
@@ -68,9 +74,14 @@ def main() -> None:
     mesh = make_mesh(_MESH)
     model = open_model(_CHECKPOINT.value, mesh)
     commands.show_notes(model.notes)
-    policy = policy_for(model.policy, name=_POLICY.value, budget=_BUDGET.value)
+    gates = gates_for(_GATES.value, model.config, _RATIO.value, _THRESHOLD.value)
+    if gates is not None:
+        check_base(gates, model.params, model.config)
+    policy = policy_for(
+        model.policy, name=_POLICY.value, budget=_BUDGET.value, gates=gates and gates.policy
+    )
     if _THRESHOLD.value is not None:
-        if not isinstance(policy, DMC):
+        if not isinstance(policy, DMC | DMS):
             raise UserError(
                 f"--threshold: with policy {policy.name} {model.path} decides nothing; leave the "
                 "flag out or name a checkpoint of the retrofit or finetune stage"

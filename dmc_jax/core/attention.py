@@ -1,6 +1,6 @@
-"""Causal attention with a per-key bias that spares the diagonal: what it is, and what runs.
+"""Causal attention with a per-key bias that spares the newest keys: what it is, and what runs.
 
-    score(i, j) = scale * q_i . k_j + bias_j [j != i]      for j <= i in the same document
+    score(i, j) = scale * q_i . k_j + bias_j [i - j >= spared]   for j <= i in the same document
     out_i       = sum_j softmax_j(score(i, j)) v_j
 
 `definition` says that and no more; `causal_attention` does it in memory linear in the length.
@@ -25,16 +25,17 @@ def definition(
     key_bias: Float[Array, "B T K"],
     scale: float,
     segment_ids: Int[Array, "B T"],
+    spared: int = 1,
 ) -> Float[Array, "B T K G H"]:
     """Attend as the formula has it, with all scores at once: what every implementation must equal.
 
     Args:
         q: queries, the G of each KV head side by side.
-        k, v, key_bias, scale, segment_ids: as for `causal_attention`.
+        k, v, key_bias, scale, segment_ids, spared: as for `causal_attention`.
     """
-    own, earlier = jnp.eye(q.shape[1]), jnp.tri(q.shape[1])
+    earlier, due = jnp.tri(q.shape[1]), jnp.tri(q.shape[1], k=-spared)
     scores = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q, k)
-    scores += (1 - own) * key_bias.transpose(0, 2, 1)[:, :, None, None]
+    scores += due * key_bias.transpose(0, 2, 1)[:, :, None, None]
     visible = (earlier > 0) & (segment_ids[:, :, None] == segment_ids[:, None])
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
@@ -53,6 +54,7 @@ class CausalAttention(Protocol):
         *,
         scale: float,
         segment_ids: Array | None = None,
+        spared: int = 1,
     ) -> Array:
         """Attend as `causal_attention` does."""
 
@@ -65,6 +67,7 @@ def causal_attention(
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
+    spared: int = 1,
     block: int = 256,
 ) -> Float[Array, "B T N H"]:
     """Attend with grouped queries; query head n reads KV head n // (N / K).
@@ -75,9 +78,11 @@ def causal_attention(
 
     Args:
         q, k, v: queries, keys and values of the same T tokens, already rotated.
-        key_bias: added to the scores of a key for every query but its own token's.
+        key_bias: added to the scores of a key for every query but those of the `spared` first
+            tokens that see it, of which its own token is one.
         scale: factor on the dot products.
         segment_ids: document of every token; attention stays inside a document.
+        spared: tokens for which a key has no bias, 1 or more; static.
         block: queries and keys per block. Memory grows with T * block.
 
     Returns:
@@ -105,6 +110,7 @@ def causal_attention(
         pad(segment_ids),
         scale,
         block,
+        spared,
     )
     return out.transpose(0, 3, 1, 2, 4)[:, :T].reshape(B, T, N, H)
 
@@ -121,13 +127,13 @@ def _einsum(equation: str, *operands: Array) -> Array:
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _scores(q_i, k_j, bias_j, segments_i, segments_j, scale, own):
+def _scores(q_i, k_j, bias_j, segments_i, segments_j, scale, own, spared):
     """Scores of one block of queries against one block of keys [B, K, G, block, block].
 
     `own` is the signed distance (query index - key index): 0 on the diagonal.
     """
     scores = scale * _einsum("BKGTH,BKSH->BKGTS", q_i, k_j)
-    scores += jnp.where(own == 0, 0.0, bias_j[:, :, None, None, :])
+    scores += jnp.where(own < spared, 0.0, bias_j[:, :, None, None, :])
     visible = (own >= 0) & (segments_i[:, :, None] == segments_j[:, None, :])  # [B, T, S]
     return jnp.where(visible[:, None, None], scores, _MASKED)
 
@@ -137,12 +143,12 @@ def _distance(i, j, block: int) -> Int[Array, "block block"]:
     return (i - j) * block + steps[:, None] - steps[None, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, bias, segment_ids, scale, block):
-    return _attend_forward(q, k, v, bias, segment_ids, scale, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, bias, segment_ids, scale, block, spared):
+    return _attend_forward(q, k, v, bias, segment_ids, scale, block, spared)[0]
 
 
-def _attend_forward(q, k, v, bias, segment_ids, scale, block):
+def _attend_forward(q, k, v, bias, segment_ids, scale, block, spared):
     B, K, G, T, H = q.shape
 
     def query_block(i):
@@ -153,7 +159,7 @@ def _attend_forward(q, k, v, bias, segment_ids, scale, block):
             k_j, v_j, bias_j = (_block(x, j, block, 2) for x in (k, v, bias))
             segments_j = _block(segment_ids, j, block, 1)
             scores = _scores(
-                q_i, k_j, bias_j, segments_i, segments_j, scale, _distance(i, j, block)
+                q_i, k_j, bias_j, segments_i, segments_j, scale, _distance(i, j, block), spared
             )
             new_largest = jnp.maximum(largest, scores.max(axis=-1))
             weights = jnp.exp(scores - new_largest[..., None])
@@ -176,7 +182,7 @@ def _attend_forward(q, k, v, bias, segment_ids, scale, block):
     return out, (q, k, v, bias, segment_ids, out, log_total)
 
 
-def _attend_backward(scale, block, residuals, d_out):
+def _attend_backward(scale, block, spared, residuals, d_out):
     """Gradients from the saved output and log-sum-exp; one pass over keys, queries inside."""
     q, k, v, bias, segment_ids, out, log_total = residuals
     B, K, G, T, H = q.shape
@@ -194,12 +200,12 @@ def _attend_backward(scale, block, residuals, d_out):
             )
             own = _distance(i, j, block)
             segments_i = _block(segment_ids, i, block, 1)
-            scores = _scores(q_i, k_j, bias_j, segments_i, segments_j, scale, own)
+            scores = _scores(q_i, k_j, bias_j, segments_i, segments_j, scale, own, spared)
             weights = jnp.exp(scores - log_total_i[..., None])
             dv_j += _einsum("BKGTS,BKGTH->BKSH", weights.astype(d_out.dtype), d_out_i)
             d_weights = _einsum("BKGTH,BKSH->BKGTS", d_out_i, v_j)
             d_scores = weights * (d_weights - delta_i[..., None])
-            dbias_j += jnp.sum(jnp.where(own == 0, 0.0, d_scores), axis=(2, 3))
+            dbias_j += jnp.sum(jnp.where(own < spared, 0.0, d_scores), axis=(2, 3))
             d_scores = (scale * d_scores).astype(q.dtype)
             dk_j += _einsum("BKGTS,BKGTH->BKSH", d_scores, q_i)
             dq_i = _block(dq, i, block, 3) + _einsum("BKGTS,BKSH->BKGTH", d_scores, k_j)

@@ -111,20 +111,20 @@ def importance(
 
 
 def relaxed_decisions(
-    logits: Float[Array, "*any"], noise: Float[Array, "*any"], settings: DMCSettings
+    logits: Float[Array, "*any"], noise: Float[Array, "*any"], temperature: float
 ) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
     """Relax decisions for training by a Gumbel-sigmoid: merge and keep log-probability.
 
     Args:
         logits: merge logits.
         noise: difference of two standard Gumbel draws, which is one standard logistic draw.
-        settings: gives the temperature.
+        temperature: of the sigmoid.
 
     Returns:
         (alpha, log(1 - alpha)); the second is computed from the logit, exact where alpha rounds
         to 1.
     """
-    z = (logits + noise) / settings.temperature
+    z = (logits + noise) / temperature
     return jax.nn.sigmoid(z), jax.nn.log_sigmoid(-z)
 
 
@@ -133,6 +133,11 @@ def hard_decisions(
 ) -> Float[Array, "*any"]:
     """Decide as a trained model: 1 (merge) where the logit exceeds `threshold`, else 0."""
     return (logits > threshold).astype(jnp.float32)
+
+
+def superseded(decisions: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Bias keys so that nobody attends where a decision is 1: log(1 - 1), but finite."""
+    return _SUPERSEDED * decisions
 
 
 def segment_starts(
@@ -210,10 +215,10 @@ def dmc_attention(
 
     if noise is None:
         decisions = alpha = hard_decisions(logits, threshold)
-        log_keep = _SUPERSEDED * decisions
+        log_keep = superseded(decisions)
         merged = decisions * may_merge
     else:
-        alpha, log_keep = relaxed_decisions(logits, noise, settings)
+        alpha, log_keep = relaxed_decisions(logits, noise, settings.temperature)
         hard = (alpha > 0.5).astype(jnp.float32)
         decisions = hard + (alpha - jax.lax.stop_gradient(alpha))  # straight-through
         merged = hard * may_merge

@@ -13,7 +13,6 @@ from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.inference.paged_cache import (
     Granted,
     PagedCache,
-    first_rows,
     grant,
     owned,
     put_rows,
@@ -22,7 +21,7 @@ from dmc_jax.inference.paged_cache import (
     write,
 )
 from dmc_jax.model.llama import Attend, forward
-from dmc_jax.policies.policy import Policy, Tokens
+from dmc_jax.policies.policy import Policy, Tokens, first_rows
 from pallas_kernels.cache_update.api import XLA, choose
 from pallas_kernels.decode_attention.api import (
     Plan,
@@ -178,15 +177,15 @@ def attend_cached(
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     offsets = first_rows(config)
 
-    def attend(q, k, v, layer, cache):
+    def attend(q, k, v, x, layer, cache):
         N, K = q.shape[2], k.shape[2]
         # Parts of one product are one array for the kernel, if nothing lies between them and it.
         together = jnp.concatenate([q, k, v], axis=2)[:, 0]
         q, k, v = jnp.split(together, (N, N + K), axis=1)
         plan = plans and plans[K]
         out, cache = attend_token(
-            *(cache, policy, offsets[layer]),
-            Tokens(q, k, v, cache.position, frequencies),
+            *(cache, policy.of_layer(layer, offsets[layer], K), offsets[layer]),
+            Tokens(q, k, v, x[:, 0], cache.position, frequencies),
             active=active,
             implementation=implementation,
             update=update,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, load_tokenizer_of
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
@@ -118,6 +119,8 @@ class Engine:
         window: int | None = None,
         budget: int | None = None,
         threshold: float | None = None,
+        gates: str | os.PathLike | None = None,
+        ratio: float | None = None,
         add_bos: bool | None = None,
         **options: Any,
     ) -> "Engine":
@@ -134,7 +137,9 @@ class Engine:
                 CPU, where XLA copies the whole pool to write to a bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova".
-            threshold: merge logit above which "dmc" merges; None: that of training.
+            threshold: logit above which "dmc" merges and "dms" drops; None: that of training.
+            gates: their file, made for this model, for "dms".
+            ratio: tokens per slot that these gates shall come to; None: as `threshold` says.
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
             options: `page_size`, `max_length`, `chunk` of the engine.
 
@@ -143,18 +148,25 @@ class Engine:
                 engine.
         """
         model = path if isinstance(path, StoredModel) else find_model(path)
+        stored = gates_for(gates, model.config, ratio, threshold)
         keeps = policy_for(
-            model.policy, name=policy, window=window, budget=budget, threshold=threshold
+            model.policy,
+            name=policy,
+            window=window,
+            budget=budget,
+            threshold=threshold,
+            gates=stored and stored.policy,
         )
         if dtype is None:
             on_cpu = jax.default_backend() == "cpu"
             dtype = "float32" if on_cpu else model.metadata.compute_dtype
         text = load_tokenizer_of(model, tokenizer, add_bos)
-        if isinstance(model, LoadedModel):
-            params = model.params
-        else:
-            loaded = model.load(dtype=dtype).params
-            params = unstack_layers(loaded, model.config, jnp.dtype(dtype), give_up=True)
+        loaded = model if isinstance(model, LoadedModel) else model.load(dtype=dtype)
+        if stored is not None:
+            check_base(stored, loaded.params, model.config)
+        params = loaded.params
+        if loaded is not model:
+            params = unstack_layers(params, model.config, jnp.dtype(dtype), give_up=True)
         return cls(
             params,
             model.config,

@@ -91,11 +91,6 @@ def init(
 # ---- the rows of one layer --------------------------------------------------------------------
 
 
-def first_rows(config: ModelConfig) -> Int[Array, " L"]:
-    """Number the first row of every layer."""
-    return jnp.asarray(np.cumsum((0, *config.kv_heads_by_layer[:-1])), jnp.int32)
-
-
 def take_rows(
     x: Array, first: int | Array, heads: int, seats: Int[Array, " B"] | None = None
 ) -> Array:

@@ -11,7 +11,6 @@ no such form, every layer attends token by token, and only the rest of the model
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +22,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
+from dmc_jax.inference.chunk_attention import attend_pages, attend_until
 from dmc_jax.inference.decoding import attend_token
 from dmc_jax.inference.layers import logits_of, run_layers
 from dmc_jax.inference.paged_cache import (
     PagedCache,
-    first_rows,
     grant,
     pages_of,
     put_rows,
@@ -36,18 +35,12 @@ from dmc_jax.inference.paged_cache import (
     take_rows,
     write,
 )
-from dmc_jax.inference.pages import Pages
 from dmc_jax.model.llama import Attend
-from dmc_jax.policies.policy import Edit, Policy, Tokens
-from pallas_kernels.prefill_attention.api import XLA, choose, prefill_attention
+from dmc_jax.policies.policy import Edit, Policy, Tokens, first_rows
 
 # Chunks are padded to 32, 128, 512, ... tokens: each of these lengths is compiled.
 _SMALLEST_BUCKET, _BUCKET_STEP = 32, 4
 _SMALLEST_CHUNK = 16
-
-# Queries and slots per block of the attention of many tokens.
-_QUERY_BLOCK = 128
-_SLOT_BLOCK = 128
 
 
 def prefill(
@@ -198,36 +191,41 @@ def attend_chunk(
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     offsets = first_rows(config)
 
-    def by_steps(q, k, v, layer, cache):
+    def by_steps(q, k, v, x, layer, cache):
         start, first = cache.position.at[seats].get(mode="clip"), offsets[layer]
+        own = policy.of_layer(layer, first, k.shape[2])
 
         def read(t, carry):
             out, cache = carry
-            token = Tokens(q[:, t], k[:, t], v[:, t], start + t, frequencies)
+            token = Tokens(q[:, t], k[:, t], v[:, t], x[:, t], start + t, frequencies)
             active = (t < counts) & _readable(cache, seats)
             cache, granted = grant(cache, active, first, heads=k.shape[2], seats=seats)
-            out_t, cache = attend_token(*(cache, policy, first, token), active=active, seats=seats)
+            out_t, cache = attend_token(*(cache, own, first, token), active=active, seats=seats)
             return out.at[:, t].set(out_t), settle(cache, granted, first, seats=seats)
 
         out, cache = jax.lax.fori_loop(0, counts.max(), read, (jnp.zeros_like(q), cache))
         return out, cache, None
 
-    def attend(q, k, v, layer, cache):
+    def attend(q, k, v, x, layer, cache):
         (_, T, K, _), first = k.shape, offsets[layer]
         count = jnp.where(_readable(cache, seats), counts, 0)
         real = jnp.arange(T) < count[:, None]  # [B, T]
         at = cache.position.at[seats].get(mode="clip")[:, None] + jnp.arange(T)
         of_layer = functools.partial(take_rows, first=first, heads=K, seats=seats)
-        state, edits = policy.chunk(
+        own = policy.of_layer(layer, first, K)
+        state, edits = own.chunk(
             jax.tree.map(of_layer, cache.state),
-            Tokens(q, k, v, at, frequencies),
+            Tokens(q, k, v, x, at, frequencies),
             of_layer(cache.lengths),
             count,
         )
         put = functools.partial(put_rows, first=first, seats=seats)
         cache = dataclasses.replace(cache, state=jax.tree.map(put, cache.state, state))
+        q = own.rotate(q, at, frequencies)
+        if edits.until is not None:
+            out = attend_until(q, edits, real, cache, first, seats)
+            return out, _store(cache, edits, real, first, seats)[0], None
         cache, slot = _store(cache, edits, real, first, seats)
-        q = policy.rotate(q, at, frequencies)
         return attend_pages(q, edits.key, edits.value, slot, cache, first, seats), cache, None
 
     return attend if policy.chunked else by_steps
@@ -257,8 +255,12 @@ def _store(
     lengths = take_rows(cache.lengths, first, K, seats)  # [B, K]
     real = real[:, None]
     slot = jnp.where(real, edits.slot, -1)  # [B, K, T]
-    # The next token does not write to the same slot: it is padding, or opens another one.
-    last = real & (slot != jnp.pad(slot[..., 1:], [(0, 0), (0, 0), (0, 1)], constant_values=-1))
+    if edits.until is None:
+        # The next token does not write to the same slot: it is padding, or opens another one.
+        next_slot = jnp.pad(slot[..., 1:], [(0, 0), (0, 0), (0, 1)], constant_values=-1)
+        last = real & (slot != next_slot)
+    else:
+        last = real & (edits.until >= real.sum(axis=2, keepdims=True))
     cache, granted = reserve(
         cache,
         jnp.maximum(lengths, slot.max(axis=-1) + 1),
@@ -269,111 +271,6 @@ def _store(
     states = (x.transpose(0, 2, 1, 3) for x in (edits.key, edits.value))
     cache = write(cache, *states, slot, last & granted[..., None], first, seats=seats)
     return cache, jnp.maximum(slot, 0)
-
-
-# ---- attention over the pages -------------------------------------------------------------------
-
-
-def attend_pages(
-    q: Float[Array, "B T N H"],
-    own_k: Float[Array, "B T K H"],
-    own_v: Float[Array, "B T K H"],
-    slot: Int[Array, "B K T"],
-    cache: PagedCache,
-    first: int | Array,
-    seats: Int[Array, " B"],
-    implementation: str | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attend over the slots before a token's own, from the pages, and over what the token wrote.
-
-    XLA's form lets blocks of queries meet blocks of slots with a running softmax. Each block of
-    queries stops at the last slot that any of its rows can see, so the loop is as short as the
-    cache is compressed. A GPU would ask the host at every turn of it: it has a kernel.
-
-    Args:
-        q: queries, rotated.
-        own_k, own_v: what each token wrote, keys rotated.
-        slot: which slot that is; the query sees those before it.
-        cache: holds those slots already.
-        first: row of the layer's first KV head.
-        seats: the seat of each row of the batch.
-        implementation: of `prefill_attention`, or "xla"; None: the fastest here.
-
-    Returns:
-        The attention output in the dtype of `q`; softmax and sums are float32.
-    """
-    implementation = choose(implementation)
-    if implementation != XLA:
-        return prefill_attention(
-            *(q, own_k, own_v, slot, cache.pages.k, cache.pages.v),
-            *(cache.page_table, cache.lengths, seats),
-            first=first,
-            scale=q.shape[-1] ** -0.5,
-            implementation=implementation,
-        )
-    B, T, N, H = q.shape
-    K = own_k.shape[2]
-    block = math.gcd(T, _QUERY_BLOCK)
-    table = take_rows(cache.page_table, first, K, seats)
-    lengths = take_rows(cache.lengths, first, K, seats)
-
-    def blocks(x, axis):  # [..., T, ...] -> [T / b, ..., b, ...]
-        x = x.reshape(*x.shape[:axis], T // block, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    queries = q.reshape(B, T, K, N // K, H)
-    out = jax.lax.map(
-        lambda x: _attend_block(*x, table, lengths, cache.pages),
-        (blocks(queries, 1), blocks(own_k, 1), blocks(own_v, 1), blocks(slot, 2)),
-    )  # [T / b, B, K, G, b, H]
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, H)
-
-
-def _attend_block(
-    q: Float[Array, "B b K G H"],
-    own_k: Float[Array, "B b K H"],
-    own_v: Float[Array, "B b K H"],
-    slot: Int[Array, "B K b"],
-    table: Int[Array, "B K maxp"],
-    lengths: Int[Array, "B K"],
-    pool: Pages,
-) -> Float[Array, "B K G b H"]:
-    """Attend with one block of queries; see `attend_pages`."""
-    H, page = q.shape[-1], pool.page_size
-    pages = max(1, _SLOT_BLOCK // page)  # per block of slots
-    table = jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)])
-    dtype = jnp.promote_types(q.dtype, pool.dtype)
-
-    def einsum(equation, *operands):
-        operands = (x.astype(dtype) for x in operands)
-        return jnp.einsum(
-            equation, *operands, precision="highest", preferred_element_type=jnp.float32
-        )
-
-    def meet_slots(j, carry):
-        peak, total, weighted = carry  # [B, K, G, b] twice, [B, K, G, b, H]
-        ids = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2)
-        keys, values = pool.read(ids)  # [B, K, s, H]
-        index = j * pages * page + jnp.arange(pages * page)
-        # 0 * NaN is NaN, and what no row uses may hold it: a zero weight is no mask.
-        values = jnp.where((index < lengths[..., None])[..., None], values, 0)
-        seen = (index < slot[..., None])[:, :, None]  # [B, K, 1, b, s]
-        scores = H**-0.5 * einsum("BTKGH,BKSH->BKGTS", q, keys)
-        new_peak = jnp.maximum(peak, jnp.where(seen, scores, -jnp.inf).max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
-        shrink = jnp.exp(peak - new_peak)
-        weighted = weighted * shrink[..., None] + einsum("BKGTS,BKSH->BKGTH", weights, values)
-        return new_peak, total * shrink + weights.sum(axis=-1), weighted
-
-    # One token at a time reads its own state from a page: rounded as pages are.
-    own_k, own_v = own_k.astype(pool.dtype), own_v.astype(pool.dtype)
-    own = H**-0.5 * einsum("BTKGH,BTKH->BKGT", q, own_k)
-    value = own_v.astype(jnp.float32).transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, b, H]
-    start = own, jnp.ones_like(own), jnp.broadcast_to(value, (*own.shape, H))
-    # Slots 0 to slot - 1 are in this many blocks.
-    steps = pages_of(jnp.minimum(slot.max(), lengths.max()), pages * page)
-    _, total, weighted = jax.lax.fori_loop(0, steps, meet_slots, start)
-    return (weighted / total[..., None]).astype(q.dtype)
 
 
 # ---- what comes in ----------------------------------------------------------------------------

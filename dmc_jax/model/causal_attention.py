@@ -65,7 +65,7 @@ def _by_kernels(implementation: str) -> CausalAttention:
 def _split_over(mesh: Mesh | AbstractMesh, attention: CausalAttention) -> CausalAttention:
     """The same attention, every device with its own sequences and heads."""
 
-    def attend(q, k, v, key_bias=None, *, scale, segment_ids=None):
+    def attend(q, k, v, key_bias=None, *, scale, segment_ids=None, spared=1):
         # As in `model.sharding`: heads that do not divide are everywhere.
         heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
         batch = ("data", "fsdp")
@@ -77,7 +77,7 @@ def _split_over(mesh: Mesh | AbstractMesh, attention: CausalAttention) -> Causal
         given = {name: x for name, x in given.items() if x is not None}
         of_heads = PartitionSpec(batch, None, heads)
         split = jax.shard_map(
-            lambda q, k, v, given: attention(q, k, v, scale=scale, **given),
+            lambda q, k, v, given: attention(q, k, v, scale=scale, spared=spared, **given),
             mesh=mesh,
             in_specs=(of_heads, of_heads, of_heads, {name: specs[name] for name in given}),
             out_specs=of_heads,

@@ -29,15 +29,15 @@ _INIT_STD = 0.02
 
 @runtime_checkable
 class Attend(Protocol):
-    """An attention function: (q, k, v, layer, state) -> (out, state, record).
+    """An attention function: (q, k, v, x, layer, state) -> (out, state, record).
 
-    q [B, T, N, H], k and v [B, T, K, H] come before rotation. `layer` is the index of the layer,
-    traced. `state` is threaded from layer to layer (a cache in decoding, None in training);
-    `record` is returned stacked over the layers of a stack.
+    q [B, T, N, H], k and v [B, T, K, H] come before rotation, from x [B, T, D] after its norm.
+    `layer` is the index of the layer, traced. `state` is threaded from layer to layer (a cache in
+    decoding, None in training); `record` is returned stacked over the layers of a stack.
     """
 
     def __call__(
-        self, q: Array, k: Array, v: Array, layer: Array, state: Any
+        self, q: Array, k: Array, v: Array, x: Array, layer: Array, state: Any
     ) -> tuple[Array, Any, Any]:
         """Attend in one layer."""
 
@@ -115,7 +115,7 @@ class Block(nn.Module):
 
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
         q, k, v = self._multiply(y, "BTD,DNH->BTNH", "qkv", (N, K, K), H)
-        out, state, record = self.attend(q, k, v, layer, state)
+        out, state, record = self.attend(q, k, v, y, layer, state)
         x += Projection("BTNH,NHD->BTD", (N, H, D), out_std, name="o")(out.astype(x.dtype))
 
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
@@ -214,7 +214,7 @@ class Llama(nn.Module):
 def init_params(config: ModelConfig, key: Array) -> dict:
     """Draw fresh float32 parameters; `jax.eval_shape` of it gives the shapes alone."""
 
-    def attend(q, k, v, layer, state):  # shapes are all that initialisation needs
+    def attend(q, k, v, x, layer, state):  # shapes are all that initialisation needs
         return q, state, None
 
     return Llama(config).init(key, jnp.zeros((1, 1), jnp.int32), attend=attend)["params"]

@@ -1,19 +1,23 @@
 """Which policies there are, and which one a model runs with."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from dmc_jax.config import from_dict, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import Policy
 from dmc_jax.policies.tova import TOVA
 
-POLICIES = {policy.name: policy for policy in (Dense, DMC, TOVA)}
+POLICIES = {policy.name: policy for policy in (Dense, DMC, DMS, TOVA)}
 
 
 Trained = Dense | DMC  # what a model can be trained for
@@ -26,6 +30,7 @@ def policy_for(
     window: int | None = None,
     budget: int | None = None,
     threshold: float | None = None,
+    gates: DMS | None = None,
 ) -> Policy:
     """Choose the policy that a model runs with.
 
@@ -34,21 +39,30 @@ def policy_for(
         name: in `POLICIES`; None: what it was trained for.
         window: merge window in tokens instead of the trained one, 0 for an unlimited one.
         budget: slots of a row, where the policy has one.
-        threshold: merge logit above which a token merges, instead of the trained one.
+        threshold: logit above which a token merges or is dropped, instead of the trained one.
+        gates: the policy of a file of gates, made for this model.
 
     Raises:
         UserError: an unknown policy, one that the model was not trained for, or a window, budget or
             threshold that is none or that the policy does not have.
     """
-    name = name or trained.name
+    name = name or (trained if gates is None else gates).name
     if name not in POLICIES:
         raise UserError(f"policy: expected {' or '.join(POLICIES)}, got {name!r}")
     if window is not None and name != DMC.name:
         raise UserError(f"window: it is that of merging, which {name} does not")
-    if threshold is not None and name != DMC.name:
-        raise UserError(f"threshold: it decides what merges, and {name} merges nothing")
+    if threshold is not None and name not in (DMC.name, DMS.name):
+        raise UserError(f"threshold: it decides what merges or is dropped, {name} has none")
+    if threshold is not None and math.isnan(threshold):
+        raise UserError("threshold: expected a logit, such as 0 (even odds), got nan")
+    if (gates is None) == (name == DMS.name):
+        raise UserError("gates: give their file with dms, and with no other policy")
     if (budget is None) == (name == TOVA.name):
         raise UserError("budget: give the slots of a row with tova, and with no other policy")
+    if name == DMS.name:
+        if isinstance(trained, DMC):
+            raise UserError("gates: they are for models as they were pretrained, this one merges")
+        return gates if threshold is None else dataclasses.replace(gates, threshold=threshold)
     # A DMC model's attention knows no decision channel, whether it merges or not.
     channel_scale = 0.0 if isinstance(trained, DMC) else None
     if name == Dense.name:
@@ -58,8 +72,6 @@ def policy_for(
     if not isinstance(trained, DMC):
         raise UserError("policy: dmc needs a model that was trained for it, this one is dense")
     if threshold is not None:
-        if math.isnan(threshold):
-            raise UserError("threshold: expected a merge logit, such as 0 (even odds), got nan")
         trained = dataclasses.replace(trained, threshold=float(threshold))
     if window is None:
         return trained
@@ -70,8 +82,12 @@ def policy_for(
 
 
 def to_json(policy: Policy) -> dict[str, Any]:
-    """Write a policy as JSON can hold it: its name, its settings, its numbers."""
-    fields = {name: x.item() if hasattr(x, "item") else x for name, x in to_dict(policy).items()}
+    """Write a policy as JSON can hold it: its name, its settings, its numbers; of gates, a hash."""
+    fields = to_dict(policy)
+    if isinstance(policy, DMS):
+        arrays = [np.asarray(x).tobytes() for x in fields["gates"].values()]
+        fields["gates"] = hashlib.sha256(b"".join(arrays)).hexdigest()
+    fields = {name: x.item() if hasattr(x, "item") else x for name, x in fields.items()}
     return {"name": policy.name, **fields.pop("settings", {}), **fields}
 
 

@@ -34,7 +34,7 @@ class Dense(Policy):
         """Rotate, without the faded part of the decision channel."""
         return rotate_scaled(x, positions, frequencies, self.channel_scale)
 
-    def whole(self, q, k, v, where, *, noise=None, attention=causal_attention):
+    def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
         """Attend over all tokens before; `noise` has no meaning."""
         out = dense_attention(
             q,

@@ -45,7 +45,7 @@ class DMC(Policy):
         """Rotate, without the decision channel."""
         return rotate_for_attention(x, positions, frequencies)
 
-    def whole(self, q, k, v, where, *, noise=None, attention=causal_attention):
+    def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
         """Attend with relaxed decisions where there is noise, with hard ones otherwise."""
         result = dmc_attention(
             q,

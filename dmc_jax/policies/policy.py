@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -53,6 +54,7 @@ class Tokens(NamedTuple):
     q: Float[Array, "B *T N H"]
     k: Float[Array, "B *T K H"]  # unrotated, as q
     v: Float[Array, "B *T K H"]
+    x: Float[Array, "B *T D"]  # input of the attention, after the norm
     positions: Int[Array, "B *T"]
     frequencies: Float[Array, " H//2"]  # rotary, radians per token
 
@@ -61,12 +63,15 @@ class Edit(NamedTuple):
     """Write a key and a value to a slot of every row, which grows where that is its length.
 
     Of a chunk the axes are [B, K, T] and [B, T, K, H]; what is written to one slot several times
-    is there for the queries of its own tokens, and the last of it stays.
+    is there one after the other, and the last of it stays. Without `until` a token writes to the
+    newest slot of its row or to a new one, and what is there before is for its own query alone.
     """
 
     slot: Int[Array, "B K *T"]
     key: Float[Array, "B *T K H"]  # rotated
     value: Float[Array, "B *T K H"]
+    # First token of the chunk whose query does not see this any more; from T on: it stays.
+    until: Int[Array, "B K T"] | None = None
 
 
 class Policy(abc.ABC):
@@ -87,6 +92,16 @@ class Policy(abc.ABC):
         """
         return tokens
 
+    def of_layer(self, layer: int | Array, first: int | Array, heads: int) -> "Policy":
+        """Take what is the layer's own of the numbers; everything below is asked of the result.
+
+        Args:
+            layer: its index.
+            first: row of its first KV head, those of all layers counted in order.
+            heads: K.
+        """
+        return self
+
     @abc.abstractmethod
     def rotate(
         self,
@@ -104,6 +119,7 @@ class Policy(abc.ABC):
         v: Float[Array, "B T K H"],
         where: Where,
         *,
+        x: Float[Array, "B T D"],
         noise: Float[Array, "B T K"] | None = None,
         attention: CausalAttention = causal_attention,
     ) -> Attended:
@@ -112,6 +128,7 @@ class Policy(abc.ABC):
         Args:
             q, k, v: projections before rotation.
             where: the tokens stand; no document sees another.
+            x: input of the attention, after the norm.
             noise: logistic noise, for relaxed decisions in training; None: as in decoding.
             attention: what computes the attention itself; see `model.causal_attention`.
         """
@@ -158,9 +175,6 @@ class Policy(abc.ABC):
         self, state: State, tokens: Tokens, lengths: Int[Array, "B K"], counts: Int[Array, " B"]
     ) -> tuple[State, Edit]:
         """Read many tokens of every row at once: `step` for each of them.
-
-        Every token must go to the newest slot of its row or to a new one. Its query then sees what
-        the slots before hold when the chunk ends, and of its own what the token itself wrote.
 
         Args:
             state: of the rows [B, K, ...], before the chunk.
@@ -212,12 +226,13 @@ def whole_by_steps(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     where: Where,
+    x: Float[Array, "B T D"],
 ) -> Attended:
     """Attend over whole sequences by a policy's steps: `Policy.whole` of one with no other form.
 
     Args:
         policy: one that `watches`.
-        q, k, v, where: as for `Policy.whole`.
+        q, k, v, where, x: as for `Policy.whole`.
     """
     B, T, K, H = k.shape
     G, slots = q.shape[2] // K, policy.most_slots(T)
@@ -227,13 +242,13 @@ def whole_by_steps(
 
     def read(carry, now):
         keys, values, lengths, state = carry
-        q, k, v, positions, begins = now  # of one token; where a document begins, a row does
+        q, k, v, x, positions, begins = now  # of one token; where a document begins, a row does
         lengths = jnp.where(begins, 0, lengths)
 
-        def renewed(x, fresh):
-            return jnp.where(begins[(..., *(None,) * (x.ndim - 2))], fresh, x)
+        def renewed(old, fresh):
+            return jnp.where(begins[(..., *(None,) * (old.ndim - 2))], fresh, old)
 
-        token = Tokens(q, k, v, positions, frequencies)
+        token = Tokens(q, k, v, x, positions, frequencies)
         state, edit = policy.step(jax.tree.map(renewed, state, nothing), token, lengths)
         written = (jnp.arange(slots) == edit.slot[..., None])[..., None]  # [B, K, S, 1]
         keys = jnp.where(written, edit.key[:, :, None], keys)
@@ -253,12 +268,17 @@ def whole_by_steps(
 
     rows = jnp.zeros((B, K, slots, H), k.dtype)
     empty = rows, rows, jnp.zeros((B, K), jnp.int32), nothing
-    by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, where.positions, begins))
+    by_token = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (q, k, v, x, where.positions, begins))
     _, (out, appends) = jax.lax.scan(read, empty, by_token)
     return Attended(out.swapaxes(0, 1), Record(appends.swapaxes(0, 1), decisions=None))
 
 
 # ---- a model that attends with a policy -------------------------------------------------------
+
+
+def first_rows(config: ModelConfig) -> Int[Array, " L"]:
+    """Number the first row of every layer."""
+    return jnp.asarray(np.cumsum((0, *config.kv_heads_by_layer[:-1])), jnp.int32)
 
 
 def attend_whole(
@@ -286,7 +306,9 @@ def attend_whole(
     """
     where = Where(positions, segment_ids, config.rope_theta, config.rope_scaling)
 
-    def attend(q, k, v, layer, state):
+    offsets = first_rows(config)
+
+    def attend(q, k, v, x, layer, state):
         noise = None
         if noise_key is not None:
             # The difference of two Gumbel draws is logistic.
@@ -294,7 +316,8 @@ def attend_whole(
             B, *rest = k.shape[:3]
             key = jax.random.fold_in(noise_key, layer)
             noise = jax.random.logistic(key, (B * parts, *rest)).reshape(B, parts, *rest)[:, part]
-        attended = policy.whole(q, k, v, where, noise=noise, attention=attention)
+        own = policy.of_layer(layer, offsets[layer], k.shape[2])
+        attended = own.whole(q, k, v, where, x=x, noise=noise, attention=attention)
         return attended.out, state, attended.record
 
     return attend

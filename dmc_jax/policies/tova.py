@@ -50,9 +50,9 @@ class TOVA(Policy):
         """Rotate as `Dense` does."""
         return rotate_scaled(x, positions, frequencies, self.channel_scale)
 
-    def whole(self, q, k, v, where, *, noise=None, attention=causal_attention):
+    def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
         """Attend token by token; `noise` and `attention` have no meaning."""
-        return whole_by_steps(self, q, k, v, where)
+        return whole_by_steps(self, q, k, v, where, x)
 
     def start(self, rows, head_dim, dtype):
         """Remember which slot was attended to least."""

@@ -1,4 +1,4 @@
-"""One contract for attention over whole sequences, with a bias of every key and an open diagonal.
+"""One contract for attention over whole sequences, with a bias of every key that comes late.
 
 Plain JAX can do this too, in blocks, with a gradient of its own. That form is the caller's and is
 not repeated here: `choose` says whether to take it.
@@ -24,31 +24,39 @@ def causal_attention(
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
+    spared: int = 1,
     implementation: str,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query causal attention; query head n reads KV head n // (N / K).
 
-        score(i, j) = scale * q_i . k_j + bias_j [j != i]      for j <= i in the same document
+        score(i, j) = scale * q_i . k_j + bias_j [i - j >= spared]   for j <= i in the same document
         out_i       = sum_j softmax_j(score(i, j)) v_j
 
     Args:
         q, k, v: float32 or bfloat16, of the same T tokens, rotated where positions matter.
-        key_bias: added to the scores of a key for every query but its own token's; finite.
+        key_bias: added to the scores of a key for every query but those of the `spared` first
+            tokens that see it, of which its own token is one; finite.
         scale: factor on the dot products.
         segment_ids: document of every token; attention stays inside a document. The tokens of a
             document follow one another.
+        spared: tokens for which a key has no bias; static.
         implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
 
     Raises:
-        ValueError: an unknown implementation, or shapes or dtypes that break the contract.
+        ValueError: an unknown implementation, `spared` below 1, or shapes or dtypes that break the
+            contract.
         RuntimeError: an implementation that cannot run on this machine, and why.
     """
     module = IMPLEMENTATIONS.load(implementation)
     _validate(q, k, v, key_bias, segment_ids)
-    return module.causal_attention(q, k, v, key_bias, scale=scale, segment_ids=segment_ids)
+    if spared < 1:
+        raise ValueError(f"spared must be 1 or more, got {spared}")
+    return module.causal_attention(
+        q, k, v, key_bias, scale=scale, segment_ids=segment_ids, spared=spared
+    )
 
 
 def choose(implementation: str | None) -> str:

@@ -16,6 +16,7 @@ def causal_attention(
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
+    spared: int = 1,
 ) -> Float[Array, "B T N H"]:
     """Attend over all scores at once; see `api.causal_attention` for the contract."""
     T, N = q.shape[1:3]
@@ -23,10 +24,10 @@ def causal_attention(
     wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
     wide_k, wide_v = (jnp.repeat(x, share, axis=2) for x in (wide_k, wide_v))
     scores = scale * jnp.einsum("BTNH,BSNH->BNTS", wide_q, wide_k, precision="highest")
-    diagonal = jnp.eye(T, dtype=bool)
+    own = jnp.arange(T)[:, None] - jnp.arange(T)
     if key_bias is not None:
         bias = jnp.repeat(key_bias.astype(jnp.float32), share, axis=2).transpose(0, 2, 1)
-        scores += jnp.where(diagonal, 0.0, bias[:, :, None, :])
+        scores += jnp.where(own < spared, 0.0, bias[:, :, None, :])
     visible = jnp.tril(jnp.ones((T, T), bool))[None]
     if segment_ids is not None:
         visible &= segment_ids[:, :, None] == segment_ids[:, None, :]

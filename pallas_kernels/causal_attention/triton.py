@@ -1,16 +1,16 @@
 """Causal attention with a key bias in Triton, forward and backward, for training on NVIDIA GPUs.
 
 FlashAttention-2 (Dao 2023, arXiv 2307.08691) with two things of DMC inside: a bias of every key,
-and a diagonal that it spares. With scores to base 2, so that softmax takes one `exp2` a score,
+and the newest tokens that it spares. With scores to base 2, so that softmax takes one `exp2` each,
 
-    s_ij = FACTOR q_i . k_j + bias_j [j != i]       p_ij = 2^(s_ij - lse_i)
+    s_ij = FACTOR q_i . k_j + bias_j [i - j >= spared]       p_ij = 2^(s_ij - lse_i)
 
     dv_j    = sum_i p_ij do_i                       ds_ij = p_ij (do_i . v_j - delta_i)
     dk_j    = scale sum_i ds_ij q_i                 delta_i = do_i . o_i
-    dq_i    = scale sum_j ds_ij k_j                 dbias_j = sum_{i != j} ds_ij
+    dq_i    = scale sum_j ds_ij k_j                 dbias_j = sum_{i - j >= spared} ds_ij
 
 for j <= i in the document of i: from its first token, `starts[i]`, to the one before `ends[i]`.
-Loops visit such blocks only, those on the diagonal apart: elsewhere j < i needs no mask.
+Loops visit such blocks only, those near the diagonal apart: elsewhere nothing is masked or spared.
 
 A program adds up what it writes, in one order: nothing is added to by two, and results repeat bit
 for bit. Queries that share a KV head take turns in the program of its keys.
@@ -65,6 +65,8 @@ def attend(
     QUERIES: tl.constexpr,  # a block: a multiple of KEYS
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
+    SPARED: tl.constexpr,
+    BAND: tl.constexpr,  # more keys or queries to treat as on the diagonal, whole blocks of them
 ):
     """One program per block of queries and head; the last blocks, which see most, come first."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -86,12 +88,13 @@ def attend(
     total = tl.full([QUERIES], 0.0, tl.float32)
     weighted = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
     for diagonal in tl.static_range(2):
+        begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
+        near = tl.maximum(begin, block * QUERIES - BAND)
         if diagonal:
-            begin = block * QUERIES
-            end = tl.minimum(begin + QUERIES, T)
+            begin = near
+            end = tl.minimum(block * QUERIES + QUERIES, T)
         else:
-            begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
-            end = block * QUERIES
+            end = near
         for start in tl.range(begin, end, KEYS):
             s = start + tl.arange(0, KEYS)
             at_s = (s * K + kv)[:, None] * H + h
@@ -102,7 +105,7 @@ def attend(
             visible = s[None, :] >= first[:, None]
             if diagonal:
                 own = t[:, None] - s[None, :]
-                bias = tl.where(own == 0, 0.0, bias)
+                bias = tl.where(own < SPARED, 0.0, bias)
                 visible = tl.where(own >= 0, visible, False)
             scores = tl.dot(q, tl.trans(keys), input_precision=precision) * FACTOR + bias
             scores = tl.where(visible, scores, _MASKED)
@@ -144,6 +147,8 @@ def key_gradients(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,  # a block: a multiple of QUERIES
     WIDEN: tl.constexpr,
+    SPARED: tl.constexpr,
+    BAND: tl.constexpr,
 ):
     """One program per block of keys and KV head; the first blocks, seen by most, come first."""
     begin_s = tl.program_id(0) * KEYS
@@ -168,9 +173,9 @@ def key_gradients(
         for diagonal in tl.static_range(2):
             if diagonal:
                 begin = begin_s
-                end = tl.minimum(begin_s + KEYS, T)
+                end = tl.minimum(begin_s + KEYS + BAND, T)
             else:
-                begin = begin_s + KEYS
+                begin = begin_s + KEYS + BAND
                 end = last
             for start in tl.range(begin, end, QUERIES):
                 t = start + tl.arange(0, QUERIES)
@@ -187,7 +192,7 @@ def key_gradients(
                 scores = tl.dot(keys, tl.trans(q), input_precision=precision) * FACTOR - lse
                 if diagonal:
                     own = t[None, :] - s[:, None]
-                    scores += tl.where(own == 0, 0.0, bias)
+                    scores += tl.where(own < SPARED, 0.0, bias)
                     visible = tl.where(own >= 0, visible, False)
                 else:
                     scores += bias
@@ -197,7 +202,7 @@ def key_gradients(
                 d_scores = weights * (d_weights - delta)
                 dk = tl.dot(d_scores.to(dtype), q, dk, input_precision=precision)
                 if diagonal:
-                    d_scores = tl.where(own == 0, 0.0, d_scores)
+                    d_scores = tl.where(own < SPARED, 0.0, d_scores)
                 dbias += tl.sum(d_scores, 1)
     tl.store(dk_ptr + tokens * K * H + at_s, (SCALE * dk).to(dk_ptr.dtype.element_ty), mask=real_s)
     tl.store(dv_ptr + tokens * K * H + at_s, dv.to(dv_ptr.dtype.element_ty), mask=real_s)
@@ -226,6 +231,8 @@ def query_gradients(
     QUERIES: tl.constexpr,  # a block: a multiple of KEYS
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
+    SPARED: tl.constexpr,
+    BAND: tl.constexpr,
 ):
     """One program per block of queries and head, as in `attend`."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -247,12 +254,13 @@ def query_gradients(
     first = tl.load(starts_ptr + tokens + t, mask=t < T, other=0)
     dq = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
     for diagonal in tl.static_range(2):
+        begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
+        near = tl.maximum(begin, block * QUERIES - BAND)
         if diagonal:
-            begin = block * QUERIES
-            end = tl.minimum(begin + QUERIES, T)
+            begin = near
+            end = tl.minimum(block * QUERIES + QUERIES, T)
         else:
-            begin = tl.load(starts_ptr + tokens + block * QUERIES) // KEYS * KEYS
-            end = block * QUERIES
+            end = near
         for start in tl.range(begin, end, KEYS):
             s = start + tl.arange(0, KEYS)
             at_s = (s * K + kv)[:, None] * H + h
@@ -263,7 +271,7 @@ def query_gradients(
             visible = s[None, :] >= first[:, None]
             if diagonal:
                 own = t[:, None] - s[None, :]
-                bias = tl.where(own == 0, 0.0, bias)
+                bias = tl.where(own < SPARED, 0.0, bias)
                 visible = tl.where(own >= 0, visible, False)
             scores = tl.dot(q, tl.trans(keys), input_precision=precision) * FACTOR + bias
             weights = tl.where(visible, tl.exp2(scores - lse), 0.0)
@@ -277,6 +285,7 @@ class _How(NamedTuple):
     """What is settled when a call is traced."""
 
     scale: float
+    spared: int
     settings: Settings
     capability: int | None
     launch: object
@@ -290,6 +299,7 @@ def causal_attention(
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
+    spared: int = 1,
     settings: Settings | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend; see `api.causal_attention` for the contract.
@@ -307,6 +317,7 @@ def causal_attention(
         settings = settings_for(target.current().kind) if dtype == jnp.bfloat16 else FLOAT32
     how = _How(
         float(scale),
+        spared,
         settings,
         target.current().capability,
         launch,
@@ -335,7 +346,7 @@ def _forward(q, k, v, bias, starts, ends, how):
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype), _of_rows(q)),
         grid=(-(-T // blocks.queries), B * N),
         **_options(blocks, how),
-        **constants(q, k, how.scale, blocks),
+        **constants(q, k, how.scale, blocks, how.spared),
     )
     return out, (q, k, v, bias, starts, ends, out, lse)
 
@@ -354,7 +365,7 @@ def _backward(how, residuals, d_out):
         out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v, bias)),
         grid=(-(-T // blocks.keys), B * K),
         **_options(blocks, how),
-        **constants(q, k, how.scale, blocks),
+        **constants(q, k, how.scale, blocks, how.spared),
         SCALE=how.scale,
     )
     blocks = how.settings.query_gradients
@@ -364,7 +375,7 @@ def _backward(how, residuals, d_out):
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         grid=(-(-T // blocks.queries), B * N),
         **_options(blocks, how),
-        **constants(q, k, how.scale, blocks),
+        **constants(q, k, how.scale, blocks, how.spared),
         SCALE=how.scale,
     )
     # The kernels' bias is to base 2, and the gradient theirs of the natural one.
@@ -387,8 +398,9 @@ def _options(blocks: Blocks, how: _How) -> dict:
     }
 
 
-def constants(q, k, scale: float, blocks: Blocks) -> dict:
+def constants(q, k, scale: float, blocks: Blocks, spared: int = 1) -> dict:
     """The compile-time arguments of `attend`, which the gradients' take too."""
+    step = min(blocks.queries, blocks.keys)  # what a loop goes by; the other is a multiple of it
     _, T, N, H = q.shape
     return {
         "FACTOR": scale * _LOG2_E,
@@ -400,4 +412,6 @@ def constants(q, k, scale: float, blocks: Blocks) -> dict:
         "QUERIES": blocks.queries,
         "KEYS": blocks.keys,
         "WIDEN": jnp.promote_types(q.dtype, k.dtype) != jnp.bfloat16,
+        "SPARED": spared,
+        "BAND": -(-(spared - 1) // step) * step,
     }

@@ -12,9 +12,9 @@ from dmc_jax.core.attention import causal_attention, definition
 VALUE, GRADIENT = 1e-5, 1e-4
 
 
-def defined(q, k, v, bias, scale, segment_ids):
+def defined(q, k, v, bias, scale, segment_ids, spared=1):
     grouped = q.reshape(*k.shape[:3], -1, q.shape[-1])
-    return definition(grouped, k, v, bias, scale, segment_ids).reshape(q.shape)
+    return definition(grouped, k, v, bias, scale, segment_ids, spared).reshape(q.shape)
 
 
 def draw(seed, B, T, N, K, H, dtype=jnp.float32):
@@ -28,10 +28,16 @@ def draw(seed, B, T, N, K, H, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    "T, heads, block",
-    [(1, (1, 1), 8), (16, (4, 2), 16), (17, (4, 2), 16), (33, (8, 1), 8), (50, (4, 4), 64)],
+    "T, heads, block, spared",
+    [
+        (1, (1, 1), 8, 1),
+        (16, (4, 2), 16, 1),
+        (17, (4, 2), 16, 3),
+        (33, (8, 1), 8, 16),
+        (50, (4, 4), 64, 1),
+    ],
 )
-def values_and_gradients_are_those_of_the_definition_test(T, heads, block):
+def values_and_gradients_are_those_of_the_definition_test(T, heads, block, spared):
     q, k, v, bias, segment_ids = draw(T, 2, T, *heads, 8)
     weight = jax.random.normal(jax.random.key(7), q.shape)
 
@@ -43,9 +49,11 @@ def values_and_gradients_are_those_of_the_definition_test(T, heads, block):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, bias)
 
     (_, actual), actual_gradients = of(
-        lambda *a: causal_attention(*a, scale=0.3, segment_ids=segment_ids, block=block)
+        lambda *a: causal_attention(
+            *a, scale=0.3, segment_ids=segment_ids, block=block, spared=spared
+        )
     )
-    (_, expected), expected_gradients = of(lambda *a: defined(*a, 0.3, segment_ids))
+    (_, expected), expected_gradients = of(lambda *a: defined(*a, 0.3, segment_ids, spared))
     np.testing.assert_allclose(actual, expected, atol=VALUE)
     for gradient, wanted in zip(actual_gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=GRADIENT, atol=GRADIENT)

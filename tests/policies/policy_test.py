@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.gates import Gates
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
@@ -21,10 +22,20 @@ from dmc_jax.model.llama import Llama
 from dmc_jax.policies.choice import POLICIES, from_json, policy_for, to_json
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
+from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import attend_whole
 from dmc_jax.policies.tova import TOVA
 from tests.inference import chunks
 from tests.tiny_llama import build
+
+
+def some_gates(layers=2, rows=6, width=32, seed=3):
+    rng = np.random.default_rng(seed)
+    mean, deviation = rng.normal(size=(layers, width)), rng.uniform(0.5, 2.0, (layers, width))
+    weight = 0.3 * rng.normal(size=(rows, width))
+    arrays = (mean, deviation, weight, rng.normal(size=rows))
+    return Gates(*(jnp.asarray(x, jnp.float32) for x in arrays))
+
 
 TABLE = {
     "dense": Dense(),
@@ -32,6 +43,9 @@ TABLE = {
     "dmc, window 12": DMC(DMCSettings(window=12, offset=0.0), -1.0),
     "dmc, window 3": DMC(DMCSettings(window=3, offset=0.0)),
     "dmc, unlimited": DMC(DMCSettings(window=None, offset=0.0), -0.5),
+    "dms, delay 1": DMS(some_gates(), delay=1),
+    "dms, delay 5": DMS(some_gates(), 0.2, delay=5),
+    "dms, delay 16": DMS(some_gates(), -0.5, delay=16),
     "tova, 11 slots": TOVA(11),
     "tova, 8 slots, without the channel": TOVA(8, 0.0),
 }
@@ -39,7 +53,7 @@ T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
 # Of each method one in `make test`.
-QUICK = ("dense", "dmc, window 3", "tova, 8 slots, without the channel")
+QUICK = ("dense", "dmc, window 3", "dms, delay 5", "tova, 8 slots, without the channel")
 every_policy = pytest.mark.parametrize(
     "policy",
     [
@@ -222,7 +236,11 @@ def thresholds_of_many_values_are_one_program_test():
 @pytest.mark.parametrize(
     "trained, options, complaint",
     [
-        (DMC(DMCSettings()), {"name": "none"}, "policy: expected dense or dmc or tova, got 'none'"),
+        (
+            DMC(DMCSettings()),
+            {"name": "none"},
+            "policy: expected dense or dmc or dms or tova, got 'none'",
+        ),
         (Dense(), {"name": "dmc"}, "dmc needs a model that was trained for it"),
         (DMC(DMCSettings()), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
         (Dense(), {"name": "tova"}, "budget: give the slots of a row with tova"),
@@ -232,6 +250,15 @@ def thresholds_of_many_values_are_one_program_test():
             {"name": "tova", "budget": 0},
             "budget: expected a slot or more",
         ),
+        (Dense(), {"name": "dms"}, "gates: give their file with dms"),
+        (
+            Dense(),
+            {"name": "tova", "budget": 9, "gates": DMS(some_gates())},
+            "with no other policy",
+        ),
+        (DMC(DMCSettings()), {"gates": DMS(some_gates())}, "models as they were pretrained"),
+        (Dense(), {"threshold": 1.0}, "threshold: .* dense has none"),
+        (Dense(), {"gates": DMS(some_gates()), "threshold": float("nan")}, "expected a logit"),
         (DMC(DMCSettings()), {"name": "dense", "window": 3}, "window: .* dense does not"),
     ],
 )
@@ -247,6 +274,9 @@ def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
     assert policy_for(trained) == trained
     assert policy_for(trained, name="dense") == Dense(0.0)
     assert policy_for(trained, name="tova", budget=9) == TOVA(9, 0.0)
+    gates = DMS(some_gates(), 0.3)
+    assert policy_for(Dense(), gates=gates) is gates
+    assert policy_for(Dense(), gates=gates, threshold=2.0).threshold == 2.0
     assert policy_for(trained, window=0) == DMC(dataclasses.replace(settings, window=None), 0.5)
 
 

@@ -42,7 +42,8 @@ def whole_sequences_follow_the_rule_of_the_paper_test(budget):
     q, k, v = (rng.normal(size=(2, T, heads, H)).astype(np.float32) for heads in (N, K, K))
     positions = np.broadcast_to(np.arange(T), (2, T))
     tokens = [jnp.asarray(x) for x in (2 * q, k, v)]
-    attended = TOVA(budget).whole(*tokens, Where(jnp.asarray(positions), None, THETA, None))
+    where = Where(jnp.asarray(positions), None, THETA, None)
+    attended = TOVA(budget).whole(*tokens, where, x=jnp.zeros((2, T, 1)))
     frequencies = rotary_frequencies(H, THETA)
     turned = [
         np.asarray(rotate(x, jnp.asarray(positions), frequencies), np.float64) for x in tokens[:2]

@@ -32,7 +32,7 @@ def interpreted_without_a_gpu(monkeypatch):
     interpreted.let_run("causal_attention", "triton", monkeypatch)
 
 
-def attention_by_loops(q, k, v, bias, scale, segment_ids):
+def attention_by_loops(q, k, v, bias, scale, segment_ids, spared):
     """Every output from its own softmax, in float64."""
     q, k, v, bias = (np.asarray(x, np.float64) for x in (q, k, v, bias))
     B, T, N, H = q.shape
@@ -41,7 +41,8 @@ def attention_by_loops(q, k, v, bias, scale, segment_ids):
         head = n // (N // k.shape[2])
         seen = [j for j in range(i + 1) if segment_ids[b, j] == segment_ids[b, i]]
         scores = [
-            scale * q[b, i, n] @ k[b, j, head] + (bias[b, j, head] if j != i else 0.0) for j in seen
+            scale * q[b, i, n] @ k[b, j, head] + (bias[b, j, head] if i - j >= spared else 0.0)
+            for j in seen
         ]
         weights = np.exp(scores - np.max(scores))
         out[b, i, n] = weights / weights.sum() @ v[b, seen, head]
@@ -60,11 +61,12 @@ def with_gradients(attend, inputs, d_out):
     return out, *pullback(d_out)
 
 
-def the_reference_is_the_formula_test():
+@pytest.mark.parametrize("spared", [1, 5])
+def the_reference_is_the_formula_test(spared):
     inputs, segment_ids, _ = make_inputs(Workload(2, 20, 4, 2, 8))
-    attend = functools.partial(reference.causal_attention, scale=0.3)
+    attend = functools.partial(reference.causal_attention, scale=0.3, spared=spared)
     got = jax.jit(attend)(*inputs, segment_ids=segment_ids)
-    expected = attention_by_loops(*inputs, 0.3, np.asarray(segment_ids))
+    expected = attention_by_loops(*inputs, 0.3, np.asarray(segment_ids), spared)
     assert_close(got, expected, "float32")
 
 
@@ -100,6 +102,21 @@ def results_do_not_depend_on_the_blocks_test(queries, keys):
     )
     for one, other in zip(got, expected, strict=True):
         assert_close(one, other, "float32")
+
+
+# Less than a block, a block and one more, more than two of them, all.
+@pytest.mark.parametrize("spared", [2, 17, 40, 100])
+def keys_may_be_spared_for_more_than_their_own_token_test(spared):
+    inputs, segment_ids, d_out = make_inputs(Workload(1, 80, 2, 1, 16), seed=3)
+    how = {"scale": 0.25, "segment_ids": segment_ids, "spared": spared}
+    expected = with_gradients(functools.partial(reference.causal_attention, **how), inputs, d_out)
+    for attend in (
+        functools.partial(kernels.causal_attention, settings=SMALL),
+        functools.partial(core.causal_attention, block=16),
+    ):
+        got = with_gradients(functools.partial(attend, **how), inputs, d_out)
+        for one, other in zip(got, expected, strict=True):
+            assert_close(one, other, "float32")
 
 
 def without_a_bias_it_is_ordinary_attention_test():
@@ -177,6 +194,12 @@ def broken_contracts_are_named_test(name, shape, dtype, message):
 
 
 @pytest.mark.slow
+def a_key_is_always_spared_for_its_own_token_test(monkeypatch):
+    (q, k, v, bias), _, _ = make_inputs(Workload(1, 8, 1, 1, 16))
+    with pytest.raises(ValueError, match="spared must be 1 or more, got 0"):
+        api.causal_attention(q, k, v, bias, scale=1.0, spared=0, implementation="reference")
+
+
 def no_random_case_differs_from_the_reference_test():
     """Sizes around those of blocks, where an index off by one would show."""
     for seed, (T, (N, K)) in enumerate(itertools.product((15, 16, 17, 31, 33), ((1, 1), (2, 1)))):

@@ -14,6 +14,7 @@ import pytest
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.inference import paged_cache, prefill
+from dmc_jax.inference.chunk_attention import attend_pages
 from dmc_jax.inference.pages import Pages
 from dmc_jax.model.llama import init_params, unstack_layers
 from dmc_jax.policies.dense import Dense
@@ -179,7 +180,7 @@ def attention_of_prefill_is_the_same_by_xla_and_by_the_kernel_test(workload):
     )
     outs = [
         np.asarray(
-            prefill.attend_pages(q, own_k, own_v, slot, cache, first, seats, name), np.float32
+            attend_pages(q, own_k, own_v, slot, cache, first, seats, name), np.float32
         ).reshape(workload.batch, workload.length, workload.kv_heads, -1)
         for name in ("triton", "xla")
     ]

@@ -1,0 +1,190 @@
+"""Gates in a file: what makes a frozen model compress, and which model that is.
+
+A safetensors file with the arrays of `core.gates.Gates`, float32, and in its metadata, as JSON
+under "dmc_jax", what running them takes: method, delay, the hash of the model that they were made
+for, and a table of thresholds with what was measured at each.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from dmc_jax.config import ModelConfig, to_dict
+from dmc_jax.core.gates import Gates
+from dmc_jax.errors import UserError
+from dmc_jax.files import appears_when_complete
+from dmc_jax.policies.dms import DMS
+
+_NAME = "dmc_jax"
+_VERSION = 1
+_SAMPLED = 256  # numbers of every array that a model is recognised by
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What gates did at one threshold on held-out text."""
+
+    threshold: float
+    ratio: float  # tokens per slot
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)  # others, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredGates:
+    """A file of gates."""
+
+    policy: DMS  # its threshold is that of the first entry of the table
+    base_sha256: str  # of the model, by `model_hash`
+    table: tuple[Measured, ...]  # ratios rise
+    about: dict[str, Any]  # how they were made: command, text, tokens, machine, ...
+    path: str = ""  # of the file that they were read from
+
+    def at(self, ratio: float) -> DMS:
+        """Set the threshold for a ratio: between two that were measured, in proportion.
+
+        Raises:
+            UserError: a ratio outside of what was measured.
+        """
+        for low, high in itertools.pairwise(self.table):
+            if low.ratio <= ratio <= high.ratio:
+                share = (math.log(ratio) - math.log(low.ratio)) / (
+                    math.log(high.ratio) - math.log(low.ratio)
+                )
+                threshold = low.threshold + share * (high.threshold - low.threshold)
+                return dataclasses.replace(self.policy, threshold=threshold)
+        raise UserError(
+            f"ratio: these gates were measured from {self.table[0].ratio:g} to "
+            f"{self.table[-1].ratio:g}, got {ratio:g}"
+        )
+
+
+def save_gates(path: str | os.PathLike, gates: StoredGates) -> None:
+    """Write a file of gates.
+
+    Args:
+        path: of the file, which appears when it is complete.
+        gates: their table is sorted.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    about = {
+        "version": _VERSION,
+        "method": gates.policy.name,
+        "delay": gates.policy.delay,
+        "base_sha256": gates.base_sha256,
+        "table": [dataclasses.asdict(entry) for entry in gates.table],
+        "about": gates.about,
+    }
+    arrays = {name: np.asarray(x, np.float32) for name, x in vars(gates.policy.gates).items()}
+    with appears_when_complete(path) as partial:
+        save_file(arrays, partial, {_NAME: json.dumps(about)})
+
+
+def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
+    """Read a file of gates.
+
+    Args:
+        path: of the file.
+        config: sizes of the model that they shall serve.
+
+    Raises:
+        UserError: no such file, a damaged one, another format, or gates of a model of other sizes.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            text = (file.metadata() or {}).get(_NAME)
+            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is not a file of gates: {error}") from error
+    if text is None:
+        raise UserError(f"{path} has tensors, but no gates: expected a file that was made here")
+    try:
+        about = json.loads(text)
+        if about["version"] != _VERSION:
+            raise UserError(f"{path} is of version {about['version']}: use a newer dmc_jax")
+        if about["method"] != DMS.name:
+            raise UserError(f"{path} has gates for {about['method']!r}; this version knows dms")
+        table = tuple(Measured(**entry) for entry in about["table"])
+        policy = DMS(Gates(**arrays), table[0].threshold, delay=about["delay"])
+        stored = StoredGates(policy, about["base_sha256"], table, about["about"], path=str(path))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    L, D, R = config.layers, config.width, config.kv_rows
+    wanted = {"mean": (L, D), "deviation": (L, D), "weight": (R, D), "bias": (R,)}
+    found = {name: x.shape for name, x in arrays.items()}
+    if found != wanted:
+        raise UserError(f"{path} has gates of sizes {found}, the model needs {wanted}")
+    return stored
+
+
+def gates_for(
+    path: str | os.PathLike | None,
+    config: ModelConfig,
+    ratio: float | None = None,
+    threshold: float | None = None,
+) -> StoredGates | None:
+    """Read a file of gates, if there is one, and set its policy's threshold for a ratio.
+
+    Args:
+        path: of the file; None: there is none.
+        config: sizes of the model that they shall serve.
+        ratio: tokens per slot; None: as stored.
+        threshold: given in its place; is only checked.
+
+    Raises:
+        UserError: both, a ratio without gates or outside of what was measured, or as `load_gates`.
+    """
+    if ratio is not None and (path is None or threshold is not None):
+        raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
+    if path is None:
+        return None
+    gates = load_gates(path, config)
+    return gates if ratio is None else dataclasses.replace(gates, policy=gates.at(ratio))
+
+
+def check_base(gates: StoredGates, params: Any, config: ModelConfig) -> None:
+    """Refuse gates that were made for another model.
+
+    Args:
+        gates: from a file.
+        params: of the model, as `init_params` gives them, in any dtype.
+        config: its sizes.
+
+    Raises:
+        UserError: they were.
+    """
+    found = model_hash(params, config)
+    if found != gates.base_sha256:
+        raise UserError(
+            f"{gates.path} was made for another model (hash {gates.base_sha256[:12]}..., this one "
+            f"has {found[:12]}...): gates serve the weights that they were made for, and no others"
+        )
+
+
+def model_hash(params: Any, config: ModelConfig) -> str:
+    """Hash a model's sizes and some numbers of each of its arrays.
+
+    Equal for every format and dtype that it was stored in: the numbers are rounded to bfloat16.
+
+    Args:
+        params: as `init_params` gives them.
+        config: its sizes.
+    """
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}\n".encode())
+        flat = leaf.reshape(-1)
+        some = flat[np.linspace(0, flat.size - 1, _SAMPLED).astype(np.int64)]
+        digest.update(np.asarray(jnp.asarray(some, jnp.bfloat16)).tobytes())
+    return digest.hexdigest()
