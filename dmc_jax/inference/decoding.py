@@ -185,7 +185,7 @@ def attend_cached(
         plan = plans and plans[K]
         out, cache = attend_token(
             *(cache, policy.of_layer(layer, offsets[layer], K), offsets[layer]),
-            Tokens(q, k, v, x[:, 0], cache.position, frequencies),
+            Tokens(q, k, v, cache.position, frequencies, x[:, 0]),
             active=active,
             implementation=implementation,
             update=update,

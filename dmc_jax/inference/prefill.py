@@ -197,7 +197,7 @@ def attend_chunk(
 
         def read(t, carry):
             out, cache = carry
-            token = Tokens(q[:, t], k[:, t], v[:, t], x[:, t], start + t, frequencies)
+            token = Tokens(q[:, t], k[:, t], v[:, t], start + t, frequencies, x[:, t])
             active = (t < counts) & _readable(cache, seats)
             cache, granted = grant(cache, active, first, heads=k.shape[2], seats=seats)
             out_t, cache = attend_token(*(cache, own, first, token), active=active, seats=seats)
@@ -215,7 +215,7 @@ def attend_chunk(
         own = policy.of_layer(layer, first, K)
         state, edits = own.chunk(
             jax.tree.map(of_layer, cache.state),
-            Tokens(q, k, v, x, at, frequencies),
+            Tokens(q, k, v, at, frequencies, x),
             of_layer(cache.lengths),
             count,
         )

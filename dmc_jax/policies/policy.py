@@ -54,9 +54,9 @@ class Tokens(NamedTuple):
     q: Float[Array, "B *T N H"]
     k: Float[Array, "B *T K H"]  # unrotated, as q
     v: Float[Array, "B *T K H"]
-    x: Float[Array, "B *T D"]  # input of the attention, after the norm
     positions: Int[Array, "B *T"]
     frequencies: Float[Array, " H//2"]  # rotary, radians per token
+    x: Float[Array, "B *T D"] | None = None  # input of the attention, after the norm; gates read it
 
 
 class Edit(NamedTuple):
@@ -248,7 +248,7 @@ def whole_by_steps(
         def renewed(old, fresh):
             return jnp.where(begins[(..., *(None,) * (old.ndim - 2))], fresh, old)
 
-        token = Tokens(q, k, v, x, positions, frequencies)
+        token = Tokens(q, k, v, positions, frequencies, x)
         state, edit = policy.step(jax.tree.map(renewed, state, nothing), token, lengths)
         written = (jnp.arange(slots) == edit.slot[..., None])[..., None]  # [B, K, S, 1]
         keys = jnp.where(written, edit.key[:, :, None], keys)

@@ -423,7 +423,7 @@ def sequences_that_are_not_active_stay_as_they_are_and_attend_to_nothing_test():
     @jax.jit
     def attend(cache, active, q, k, v):
         attend = decoding.attend_cached(SMALL, policy_of(POLICIES["dmc"]), active=active)
-        return attend(q, k, v, 0, cache)[:2]
+        return attend(q, k, v, jnp.zeros((SEATS, 1, SMALL.width)), 0, cache)[:2]
 
     _, cache = attend(cache, np.full(SEATS, True), *tokens[0])
     out, after = attend(cache, active, *tokens[1])

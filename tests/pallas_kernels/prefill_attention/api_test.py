@@ -13,7 +13,7 @@ import pytest
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.inference import paged_cache, prefill
+from dmc_jax.inference import chunk_attention, paged_cache, prefill
 from dmc_jax.inference.chunk_attention import attend_pages
 from dmc_jax.inference.pages import Pages
 from dmc_jax.model.llama import init_params, unstack_layers
@@ -245,11 +245,11 @@ def prompts_in_chunks_give_the_logits_that_they_give_by_xla_test(policy, monkeyp
         calls.append(None)
         return prefill_attention(*arguments, **options)
 
-    monkeypatch.setattr(prefill, "prefill_attention", counted)
+    monkeypatch.setattr(chunk_attention, "prefill_attention", counted)
     jax.clear_caches()  # a layer's program is kept whatever the machine is said to be
     logits = logits_of_prompts(policy)
     assert calls
-    monkeypatch.setattr(prefill, "choose", lambda name: "xla")
+    monkeypatch.setattr(chunk_attention, "choose", lambda name: "xla")
     jax.clear_caches()
     np.testing.assert_allclose(logits, logits_of_prompts(policy), rtol=1e-4, atol=1e-4)
 
