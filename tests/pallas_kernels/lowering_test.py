@@ -58,10 +58,10 @@ def lowered_step(kind):
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA A100-SXM4-80GB"])
-def every_layer_of_a_decoding_step_calls_the_same_two_kernels_test(kind, monkeypatch):
+def every_layer_of_a_decoding_step_calls_the_same_two_kernels_after_one_plan_test(kind, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or Triton 3.9 warns that 3.10 changes it
     text = lowered_step(kind)
-    assert len(re.findall(CALL, text)) == 2
+    assert len(re.findall(CALL, text)) == 2 + 1
     assert len(re.findall(r"call @_attend\(", text)) == CONFIG.layers
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xbf16>" in text
     assert f"tensor<{PAGES}x{PAGE}x{CONFIG.head_dim}xf32>" not in text, "the pool is widened"

@@ -114,6 +114,7 @@ def inputs_and_costs(params, config, batches):
     return layers
 
 
+@pytest.mark.slow
 def the_regression_is_that_of_all_tokens_at_once_test(monkeypatch):
     params, config = build(kv_heads=(4, 2))
     monkeypatch.setattr(closed_form, "_FLOOR", 0.0)  # the floor is a layer's and a window's
