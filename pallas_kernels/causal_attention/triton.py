@@ -202,7 +202,9 @@ def key_gradients(
                 d_scores = weights * (d_weights - delta)
                 dk = tl.dot(d_scores.to(dtype), q, dk, input_precision=precision)
                 if diagonal:
-                    d_scores = tl.where(own < SPARED, 0.0, d_scores)
+                    # The same for 1, but for fewer registers.
+                    spares = own == 0 if SPARED == 1 else own < SPARED
+                    d_scores = tl.where(spares, 0.0, d_scores)
                 dbias += tl.sum(d_scores, 1)
     tl.store(dk_ptr + tokens * K * H + at_s, (SCALE * dk).to(dk_ptr.dtype.element_ty), mask=real_s)
     tl.store(dv_ptr + tokens * K * H + at_s, dv.to(dv_ptr.dtype.element_ty), mask=real_s)
