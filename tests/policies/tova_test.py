@@ -58,7 +58,8 @@ def whole_sequences_follow_the_rule_of_the_paper_test(budget):
     )
 
 
-@pytest.mark.parametrize("budget", [11, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [11, 16])
 def no_row_ever_takes_more_bytes_than_its_budget_test(budget):
     params, config = model()
     engine = Engine(

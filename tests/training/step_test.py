@@ -123,7 +123,9 @@ def accumulation_is_weighted_by_tokens_test(tiny_run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), same_params, params)
 
 
-@pytest.mark.parametrize("parts, per_layer", [(2, False), (8, True)])
+@pytest.mark.parametrize(
+    "parts, per_layer", [(2, True), pytest.param(8, False, marks=pytest.mark.slow)]
+)
 def any_accumulation_gives_the_gradients_and_metrics_of_the_whole_batch_test(
     tiny_run, parts, per_layer
 ):

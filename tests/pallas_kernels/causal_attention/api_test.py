@@ -200,6 +200,7 @@ def a_key_is_always_spared_for_its_own_token_test(monkeypatch):
         api.causal_attention(q, k, v, bias, scale=1.0, spared=0, implementation="reference")
 
 
+@pytest.mark.slow
 def no_random_case_differs_from_the_reference_test():
     """Sizes around those of blocks, where an index off by one would show."""
     for seed, (T, (N, K)) in enumerate(itertools.product((15, 16, 17, 31, 33), ((1, 1), (2, 1)))):

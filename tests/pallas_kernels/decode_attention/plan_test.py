@@ -86,6 +86,7 @@ def every_live_slot_is_in_one_item_and_no_program_has_a_block_too_many_test(leng
     assert load.max() <= sum(-(-length // BLOCK) * BLOCK for length in lengths) / programs + BLOCK
 
 
+@pytest.mark.slow
 @many
 @given(lengths_of_rows, programs)
 def the_items_of_a_row_follow_one_another_test(lengths, programs):
