@@ -128,7 +128,7 @@ def main() -> None:
     about = {
         "measures": "seconds to the first token and between tokens, of requests that come together"
         " or in a stream",
-        "machine": machine(" ".join(["python -m benchmarks.serving", *sys.argv[1:]])),
+        "machine": machine(" ".join(["python -m benchmarks.serving", *map(_shown, sys.argv[1:])])),
         "model": random_model.sizes(WIDE),
         "ratio": RATIO,
         "seats": SEATS,
@@ -140,6 +140,11 @@ def main() -> None:
     }
     options.output.write_text(json.dumps(about | {"rounds": rounds}, indent=2) + "\n")
     print(f"wrote {options.output}")
+
+
+def _shown(argument: str) -> str:
+    """What was typed, but for where the other checkout lies; its commit is told."""
+    return "--against=CHECKOUT" if argument.startswith("--against=") else argument
 
 
 def run_with(folder: Path, options: argparse.Namespace) -> dict:

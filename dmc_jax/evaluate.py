@@ -15,7 +15,13 @@ from jax.sharding import Mesh
 
 from dmc_jax import commands
 from dmc_jax.checkpoints.gates import check_base, gates_for
-from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, open_model
+from dmc_jax.checkpoints.models import (
+    LoadedModel,
+    StoredModel,
+    check_tokenizer_of,
+    find_model,
+    open_model,
+)
 from dmc_jax.config import MeshConfig, RunConfig
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import UserError
@@ -138,11 +144,7 @@ def _measure(
     model: LoadedModel, policy: Policy, data: PreparedData, length: int, mesh: Mesh
 ) -> Evaluation:
     """Evaluate as the end of a stage does: in the precision of training."""
-    if not model.accepts_tokenizer(data.manifest["tokenizer_sha256"]):
-        raise UserError(
-            f"{data.path} was made with another tokenizer than {model.path} was trained with: "
-            f"prepare the text with that one (prepare_data --tokenizer={model.tokenizer})"
-        )
+    check_tokenizer_of(model, data)
     run = model.metadata.run or RunConfig  # the class has the defaults
     return evaluate(
         model.params,

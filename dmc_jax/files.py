@@ -9,6 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def user_cache(name: str) -> Path:
+    """Name this package's folder for something in the user's cache; it may not exist.
+
+    That is `$XDG_CACHE_HOME/dmc_jax/NAME`, or in ~/.cache.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return cache.expanduser() / "dmc_jax" / name
+
+
 @contextlib.contextmanager
 def appears_when_complete(output: str | os.PathLike) -> Iterator[Path]:
     """Give a hidden path beside `output`; the file or folder made there takes that name on success.

@@ -18,7 +18,7 @@ from absl import flags, logging
 
 from dmc_jax import commands
 from dmc_jax.checkpoints.gates import Measured, StoredGates, model_hash, save_gates
-from dmc_jax.checkpoints.models import LoadedModel, open_model
+from dmc_jax.checkpoints.models import LoadedModel, check_tokenizer_of, open_model
 from dmc_jax.data.loader import Window, windows
 from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import UserError
@@ -74,7 +74,7 @@ def main() -> None:
         if not table or measured.ratio > table[-1].ratio:
             table.append(Measured(threshold, measured.ratio, {"perplexity_percent": rise}))
     about = {
-        "fitted_tokens": _WINDOWS.value * _LENGTH.value,
+        "fitted_tokens": len(some) * _LENGTH.value,
         "measured_tokens": dense.tokens,
         "length": _LENGTH.value,
         "r2": fit.r2,
@@ -90,11 +90,7 @@ def main() -> None:
 def _check(model: LoadedModel, data: PreparedData) -> None:
     if not isinstance(model.policy, Dense):
         raise UserError(f"{model.path} merges already: gates are for models as pretrained")
-    if not model.accepts_tokenizer(data.manifest["tokenizer_sha256"]):
-        raise UserError(
-            f"{data.path} was made with another tokenizer than {model.path} was trained with: "
-            f"prepare the text with that one (prepare_data --tokenizer={model.tokenizer})"
-        )
+    check_tokenizer_of(model, data)
     if _LENGTH.value > model.config.max_length:
         raise UserError(
             f"--length: the model reads {model.config.max_length} tokens, got {_LENGTH.value}"

@@ -116,6 +116,8 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
         if about["method"] != DMS.name:
             raise UserError(f"{path} has gates for {about['method']!r}; this version knows dms")
         table = tuple(Measured(**entry) for entry in about["table"])
+        if not all(isinstance(x, float | int) for at in table for x in (at.threshold, at.ratio)):
+            raise ValueError("a threshold or ratio of its table is no number")
         policy = DMS(Gates(**arrays), table[0].threshold, delay=about["delay"])
         stored = StoredGates(policy, about["base_sha256"], table, about["about"], path=str(path))
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -19,6 +19,7 @@ from dmc_jax.checkpoints.metadata import FORMAT, Metadata, load_metadata
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import load_params
 from dmc_jax.config import ModelConfig
+from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import init_params
@@ -148,6 +149,23 @@ def load_tokenizer_of(
             "--tokenizer=FILE"
         )
     return tokenizer
+
+
+def check_tokenizer_of(model: StoredModel, data: PreparedData) -> None:
+    """Refuse text whose ids are not the model's.
+
+    Args:
+        model: from `find_model` or `open_model`.
+        data: from `open_data`.
+
+    Raises:
+        UserError: it was made with another tokenizer.
+    """
+    if not model.accepts_tokenizer(data.manifest["tokenizer_sha256"]):
+        raise UserError(
+            f"{data.path} was made with another tokenizer than {model.path} was trained with: "
+            f"prepare the text with that one (prepare_data --tokenizer={model.tokenizer})"
+        )
 
 
 def tokenizer_path(ref: CheckpointRef, metadata: Metadata) -> Path | None:

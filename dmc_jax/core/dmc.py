@@ -111,20 +111,20 @@ def importance(
 
 
 def relaxed_decisions(
-    logits: Float[Array, "*any"], noise: Float[Array, "*any"], temperature: float
+    logits: Float[Array, "*any"], noise: Float[Array, "*any"], settings: DMCSettings
 ) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
     """Relax decisions for training by a Gumbel-sigmoid: merge and keep log-probability.
 
     Args:
         logits: merge logits.
         noise: difference of two standard Gumbel draws, which is one standard logistic draw.
-        temperature: of the sigmoid.
+        settings: gives the temperature.
 
     Returns:
         (alpha, log(1 - alpha)); the second is computed from the logit, exact where alpha rounds
         to 1.
     """
-    z = (logits + noise) / temperature
+    z = (logits + noise) / settings.temperature
     return jax.nn.sigmoid(z), jax.nn.log_sigmoid(-z)
 
 
@@ -218,7 +218,7 @@ def dmc_attention(
         log_keep = superseded(decisions)
         merged = decisions * may_merge
     else:
-        alpha, log_keep = relaxed_decisions(logits, noise, settings.temperature)
+        alpha, log_keep = relaxed_decisions(logits, noise, settings)
         hard = (alpha > 0.5).astype(jnp.float32)
         decisions = hard + (alpha - jax.lax.stop_gradient(alpha))  # straight-through
         merged = hard * may_merge

@@ -7,6 +7,7 @@ to be read before, and the chunk's own writes beside them (`attend_until`).
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,50 +60,19 @@ def attend_pages(
             scale=q.shape[-1] ** -0.5,
             implementation=implementation,
         )
-    B, T, N, H = q.shape
     K = own_k.shape[2]
-    block = math.gcd(T, _QUERY_BLOCK)
-    table = take_rows(cache.page_table, first, K, seats)
-    lengths = take_rows(cache.lengths, first, K, seats)
+    table, lengths = (take_rows(x, first, K, seats) for x in (cache.page_table, cache.lengths))
 
-    def blocks(x, axis):  # [..., T, ...] -> [T / b, ..., b, ...]
-        x = x.reshape(*x.shape[:axis], T // block, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+    def attend(q, own_k, own_v, slot):  # of a block of queries
+        carry = _own(q, own_k, own_v, cache.pages.dtype)
+        end = jnp.minimum(slot.max(), lengths.max())
 
-    queries = q.reshape(B, T, K, N // K, H)
-    out = jax.lax.map(
-        lambda x: _attend_block(*x, table, lengths, cache.pages),
-        (blocks(queries, 1), blocks(own_k, 1), blocks(own_v, 1), blocks(slot, 2)),
-    )  # [T / b, B, K, G, b, H]
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, H)
+        def seen(index):
+            return index < slot[..., None]
 
+        return _result(_meet_pages(carry, q, table, lengths, end, seen, cache.pages), q.dtype)
 
-def _attend_block(
-    q: Float[Array, "B b K G H"],
-    own_k: Float[Array, "B b K H"],
-    own_v: Float[Array, "B b K H"],
-    slot: Int[Array, "B K b"],
-    table: Int[Array, "B K maxp"],
-    lengths: Int[Array, "B K"],
-    pool: Pages,
-) -> Float[Array, "B K G b H"]:
-    """Attend with one block of queries; see `attend_pages`."""
-    page = pool.page_size
-    pages = max(1, _SLOT_BLOCK // page)  # per block of slots
-    table = jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)])
-
-    def meet_slots(j, carry):
-        ids = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2)
-        keys, values = pool.read(ids)  # [B, K, s, H]
-        index = j * pages * page + jnp.arange(pages * page)
-        # 0 * NaN is NaN, and what no row uses may hold it: a zero weight is no mask.
-        values = jnp.where((index < lengths[..., None])[..., None], values, 0)
-        return _meet(carry, q, keys, values, index < slot[..., None], pool.dtype)
-
-    # Slots 0 to slot - 1 are in this many blocks.
-    steps = pages_of(jnp.minimum(slot.max(), lengths.max()), pages * page)
-    start = _own(q, own_k, own_v, pool.dtype)
-    return _result(jax.lax.fori_loop(0, steps, meet_slots, start), q.dtype)
+    return _in_blocks(attend, q, (own_k, own_v), (slot,))
 
 
 def attend_until(
@@ -126,44 +96,50 @@ def attend_until(
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
     """
-    B, T, N, H = q.shape
-    K, page, pool = edits.key.shape[2], cache.pages.page_size, cache.pages
-    pages = max(1, _SLOT_BLOCK // page)  # per block of slots
+    (B, T, K, _), dtype = edits.key.shape, cache.pages.dtype
     table, lengths = (take_rows(x, first, K, seats) for x in (cache.page_table, cache.lengths))
-    table = jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)])
+    slots = table.shape[2] * cache.pages.page_size
     rows = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    slot = jnp.where(real[:, None], edits.slot, table.shape[2] * page)
-    never = jnp.full((B, K, table.shape[2] * page), T, jnp.int32)
+    slot = jnp.where(real[:, None], edits.slot, slots)
+    never = jnp.full((B, K, slots), T, jnp.int32)
     gone = never.at[(*rows, slot)].min(jnp.arange(T), mode="drop")  # first token to write there
-    keys, values = (x.transpose(0, 2, 1, 3).astype(pool.dtype) for x in (edits.key, edits.value))
+    keys, values = (x.transpose(0, 2, 1, 3).astype(dtype) for x in (edits.key, edits.value))
+    order = jnp.broadcast_to(jnp.arange(T), (B, K, T))
+
+    def attend(q, own_k, own_v, t):  # of a block of queries, t its tokens
+        t = t[..., None]
+        written = (order[:, :, None] < t) & (edits.until[:, :, None] > t)  # [B, K, b, T]
+        carry = _own(q, own_k, own_v, dtype)
+        carry = _meet(carry, q, keys, values, written, dtype)
+
+        def seen(index):
+            return gone.at[..., index].get(mode="clip")[:, :, None] > t
+
+        carry = _meet_pages(carry, q, table, lengths, lengths.max(), seen, cache.pages)
+        return _result(carry, q.dtype)
+
+    return _in_blocks(attend, q, (edits.key, edits.value), (order,))
+
+
+def _in_blocks(attend, q, of_tokens, of_rows) -> Float[Array, "B T N H"]:
+    """Attend with a block of queries at a time.
+
+    Args:
+        attend: of a block: queries [B, b, K, G, H] and parts of the following -> [B, K, G, b, H].
+        q: all queries [B, T, N, H].
+        of_tokens: arrays [B, T, K, H].
+        of_rows: arrays [B, K, T].
+    """
+    (B, T, N, H), K = q.shape, of_tokens[0].shape[2]
     block = math.gcd(T, _QUERY_BLOCK)
-    steps = pages_of(lengths.max(), pages * page)
 
-    def attend_block(i):
-        t = i * block + jnp.arange(block)
-        q_i, own_k, own_v = (
-            jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
-            for x in (q.reshape(B, T, K, N // K, H), edits.key, edits.value)
-        )
+    def blocks(x, axis):  # [..., T, ...] -> [T / b, ..., b, ...]
+        x = x.reshape(*x.shape[:axis], T // block, block, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
 
-        def meet_slots(j, carry):
-            ids = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2)
-            old_keys, old_values = pool.read(ids)
-            index = j * pages * page + jnp.arange(pages * page)
-            live = index < lengths[..., None]
-            # 0 * NaN is NaN, and what no row uses may hold it: a zero weight is no mask.
-            old_values = jnp.where(live[..., None], old_values, 0)
-            there = jax.lax.dynamic_slice_in_dim(gone, j * pages * page, pages * page, axis=2)
-            seen = live[:, :, None] & (there[:, :, None] > t[:, None])
-            return _meet(carry, q_i, old_keys, old_values, seen, pool.dtype)
-
-        s = jnp.arange(T)
-        seen = (s < t[:, None]) & (edits.until[:, :, None] > t[:, None])  # [B, K, b, T]
-        start = _own(q_i, own_k, own_v, pool.dtype)
-        start = _meet(start, q_i, keys, values, seen, pool.dtype)
-        return _result(jax.lax.fori_loop(0, steps, meet_slots, start), q.dtype)
-
-    out = jax.lax.map(attend_block, jnp.arange(T // block))  # [T / b, B, K, G, b, H]
+    parts = [blocks(x, 1) for x in (q.reshape(B, T, K, N // K, H), *of_tokens)]
+    parts += [blocks(x, 2) for x in of_rows]
+    out = jax.lax.map(lambda x: attend(*x), parts)  # [T / b, B, K, G, b, H]
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, H)
 
 
@@ -190,6 +166,32 @@ def _meet(carry, q, keys, values, seen, dtype):
     narrow = weights.astype(jnp.promote_types(q.dtype, dtype))
     weighted += _einsum("BKGTS,BKSH->BKGTH", narrow, values)
     return new_peak, total * shrink + weights.sum(axis=-1), weighted
+
+
+def _meet_pages(
+    carry,
+    q: Float[Array, "B b K G H"],
+    table: Int[Array, "B K maxp"],
+    lengths: Int[Array, "B K"],
+    end: Int[Array, ""],
+    seen: Callable[[Array], Array],
+    pool: Pages,
+):
+    """Let queries meet the slots before `end`, where `seen` of their numbers [s], [B, K, b, s]."""
+    page = pool.page_size
+    pages = max(1, _SLOT_BLOCK // page)  # per block of slots
+    table = jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)])
+
+    def meet_slots(j, carry):
+        ids = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2)
+        keys, values = pool.read(ids)  # [B, K, s, H]
+        index = j * pages * page + jnp.arange(pages * page)
+        live = index < lengths[..., None]
+        # 0 * NaN is NaN, and what no row uses may hold it: a zero weight is no mask.
+        values = jnp.where(live[..., None], values, 0)
+        return _meet(carry, q, keys, values, live[:, :, None] & seen(index), pool.dtype)
+
+    return jax.lax.fori_loop(0, pages_of(end, pages * page), meet_slots, carry)
 
 
 def _result(carry, dtype):

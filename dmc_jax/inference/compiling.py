@@ -3,9 +3,10 @@
 import os
 import sys
 import time
-from pathlib import Path
 
 import jax
+
+from dmc_jax.files import user_cache
 
 _DURATIONS = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -61,14 +62,12 @@ def show_compiling() -> None:
 def keep_programs() -> None:
     """Keep compiled programs in the user's cache folder, so that the next start finds them.
 
-    That is `$XDG_CACHE_HOME/dmc_jax/programs`, or in ~/.cache. What JAX was told (in
-    JAX_COMPILATION_CACHE_DIR and its like) stays.
+    What JAX was told (in JAX_COMPILATION_CACHE_DIR and its like) stays.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = folder / "dmc_jax" / "programs"
     try:
+        folder = user_cache("programs")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home, or one that cannot be written: it works without
         return

@@ -83,6 +83,8 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in about["params"].items()
         }
+        if about.get("version", 1) > _VERSION:
+            raise UserError(f"{path} is of version {about['version']}: use a newer dmc_jax")
         rows = _from_arrays(arrays) if arrays else None
         if rows and about.get("version", 1) < _VERSION:
             rows = dataclasses.replace(rows, state=_with_tokens(rows.state))

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import sentencepiece
 
 from dmc_jax.data.tokenizer_formats import LLAMA3_PATTERN
 from dmc_jax.errors import UserError
-from dmc_jax.files import appears_when_complete
+from dmc_jax.files import appears_when_complete, user_cache
 from dmc_jax.interop.fields import Fields, shown
 from dmc_jax.interop.gguf_files import GGUFFile
 from dmc_jax.interop.tokenizer_export import added_token, byte_letters, byte_level_json
@@ -65,8 +64,7 @@ class _Vocabulary:
 def unpacked_tokenizer(file: GGUFFile) -> tuple[Path, ...]:
     """Write a file's tokenizer into the user's cache folder, where it is not there yet.
 
-    That is `$XDG_CACHE_HOME/dmc_jax/tokenizers`, or in ~/.cache, and a folder in it that is named
-    by the contents.
+    There it has a folder of `user_cache("tokenizers")` that is named by the contents.
 
     Returns:
         The tokenizer's file and those beside it; () where the metadata has no tokenizer.
@@ -88,9 +86,8 @@ def unpacked_tokenizer(file: GGUFFile) -> tuple[Path, ...]:
     digest = hashlib.sha256()
     for name, data in contents.items():
         digest.update(f"{name} {len(data)}\n".encode() + data)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
-        folder = cache.expanduser() / "dmc_jax" / "tokenizers" / digest.hexdigest()[:16]
+        folder = user_cache("tokenizers") / digest.hexdigest()[:16]
         for name, data in contents.items():
             kept = folder / name
             if not kept.is_file() or kept.read_bytes() != data:
@@ -98,7 +95,7 @@ def unpacked_tokenizer(file: GGUFFile) -> tuple[Path, ...]:
                     partial.write_bytes(data)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{file.path}: its tokenizer cannot be written to {cache} ({error}): set "
+            f"{file.path}: its tokenizer cannot be written to the user's cache ({error}): set "
             "XDG_CACHE_HOME to a folder that can be written"
         ) from None
     return tuple(folder / name for name in contents)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dmc_jax.core.attention import causal_attention
-from dmc_jax.core.dmc import hard_decisions, relaxed_decisions, superseded
+from dmc_jax.core.dmc import hard_decisions, superseded
 from dmc_jax.core.gates import Gates, gate_logits
 from dmc_jax.core.rope import rotary_frequencies, rotate
 from dmc_jax.errors import UserError
@@ -23,14 +23,12 @@ class DMS(Policy):
     Token j is decided on from what came up to j, and seen by the queries of tokens j to
     j + delay - 1 whatever the decision. Token j + delay then takes its slot, if it is dropped, and
     a new one if it stays. So rows never shrink, and one of n tokens has as many slots as tokens of
-    the first n - delay stay, and `delay` more. While training, the key of a token that is dropped
-    with probability alpha has the bias log(1 - alpha) for queries from j + delay on.
+    the first n - delay stay, and `delay` more.
 
     Attributes:
         gates: a logit for every token and row.
         threshold: logit above which a token is dropped. Another one compiles nothing anew.
         delay: tokens, 1 or more.
-        temperature: of relaxed decisions.
 
     Raises:
         UserError: no delay.
@@ -39,7 +37,6 @@ class DMS(Policy):
     gates: Gates
     threshold: float | Array = 0.0
     delay: int = dataclasses.field(default=16, metadata={"static": True})
-    temperature: float = dataclasses.field(default=0.1, metadata={"static": True})
 
     name = "dms"
     chunked = True
@@ -57,21 +54,14 @@ class DMS(Policy):
         return rotate(x, positions, frequencies)
 
     def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
-        """Attend with relaxed decisions where there is noise, with hard ones otherwise."""
-        logits = gate_logits(self.gates, x)
-        if noise is None:
-            decisions = dropped = hard_decisions(logits, self.threshold)
-            log_keep = superseded(dropped)
-        else:
-            alpha, log_keep = relaxed_decisions(logits, noise, self.temperature)
-            dropped = (alpha > 0.5).astype(jnp.float32)
-            decisions = dropped + (alpha - jax.lax.stop_gradient(alpha))  # straight-through
+        """Attend with hard decisions; `noise` has no meaning."""
+        dropped = hard_decisions(gate_logits(self.gates, x), self.threshold)
         frequencies = rotary_frequencies(q.shape[-1], where.rope_theta, where.rope_scaling)
         out = attention(
             rotate(q, where.positions, frequencies),
             rotate(k, where.positions, frequencies),
             v,
-            log_keep,
+            superseded(dropped),
             scale=q.shape[-1] ** -0.5,
             segment_ids=where.segment_ids,
             spared=self.delay,
@@ -79,7 +69,7 @@ class DMS(Policy):
         # The slot of a dropped token goes to the one `delay` later in its document.
         before = jnp.pad(dropped, [(0, 0), (self.delay, 0), (0, 0)])[:, : dropped.shape[1]]
         inherits = before * (where.positions >= self.delay)[..., None]
-        return Attended(out, Record(1.0 - inherits, decisions))
+        return Attended(out, Record(1.0 - inherits, dropped))
 
     def start(self, rows, head_dim, dtype):
         """Remember of the last `delay` tokens those to be dropped: one more than their slot."""

@@ -118,23 +118,12 @@ def _ridge(fitted: Moments, other: Moments, penalty: float) -> tuple:
     weight = np.linalg.solve(covariance + penalty * np.eye(mean.size), cross)  # [D, K]
 
     # The error's mean square on the other windows, from their sums alone.
-    m = other.count
-    shift = other.x / m - mean
-    second = (
-        other.xx / m
-        - np.outer(other.x / m, mean)
-        - np.outer(mean, other.x / m)
-        + np.outer(mean, mean)
-    ) / scale
-    with_y = (other.xy / m - np.outer(mean, other.y / m)) / deviation[:, None]
-    predicted = np.einsum("DK,DE,EK->K", weight, second, weight)
-    along = np.einsum("DK,DK->K", weight, with_y)
-    drift = weight.T @ (shift / deviation)
-    square = other.yy / m
-    error = (
-        square + predicted + y_mean**2 - 2 * along - 2 * y_mean * other.y / m + 2 * y_mean * drift
-    )
-    r2 = 1 - error / np.maximum(square - (other.y / m) ** 2, 1e-12)
+    slope = weight / deviation[:, None]
+    level = y_mean - mean @ slope
+    x, y, xx, xy, yy = (moment / other.count for moment in other[1:])
+    error = yy - 2 * (np.sum(slope * xy, axis=0) + level * y) + level**2
+    error += np.einsum("DK,DE,EK->K", slope, xx, slope) + 2 * level * (x @ slope)
+    r2 = 1 - error / np.maximum(yy - y**2, 1e-12)
     own = np.einsum("DK,DE,EK->K", weight, covariance, weight)
     return mean, deviation, -weight.T, -y_mean, r2, own + y_mean**2
 

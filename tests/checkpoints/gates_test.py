@@ -167,6 +167,7 @@ def changed(file, change):
         ({"method": "magic"}, "gates for 'magic'"),
         ({"table": []}, "is damaged"),
         ({"table": [{"speed": 1}]}, "is damaged"),
+        ({"table": [{"threshold": "high", "ratio": 1.0}]}, "threshold or ratio .* no number"),
         ({"delay": 0}, "delay: expected a token or more"),
     ],
 )

@@ -111,7 +111,7 @@ def importance_is_the_mean_over_logits_of_the_group_test():
 
 
 def relaxed_decisions_stay_exact_where_alpha_saturates_test():
-    alpha, log_keep = dmc.relaxed_decisions(jnp.array([20.0]), jnp.zeros(1), 0.1)
+    alpha, log_keep = dmc.relaxed_decisions(jnp.array([20.0]), jnp.zeros(1), DMCSettings())
     assert alpha[0] == 1.0
     np.testing.assert_allclose(log_keep, [-200.0])
 

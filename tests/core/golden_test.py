@@ -121,10 +121,7 @@ def training_path_matches_test(path):
     close(logits, file["logits"], tolerance["logits"])
     if tolerance is BF16:  # decisions and masks follow from logits that were rounded to 8 bits
         return
-    close(
-        dmc.relaxed_decisions(dmc.merge_logits(k, settings), noise, settings.temperature)[0],
-        file["alpha"],
-    )
+    close(dmc.relaxed_decisions(dmc.merge_logits(k, settings), noise, settings)[0], file["alpha"])
     np.testing.assert_array_equal(result.decisions, file["decision"])
     np.testing.assert_array_equal(result.merged[:, 0], 0)
     np.testing.assert_array_equal(result.merged[:, 1:], file["decision"][:, 1:])

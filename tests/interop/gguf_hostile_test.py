@@ -10,7 +10,7 @@ from dmc_jax.checkpoints.models import find_model
 from dmc_jax.errors import UserError
 from dmc_jax.interop.formats import open_source
 from tests.interop.gguf_by_hand import Raw, gguf_bytes, llama_metadata, llama_tensors, string
-from tests.interop.hostile_test import ROUNDS
+from tests.interop.hostile_test import ROUNDS, fuzz
 from tests.interop.reference_llama import Sizes, random_weights
 
 SIZES = Sizes()
@@ -227,8 +227,9 @@ def a_damaged_file_never_crashes_the_reader_test(rounds, tmp_path):
     }
     whole = changed(tokens)
     header = whole.index(b"output.weight") + 60
-    rng, refusals, file = np.random.default_rng(4), 0, tmp_path / "x.gguf"
-    for _ in range(rounds):
+    file = tmp_path / "x.gguf"
+
+    def damage(rng):
         data = bytearray(whole)
         for _ in range(rng.integers(1, 4)):
             at = int(rng.integers(4, header))
@@ -240,11 +241,5 @@ def a_damaged_file_never_crashes_the_reader_test(rounds, tmp_path):
             else:
                 data[at:at] = rng.bytes(int(rng.integers(1, 9)))
         file.write_bytes(data)
-        try:
-            source = open_source(file, "gguf")
-            for tensor in source.tensors.values():
-                assert tensor.read().shape == tensor.shape
-        except UserError as error:
-            refusals += 1
-            assert "\n" not in str(error)
-    assert refusals > rounds / 4
+
+    fuzz(file, rounds, 4, damage, "gguf")

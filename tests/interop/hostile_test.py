@@ -314,13 +314,13 @@ def damaged(text, rng):
         return json.dumps(value).encode()
 
 
-def fuzz(folder, rounds, seed, damage):
+def fuzz(path, rounds, seed, damage, form="huggingface"):
     """Opens and reads damaged checkpoints; only a UserError may come of it."""
     rng, refusals = np.random.default_rng(seed), 0
     for _ in range(rounds):
         damage(rng)
         try:
-            source = open_source(folder, "huggingface")
+            source = open_source(path, form)
             for tensor in source.tensors.values():
                 assert tensor.read().shape == tensor.shape
         except UserError as error:
