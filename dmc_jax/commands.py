@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -106,6 +107,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
         left = flags.FLAGS(argv)
     except SystemExit:  # once absl has printed the help that was asked for; its code says 1
         raise SystemExit(0) from None
+    except flags.IllegalFlagValueError as error:
+        missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
+        if not missing:
+            raise
+        raise UserError(
+            f"{' and '.join(missing)} must be given, as --flag=value; see --help"
+        ) from None
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         # ml_collections' ways of saying that a field does not exist, or cannot be set
         raise UserError(str(error.args[-1]).strip("'\"")) from error

@@ -58,3 +58,19 @@ def a_command_that_does_not_exist_gets_one_line_test():
     complaint, _, named = err.partition("; expected one of ")
     assert complaint == "error: there is no command 'trian'"
     assert sorted(named.strip().split(", ")) == COMMANDS
+
+
+def what_must_be_given_is_named_test():
+    """Every command that has required flags; `train` and `decode` look at theirs themselves."""
+    found = {}
+    for command in COMMANDS:
+        source = (ROOT / f"dmc_jax/{command}.py").read_text()
+        required = re.findall(r'DEFINE_\w+\(\s*"(\w+)",[^()]*?required=True', source)
+        if required:
+            found[command] = set(required), start(command)
+    assert len(found) >= 4
+    for required, process in found.values():
+        code, out, err = outcome(process)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert set(re.findall(r"--(\w+)", err)) == required | {"flag", "help"}
+        assert err.startswith("error: --") and "None" not in err
