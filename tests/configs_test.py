@@ -12,16 +12,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dmc_jax.checkpoints.metadata import Metadata
+from dmc_jax.checkpoints.states import open_for_saving
 from dmc_jax.config import MeshConfig, RunConfig, StageConfig, from_dict, to_config_dict, to_dict
 from dmc_jax.core.schedules import compression_target
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation import perplexity
 from dmc_jax.model.sharding import batch_sharding, make_mesh
+from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.training import stages
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import abstract_state
 from dmc_jax.training.step import make_train_step
+from tests.tiny_llama import build
 
 FILES = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "paper")
 STEPS = {"7b_2x": 6_000, "7b_4x": 18_000, "7b_8x": 42_000, "13b_4x": 18_000, "13b_8x": 42_000}
@@ -77,6 +81,23 @@ def a_path_a_name_and_the_papers_arguments_are_one_run_test(monkeypatch, tmp_pat
     assert RunConfig.named("paper:13b,ratio=2.5").retrofit.steps == 9_000
 
 
+def the_papers_recipe_takes_the_sizes_of_a_checkpoint_test(tmp_path, monkeypatch):
+    """Of any format, whatever its name: that of a run cannot have a space."""
+    params, config = build(kv_heads=(4, 2))
+    folder = tmp_path / "my model"
+    metadata = Metadata("", 0, dataclasses.replace(config, rope_theta=5e5), Dense(), "float32")
+    with open_for_saving(folder, "pretrain", keep=1) as saver:
+        saver.save(0, {"params": params}, {}, metadata)
+    monkeypatch.chdir(tmp_path)
+    run = RunConfig.named("paper:my model,ratio=3")
+    assert (run.model, run.init_from) == (metadata.model, "my model")
+    assert (run.name, run.data.path) == ("my_model_3x", "data/my_model")
+    assert run.data.length == config.max_length and run.retrofit.steps == 12_000
+    of_7b = RunConfig.named("paper:7b,ratio=3")
+    for field in ("dmc", "compression", "zero_out", "retrofit", "finetune", "stages"):
+        assert getattr(run, field) == getattr(of_7b, field)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -84,7 +105,8 @@ def a_path_a_name_and_the_papers_arguments_are_one_run_test(monkeypatch, tmp_pat
         ("configs/7b_9x.py", "no file 'configs/7b_9x.py'; name a Python file, or one of 13b_4x"),
         ("paper", "takes paper:MODEL,ratio=R with a model of 7b, 13b, 70b, llama3_8b"),
         ("paper:7b", "such as paper:7b,ratio=8; got '7b'"),
-        ("paper:8b,ratio=4", "got '8b,ratio=4'"),
+        ("paper:8b,ratio=4", "or the path of a checkpoint, and a ratio above 1"),
+        ("paper:tests,ratio=4", "no complete checkpoint in tests"),
         ("paper:7b,ratio=1", "a ratio above 1"),
         ("paper:7b,ratio=nan", "got '7b,ratio=nan'"),
         ("tiny_4x:7b", "tiny_4x.py takes no arguments; got 'tiny_4x:7b'"),

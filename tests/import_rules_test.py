@@ -46,7 +46,7 @@ MAY_REACH = {
     "commands": {"package", "commands", "errors"},
     "errors": {"package"},
     "package": {"package"},
-    "configs": MODEL | {"configs"},
+    "configs": CHECKPOINTS | {"configs"},
     "benchmarks": LIBRARY | {"benchmarks"},
     "experiments": LIBRARY | {"experiments", "benchmarks"},
     "tests": LIBRARY | {"tests", "experiments", "benchmarks"},
