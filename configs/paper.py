@@ -48,7 +48,7 @@ def get_config(arguments: str = ""):
         from dmc_jax.checkpoints.models import find_model  # reads what the named models need not
 
         sizes, start = find_model(model).config, model
-        model = re.sub(r"[^\w.-]", "_", Path(model).resolve().stem)
+        model = re.sub(r"[^\w.-]", "_", Path(model).expanduser().resolve().stem)
         rate, (fsdp, tensor), accumulation, data = _RATE, (1, 1), _PARTS, f"data/{model}"
     return to_config_dict(
         RunConfig(
@@ -72,7 +72,8 @@ def get_config(arguments: str = ""):
 
 def _parse(arguments: str) -> tuple[str, float]:
     found = re.fullmatch(r"(.+),ratio=(\d+\.?\d*)", arguments)
-    if found and float(found[2]) > 1 and (found[1] in MODELS or Path(found[1]).exists()):
+    known = found and (found[1] in MODELS or Path(found[1]).expanduser().exists())
+    if known and float(found[2]) > 1:
         return found[1], float(found[2])
     raise UserError(
         "config: the paper's recipe takes paper:MODEL,ratio=R with a model of "

@@ -51,6 +51,19 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     raise SystemExit(code)
 
 
+class _Path(flags.ArgumentParser):
+    """Of a file or folder: no shell expands what stands behind `--flag=`."""
+
+    syntactic_help = "a path; ~ is the user's home"
+
+    def parse(self, argument: str) -> str:
+        """The path without `~`."""
+        return os.path.expanduser(argument)
+
+
+PATH = _Path()  # for `flags.DEFINE`
+
+
 def show_notes(notes: Iterable[str]) -> None:
     """Print what a user should know to standard error, a line each.
 

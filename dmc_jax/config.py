@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -212,6 +213,7 @@ class RunConfig:
     dry_run: bool = False  # check everything, take one step, leave nothing
 
     def __post_init__(self):
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
         names = self.stage_names
         for stage in names:
             _require(
@@ -307,9 +309,9 @@ def load_config(name: str) -> config_dict.ConfigDict:
             is no run's.
     """
     if name.endswith(".json"):
-        return to_config_dict(read_config(Path(name)))
+        return to_config_dict(read_config(Path(name).expanduser()))
     file, *arguments = name.split(":", 1)
-    path = Path(file) if file.endswith(".py") else named_configs().get(file)
+    path = Path(file).expanduser() if file.endswith(".py") else named_configs().get(file)
     if path is None or not path.is_file():
         raise UserError(
             f"config: there is no {'file' if path else 'config named'} {file!r}; name a Python "

@@ -26,10 +26,10 @@ from dmc_jax.interop.formats import FORMATS, describe, open_source, with_tokeniz
 from dmc_jax.interop.output import new_folder, progress_of
 from dmc_jax.interop.source import Source
 
-_INPUT = flags.DEFINE_string(
-    "input", None, "Folder of the checkpoint to read, or a GGUF file.", required=True
+_INPUT = flags.DEFINE(
+    commands.PATH, "input", None, "Folder of the checkpoint to read, or a GGUF file.", required=True
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.")
+_OUTPUT = flags.DEFINE(commands.PATH, "output", None, "Folder to write; must not exist.")
 _FROM = flags.DEFINE_enum("from", "auto", ["auto", *FORMATS], "Format of the input.")
 _TO = flags.DEFINE_enum(
     "to",
@@ -43,14 +43,14 @@ _DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "Of the weights written; default: as in the input. Training takes float32 from any of them.",
 )
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Tokenizer file to go along, in place of the input's own."
+_TOKENIZER = flags.DEFINE(
+    commands.PATH, "tokenizer", None, "Tokenizer file to go along, in place of the input's own."
 )
 _ADD_BOS = flags.DEFINE_boolean(
     "add_bos", None, "Whether texts begin with BOS; default: as the tokenizer's files say."
 )
 _VERIFY = flags.DEFINE_boolean("verify", False, "Compare --input with --against; write nothing.")
-_AGAINST = flags.DEFINE_string("against", None, "With --verify: the other checkpoint.")
+_AGAINST = flags.DEFINE(commands.PATH, "against", None, "With --verify: the other checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "With --verify: text to read; may be repeated.")
 _TOLERANCE = flags.DEFINE_float(
     "tolerance",

@@ -30,15 +30,17 @@ _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
 _INTERRUPTED = 130  # the exit code
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
 
-_CHECKPOINT = flags.DEFINE_string(
+_CHECKPOINT = flags.DEFINE(
+    commands.PATH,
     "checkpoint",
     None,
     "A run's directory, a stage of it, a step, the folder of a Hugging Face, Meta or Megatron "
     "checkpoint, or a GGUF file; default: the run of `make demo`.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is the prompt.")
-_PROMPTS = flags.DEFINE_string(
+_PROMPT_FILE = flags.DEFINE(commands.PATH, "prompt_file", None, "File whose text is the prompt.")
+_PROMPTS = flags.DEFINE(
+    commands.PATH,
     "prompts",
     None,
     'JSON Lines, - for standard input: strings, or objects with a "prompt" (a text, or a list of '
@@ -63,8 +65,8 @@ _BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=to
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Logit above which DMC merges or gates drop; default: that of training."
 )
-_GATES = flags.DEFINE_string(
-    "gates", None, "File of gates, which make a pretrained model compress as it is."
+_GATES = flags.DEFINE(
+    commands.PATH, "gates", None, "File of gates, which make a pretrained model compress as it is."
 )
 _RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
 _MAX_LENGTH = flags.DEFINE_integer(
@@ -74,15 +76,18 @@ _SPECIAL_TOKENS = flags.DEFINE_bool(
     "special_tokens", False, "Take special tokens that a text spells, such as </s>, as such."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object per prompt, and nothing else.")
-_OUTPUT = flags.DEFINE_string("output", None, "File for these objects, one a line.")
+_OUTPUT = flags.DEFINE(commands.PATH, "output", None, "File for these objects, one a line.")
 _EXISTING = flags.DEFINE_enum(
     "existing",
     EXISTING[0],
     EXISTING,
     "What to do with an --output that is there; it is replaced once the new one is complete.",
 )
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Its file, where it did not come along or is no longer where it was."
+_TOKENIZER = flags.DEFINE(
+    commands.PATH,
+    "tokenizer",
+    None,
+    "Its file, where it did not come along or is no longer where it was.",
 )
 _ADD_BOS = flags.DEFINE_bool(
     "add_bos", None, "Whether prompts begin with BOS; default: as the model's files say."

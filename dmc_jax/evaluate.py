@@ -35,14 +35,18 @@ from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import Policy
 
-_CHECKPOINT = flags.DEFINE_string(
+_CHECKPOINT = flags.DEFINE(
+    commands.PATH,
     "checkpoint",
     None,
     "A run's directory, a stage of it, a step, or another format's folder.",
     required=True,
 )
-_DATA = flags.DEFINE_string(
-    "data", None, "Folder made by prepare_data; default: what the model was trained on."
+_DATA = flags.DEFINE(
+    commands.PATH,
+    "data",
+    None,
+    "Folder made by prepare_data; default: what the model was trained on.",
 )
 _SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
 _WINDOWS = flags.DEFINE_integer("windows", None, "Windows to read at most; default: all.")
@@ -54,13 +58,16 @@ _THRESHOLD = flags.DEFINE_float(
 _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What rows keep; default: what the model was trained for."
 )
-_GATES = flags.DEFINE_string(
-    "gates", None, "File of gates, which make a pretrained model compress as it is."
+_GATES = flags.DEFINE(
+    commands.PATH, "gates", None, "File of gates, which make a pretrained model compress as it is."
 )
 _RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
 _BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
-_DENSE = flags.DEFINE_string(
-    "dense", None, "Dense checkpoint to compare with; default: the one before the retrofit."
+_DENSE = flags.DEFINE(
+    commands.PATH,
+    "dense",
+    None,
+    "Dense checkpoint to compare with; default: the one before the retrofit.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",

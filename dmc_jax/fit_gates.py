@@ -28,13 +28,17 @@ from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
 from dmc_jax.training.closed_form import fit_gates
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A pretrained model, of any format.", required=True
+_CHECKPOINT = flags.DEFINE(
+    commands.PATH, "checkpoint", None, "A pretrained model, of any format.", required=True
 )
-_DATA = flags.DEFINE_string(
-    "data", None, "Folder made by prepare_data with the model's tokenizer.", required=True
+_DATA = flags.DEFINE(
+    commands.PATH,
+    "data",
+    None,
+    "Folder made by prepare_data with the model's tokenizer.",
+    required=True,
 )
-_OUTPUT = flags.DEFINE_string("output", None, "File for the gates.", required=True)
+_OUTPUT = flags.DEFINE(commands.PATH, "output", None, "File for the gates.", required=True)
 _DELAY = flags.DEFINE_integer("delay", 16, "Tokens for which every token stays.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 512, "Tokens per window.", lower_bound=2)
 _WINDOWS = flags.DEFINE_integer("windows", 24, "Of training text to fit to.", lower_bound=1)

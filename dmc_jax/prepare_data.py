@@ -19,8 +19,9 @@ from dmc_jax.data.corpus import SPLITS
 from dmc_jax.data.listing import KINDS
 from dmc_jax.data.prepare import DEFAULT_VOCAB_SIZE, ON_BAD_ROW, prepare
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
-_INPUT = flags.DEFINE_string(
+_OUTPUT = flags.DEFINE(commands.PATH, "output", None, "Folder to make.", required=True)
+_INPUT = flags.DEFINE(
+    commands.PATH,
     "input",
     None,
     f"A file, or a folder of files: {KINDS}; default: Python's library.",
@@ -31,14 +32,20 @@ _TEXT_FIELD = flags.DEFINE_string(
     "Field of .jsonl and .parquet files that holds the text or the conversation; default: text or "
     "else messages.",
 )
-_VALIDATION = flags.DEFINE_string(
-    "validation", None, "File or folder of the validation split; default: drawn from the input."
+_VALIDATION = flags.DEFINE(
+    commands.PATH,
+    "validation",
+    None,
+    "File or folder of the validation split; default: drawn from the input.",
 )
 _ON_BAD_ROW = flags.DEFINE_enum(
     "on_bad_row", "error", ON_BAD_ROW, "What to do about a row without usable text."
 )
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Tokenizer file to use, of any known format; default: train one."
+_TOKENIZER = flags.DEFINE(
+    commands.PATH,
+    "tokenizer",
+    None,
+    "Tokenizer file to use, of any known format; default: train one.",
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, f"Ids of the tokenizer to train; default: {DEFAULT_VOCAB_SIZE}."

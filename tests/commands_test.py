@@ -37,7 +37,7 @@ def helps_exit_code_is_0_and_it_lists_the_flags_test(tmp_path):
         code, out, err = outcome(process)
         assert (code, err) == (0, "")
         source = (ROOT / f"dmc_jax/{command}.py").read_text()
-        defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)
+        defined = re.findall(r'DEFINE(?:_\w+\(|\(\s*commands.PATH,)\s*"(\w+)"', source)
         shown = re.findall(r"^  --(?:\[no\])?(\w+):", out, re.MULTILINE)
         assert defined and sorted(defined) == sorted(shown)
         if command == "train":
@@ -65,7 +65,7 @@ def what_must_be_given_is_named_test():
     found = {}
     for command in COMMANDS:
         source = (ROOT / f"dmc_jax/{command}.py").read_text()
-        required = re.findall(r'DEFINE_\w+\(\s*"(\w+)",[^()]*?required=True', source)
+        required = re.findall(r'PATH,\s*"(\w+)",[^()]*?required=True', source)
         if required:
             found[command] = set(required), start(command)
     assert len(found) >= 4

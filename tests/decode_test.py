@@ -11,7 +11,9 @@ import jax
 import pytest
 
 from dmc_jax.checkpoints.metadata import Metadata
+from dmc_jax.checkpoints.models import find_model
 from dmc_jax.checkpoints.states import open_for_saving
+from dmc_jax.config import RunConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import fingerprint, train_sentencepiece
 from dmc_jax.model.llama import init_params
@@ -45,6 +47,27 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def flags(checkpoint):
     return f"--checkpoint={checkpoint}", "--max_new_tokens=4", "--temperature=0"
+
+
+def a_path_may_begin_at_home_test(checkpoint, tmp_path, monkeypatch):
+    """No shell expands what stands behind `--flag=`."""
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    (checkpoint.parent / "prompt.txt").write_text("ab")
+    [result] = runs_of(
+        "decode",
+        [
+            *("--checkpoint=~/run", "--tokenizer=~/t.model", "--prompt_file=~/prompt.txt"),
+            *("--output=~/out.jsonl", "--max_new_tokens=2"),
+        ],
+        folder=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(lines_of((checkpoint.parent / "out.jsonl").read_text())) == 1
+    assert not list(tmp_path.iterdir())
+    assert find_model("~/run").path == checkpoint / "finetune" / "5"
+    run = RunConfig.named("paper:~/run,ratio=2")
+    assert run.model == find_model(checkpoint).config
+    assert dataclasses.replace(run, output="~/runs").output == f"{checkpoint.parent}/runs"
 
 
 def lines_of(text):

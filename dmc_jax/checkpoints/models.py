@@ -87,6 +87,7 @@ def find_model(path: str | os.PathLike) -> StoredModel:
     Raises:
         UserError: there is none, or a damaged one.
     """
+    path = os.path.expanduser(path)
     ref = latest(path)
     if ref is not None:
         return _ours(ref)

@@ -392,7 +392,7 @@ def the_command_prepares_and_says_how_much_test(corpus_folder, tmp_path):
 
 def the_command_answers_mistakes_in_one_line_test():
     cases = [
-        ([], 2, "--output must have a value"),
+        ([], 2, "--output must be given"),
         (["--output=x", "--bogus"], 2, "Unknown command line flag 'bogus'"),
         (["--output=x", "stray"], 2, "unexpected argument 'stray'"),
         (["--output=x", "--vocab_size=many"], 2, "--vocab_size=many"),
