@@ -256,8 +256,7 @@ def _attend_backward(how, residuals, gradients):
     """Gradients from the saved output and lse; one pass over keys, queries inside."""
     q, k, v, bias, spared_bias, segment_ids, out, lse = residuals
     d_out, d_lse = gradients
-    (B, K, G, T, _), block = q.shape, how.block
-    blocks = T // block
+    block, blocks = how.block, q.shape[3] // how.block
     nearest, farthest = _blocks_apart(how, blocks)
     # The derivative of out and of lse with respect to a score is its weight, times what follows.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, K, G, T]

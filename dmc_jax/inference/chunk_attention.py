@@ -100,15 +100,21 @@ def attend_until(
     table, lengths = (take_rows(x, first, K, seats) for x in (cache.page_table, cache.lengths))
     slots = table.shape[2] * cache.pages.page_size
     rows = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    slot = jnp.where(real[:, None], edits.slot, slots)
+    own, edits, n = edits, edits.side_by_side(), len(edits.writes())
+    real, writer = jnp.tile(real, n)[:, None], jnp.tile(jnp.arange(T), n)
+    there = edits.slot >= 0
+    slot = jnp.where(real & there, edits.slot, slots)
     never = jnp.full((B, K, slots), T, jnp.int32)
-    gone = never.at[(*rows, slot)].min(jnp.arange(T), mode="drop")  # first token to write there
+    gone = never.at[(*rows, slot)].min(writer, mode="drop")  # first token to write there
     keys, values = (x.transpose(0, 2, 1, 3).astype(dtype) for x in (edits.key, edits.value))
+    until = jnp.where(there, edits.until, -1)
+    # Of what its own token wrote, a query begins with the first.
+    since = writer + (jnp.arange(n * T) < T)
     order = jnp.broadcast_to(jnp.arange(T), (B, K, T))
 
     def attend(q, own_k, own_v, t):  # of a block of queries, t its tokens
         t = t[..., None]
-        written = (order[:, :, None] < t) & (edits.until[:, :, None] > t)  # [B, K, b, T]
+        written = (since <= t) & (until[:, :, None] > t)  # [B, K, b, n T]
         carry = _own(q, own_k, own_v, dtype)
         carry = _meet(carry, q, keys, values, written, dtype)
 
@@ -118,7 +124,7 @@ def attend_until(
         carry = _meet_pages(carry, q, table, lengths, lengths.max(), seen, cache.pages)
         return _result(carry, q.dtype)
 
-    return _in_blocks(attend, q, (edits.key, edits.value), (order,))
+    return _in_blocks(attend, q, (own.key, own.value), (order,))
 
 
 def _in_blocks(attend, q, of_tokens, of_rows) -> Float[Array, "B T N H"]:

@@ -76,19 +76,17 @@ def read_token(
     after, edit = policy.step(before, token, lengths)
     reads = active[:, None]
     cache = _remember(cache, after, before, reads, first, seats)
-    has_page = owned(cache, edit.slot, first, seats)
-    grown = jnp.where(has_page, jnp.maximum(lengths, edit.slot + 1), ~lengths)
+    keys, values, slots = (
+        jnp.stack([getattr(x, name) for x in edit.writes()], axis=2)
+        for name in ("key", "value", "slot")
+    )
+    highest = slots.max(axis=2)  # the only one that may be new
+    has_page = owned(cache, highest, first, seats)
+    grown = jnp.where(has_page, jnp.maximum(lengths, highest + 1), ~lengths)
     grown = jnp.where(reads, grown, lengths)
     cache = dataclasses.replace(cache, lengths=put_rows(cache.lengths, grown, first, seats))
-    cache = write(
-        cache,
-        edit.key[:, :, None],
-        edit.value[:, :, None],
-        edit.slot[..., None],
-        (has_page & reads)[..., None],
-        first,
-        seats=seats,
-    )
+    where = (has_page & reads)[..., None] & (slots >= 0)
+    cache = write(cache, keys, values, slots, where, first, seats=seats)
     rotated = policy.rotate(token.q[:, None], token.positions[:, None], token.frequencies)
     return rotated[:, 0], cache
 

@@ -249,18 +249,19 @@ def _store(
     """Give the rows their new slots, and write to each the last that is written to it.
 
     Returns:
-        (the cache, the slot of each token; padding has none before it).
+        (the cache, the slot that each token wrote to first; padding has none before it).
     """
     T, K = edits.key.shape[1:3]
     lengths = take_rows(cache.lengths, first, K, seats)  # [B, K]
-    real = real[:, None]
+    counts = real.sum(axis=1)[:, None, None]
+    edits, real = edits.side_by_side(), jnp.tile(real, len(edits.writes()))[:, None]
     slot = jnp.where(real, edits.slot, -1)  # [B, K, T]
     if edits.until is None:
         # The next token does not write to the same slot: it is padding, or opens another one.
         next_slot = jnp.pad(slot[..., 1:], [(0, 0), (0, 0), (0, 1)], constant_values=-1)
         last = real & (slot != next_slot)
     else:
-        last = real & (edits.until >= real.sum(axis=2, keepdims=True))
+        last = (slot >= 0) & (edits.until >= counts)
     cache, granted = reserve(
         cache,
         jnp.maximum(lengths, slot.max(axis=-1) + 1),
@@ -270,7 +271,7 @@ def _store(
     )
     states = (x.transpose(0, 2, 1, 3) for x in (edits.key, edits.value))
     cache = write(cache, *states, slot, last & granted[..., None], first, seats=seats)
-    return cache, jnp.maximum(slot, 0)
+    return cache, jnp.maximum(slot[..., :T], 0)
 
 
 # ---- what comes in ----------------------------------------------------------------------------

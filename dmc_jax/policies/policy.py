@@ -65,6 +65,7 @@ class Edit(NamedTuple):
     Of a chunk the axes are [B, K, T] and [B, T, K, H]; what is written to one slot several times
     is there one after the other, and the last of it stays. Without `until` a token writes to the
     newest slot of its row or to a new one, and what is there before is for its own query alone.
+    A token may write to another slot too; the first write is what its own query surely sees.
     """
 
     slot: Int[Array, "B K *T"]
@@ -72,6 +73,21 @@ class Edit(NamedTuple):
     value: Float[Array, "B *T K H"]
     # First token of the chunk whose query does not see this any more; from T on: it stays.
     until: Int[Array, "B K T"] | None = None
+    tokens: Int[Array, "B K *T"] | None = None  # in the slot, where the policy has a `gamma`
+    also: "Edit | None" = None  # another slot, -1 where it is none; in chunks with `until` too
+
+    def writes(self) -> list["Edit"]:
+        """List what is written, of which a row grows by one slot at most."""
+        return [self] if self.also is None else [self, *self.also.writes()]
+
+    def side_by_side(self) -> "Edit":
+        """Put all writes of a chunk after one another, as if it had so many tokens more."""
+        joint = {
+            name: jnp.concatenate(x, axis=1 if name in ("key", "value") else 2)
+            for name, *x in zip(self._fields, *self.writes(), strict=True)
+            if name != "also" and x[0] is not None
+        }
+        return Edit(**joint)
 
 
 class Policy(abc.ABC):

@@ -20,6 +20,7 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.choice import POLICIES, from_json, policy_for, to_json
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
@@ -29,12 +30,14 @@ from tests.inference import chunks
 from tests.tiny_llama import build
 
 
-def some_gates(layers=2, rows=6, width=32, seed=3):
+def some_gates(layers=2, rows=6, width=32, seed=3, *, importance=False, gamma=False):
     rng = np.random.default_rng(seed)
     mean, deviation = rng.normal(size=(layers, width)), rng.uniform(0.5, 2.0, (layers, width))
     weight = 0.3 * rng.normal(size=(rows, width))
     arrays = (mean, deviation, weight, rng.normal(size=rows))
-    return Gates(*(jnp.asarray(x, jnp.float32) for x in arrays))
+    arrays += (weight[::-1], rng.normal(size=rows)) if importance else (None, None)
+    arrays += (rng.normal(size=rows) if gamma else None,)
+    return Gates(*(x if x is None else jnp.asarray(x, jnp.float32) for x in arrays))
 
 
 TABLE = {
@@ -46,6 +49,12 @@ TABLE = {
     "dms, delay 1": DMS(some_gates(), delay=1),
     "dms, delay 5": DMS(some_gates(), 0.2, delay=5),
     "dms, delay 16": DMS(some_gates(), -0.5, delay=16),
+    "dmc by gates, at once": DelayedDMC(some_gates(importance=True), delay=0),
+    "dmc by gates, delay 1": DelayedDMC(some_gates(), -0.3, 1, DMCSettings(3, offset=0.0)),
+    "dmc by gates, delay 5": DelayedDMC(some_gates(importance=True), -0.5, delay=5),
+    "dmc by gates, delay 16, unlimited": DelayedDMC(
+        some_gates(importance=True), -0.5, settings=DMCSettings(None, offset=0.0)
+    ),
     "tova, 11 slots": TOVA(11),
     "tova, 8 slots, without the channel": TOVA(8, 0.0),
 }
@@ -53,7 +62,13 @@ T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
 # Of each method one in `make test`.
-QUICK = ("dense", "dmc, window 3", "dms, delay 5", "tova, 8 slots, without the channel")
+QUICK = (
+    "dense",
+    "dmc, window 3",
+    "dms, delay 5",
+    "dmc by gates, delay 5",
+    "tova, 8 slots, without the channel",
+)
 every_policy = pytest.mark.parametrize(
     "policy",
     [
