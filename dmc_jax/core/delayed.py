@@ -17,7 +17,7 @@ the raw tokens of a tail and the slots of the segments before it. Delay 0 is DMC
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dmc_jax.core.attention import CausalAttention, causal_attention, join
 from dmc_jax.core.dmc import DMCSettings, decide
@@ -87,9 +87,7 @@ def delayed_attention(
     return DelayedOutput(out, decisions, merged)
 
 
-def slot_mass(
-    tokens: Float[Array, "*rows"] | Int[Array, "*rows"], gamma: Float[Array, "*any"]
-) -> Float[Array, "*rows"]:
+def slot_mass(tokens: Num[Array, "*rows"], gamma: Float[Array, "*any"]) -> Float[Array, "*rows"]:
     """Say what the tokens in a slot add to its score: `gamma log n`.
 
     Args:

@@ -138,7 +138,7 @@ class Engine:
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova".
             threshold: logit above which "dmc" merges and "dms" drops; None: that of training.
-            gates: their file, made for this model, for "dms".
+            gates: their file, made for this model; it says whether they drop or merge.
             ratio: tokens per slot that these gates shall come to; None: as `threshold` says.
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
             options: `page_size`, `max_length`, `chunk` of the engine.

@@ -223,7 +223,7 @@ def attend_chunk(
         cache = dataclasses.replace(cache, state=jax.tree.map(put, cache.state, state))
         q = own.rotate(q, at, frequencies)
         if edits.until is not None:
-            out = attend_until(q, edits, real, cache, first, seats)
+            out = attend_until(q, edits, real, cache, first, seats, own.gamma)
             return out, _store(cache, edits, real, first, seats)[0], None
         cache, slot = _store(cache, edits, real, first, seats)
         return attend_pages(q, edits.key, edits.value, slot, cache, first, seats), cache, None
@@ -270,7 +270,8 @@ def _store(
         most=pages_of(T, cache.pages.page_size),
     )
     states = (x.transpose(0, 2, 1, 3) for x in (edits.key, edits.value))
-    cache = write(cache, *states, slot, last & granted[..., None], first, seats=seats)
+    last = last & granted[..., None]
+    cache = write(cache, *states, slot, last, first, seats=seats, tokens=edits.tokens)
     return cache, jnp.maximum(slot[..., :T], 0)
 
 

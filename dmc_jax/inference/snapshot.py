@@ -200,6 +200,7 @@ def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
     return {
         "k_pages": _as_bits(rows.pages.k),
         "v_pages": _as_bits(rows.pages.v),
+        **({} if rows.pages.tokens is None else {"tokens": rows.pages.tokens}),
         "lengths": rows.lengths,
         "position": np.array(rows.position),
         **{_STATE + name: _as_bits(np.asarray(leaf)) for name, leaf in rows.state.items()},
@@ -208,7 +209,9 @@ def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedRows:
     return CachedRows(
-        pages=Pages(_as_numbers(arrays["k_pages"]), _as_numbers(arrays["v_pages"])),
+        pages=Pages(
+            *(_as_numbers(arrays[name]) for name in ("k_pages", "v_pages")), arrays.get("tokens")
+        ),
         lengths=arrays["lengths"],
         state={
             name.removeprefix(_STATE): _as_numbers(array)

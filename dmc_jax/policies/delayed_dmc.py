@@ -74,6 +74,11 @@ class DelayedDMC(Policy):
         if self.settings.offset:
             raise UserError(f"offset: gates have a bias in its place, got {self.settings.offset}")
 
+    @property
+    def gamma(self):
+        """That of the gates."""
+        return self.gates.gamma
+
     def of_layer(self, layer, first, heads):
         """Take the gates of a layer."""
         return dataclasses.replace(self, gates=self.gates.of_layer(layer, first, heads))
@@ -89,7 +94,7 @@ class DelayedDMC(Policy):
             gate_logits(self.gates, x),
             gate_importance(self.gates, x, self.settings.eps),
             delay=self.delay,
-            gamma=self.gates.gamma,
+            gamma=self.gamma,
             **where._asdict(),
             settings=self.settings,
             noise=noise,

@@ -100,6 +100,14 @@ class Policy(abc.ABC):
     watches: ClassVar[bool] = False  # it has an `observe`, which is told the weights of attention
     launches: ClassVar[bool] = False  # it has a `launch`: a kernel of `cache_update` can do a step
 
+    @property
+    def gamma(self) -> Float[Array, " K"] | None:
+        """By what times the logarithm of its tokens a slot's score is higher; None: by nothing.
+
+        With one, edits say how many `tokens` are in a slot.
+        """
+        return None
+
     def most_slots(self, tokens: int) -> int:
         """Say how many slots a row may come to, which is what memory is for.
 

@@ -19,7 +19,7 @@ from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import Llama
-from dmc_jax.policies.choice import POLICIES, from_json, policy_for, to_json
+from dmc_jax.policies.choice import POLICIES, Trained, from_json, policy_for, to_json
 from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
@@ -51,7 +51,9 @@ TABLE = {
     "dms, delay 16": DMS(some_gates(), -0.5, delay=16),
     "dmc by gates, at once": DelayedDMC(some_gates(importance=True), delay=0),
     "dmc by gates, delay 1": DelayedDMC(some_gates(), -0.3, 1, DMCSettings(3, offset=0.0)),
-    "dmc by gates, delay 5": DelayedDMC(some_gates(importance=True), -0.5, delay=5),
+    "dmc by gates, delay 5": DelayedDMC(some_gates(importance=True, gamma=True), -0.5, delay=5),
+    "dmc by gates, delay 5, no gamma": DelayedDMC(some_gates(importance=True), -0.5, delay=5),
+    "dmc by gates, at once, gamma": DelayedDMC(some_gates(gamma=True), delay=0),
     "dmc by gates, delay 16, unlimited": DelayedDMC(
         some_gates(importance=True), -0.5, settings=DMCSettings(None, offset=0.0)
     ),
@@ -103,11 +105,14 @@ def positions_of(tokens):
 
 @functools.partial(jax.jit, static_argnames="config")
 def empty_cache(config, policy):
-    """Three seats, in pages of NaN."""
+    """Three seats, in pages of NaN, and of slots without tokens."""
     cache = paged_cache.init(
         *(config, policy), seats=3, pages=90, page_size=PAGE, max_length=T, dtype=jnp.float32
     )
-    return dataclasses.replace(cache, pages=jax.tree.map(lambda x: x * jnp.nan, cache.pages))
+    poison = jax.tree.map(
+        lambda x: x * (jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0), cache.pages
+    )
+    return dataclasses.replace(cache, pages=poison)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -272,6 +277,9 @@ def thresholds_of_many_values_are_one_program_test():
             "with no other policy",
         ),
         (DMC(DMCSettings()), {"gates": DMS(some_gates())}, "models as they were pretrained"),
+        (DMC(DMCSettings()), {"gates": DelayedDMC(some_gates())}, "models as they were pretrained"),
+        (Dense(), {"name": "dms", "gates": DelayedDMC(some_gates())}, "gates: these are for dmc"),
+        (Dense(), {"gates": DMS(some_gates()), "window": 3}, "window: .* dms does not"),
         (Dense(), {"threshold": 1.0}, "threshold: .* dense has none"),
         (Dense(), {"gates": DMS(some_gates()), "threshold": float("nan")}, "expected a logit"),
         (DMC(DMCSettings()), {"name": "dense", "window": 3}, "window: .* dense does not"),
@@ -292,12 +300,28 @@ def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
     gates = DMS(some_gates(), 0.3)
     assert policy_for(Dense(), gates=gates) is gates
     assert policy_for(Dense(), gates=gates, threshold=2.0).threshold == 2.0
+    merging = DelayedDMC(some_gates(gamma=True), 0.3)
+    assert policy_for(Dense(), gates=merging) is merging
+    changed = policy_for(Dense(), gates=merging, threshold=2.0, window=0)
+    assert (changed.threshold, changed.settings.window, changed.delay) == (2.0, None, 16)
     assert policy_for(trained, window=0) == DMC(dataclasses.replace(settings, window=None), 0.5)
+
+
+@pytest.mark.parametrize(
+    "delay, settings, complaint",
+    [
+        (-1, DMCSettings(offset=0.0), "delay: expected tokens, or 0 to merge at once, got -1"),
+        (16, DMCSettings(), "offset: gates have a bias in its place, got 5.0"),
+    ],
+)
+def merging_by_gates_that_cannot_be_is_refused_test(delay, settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        DelayedDMC(some_gates(), delay=delay, settings=settings)
 
 
 @every_policy
 def a_policy_is_what_json_says_of_it_test(policy):
     values = json.loads(json.dumps(to_json(policy)))
     assert values["name"] == policy.name
-    if policy.name in ("dense", "dmc"):  # which are what checkpoints are trained for
+    if isinstance(policy, Trained):
         assert from_json(values) == policy
