@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dmc_jax.core.attention import causal_attention
-from dmc_jax.core.dmc import hard_decisions, superseded
+from dmc_jax.core.dmc import DMCSettings, hard_decisions, relaxed_decisions, superseded
 from dmc_jax.core.gates import Gates, gate_logits
 from dmc_jax.core.rope import rotary_frequencies, rotate
 from dmc_jax.errors import UserError
@@ -29,6 +29,7 @@ class DMS(Policy):
         gates: a logit for every token and row.
         threshold: logit above which a token is dropped. Another one compiles nothing anew.
         delay: tokens, 1 or more.
+        temperature: of relaxed decisions.
 
     Raises:
         UserError: no delay.
@@ -37,6 +38,7 @@ class DMS(Policy):
     gates: Gates
     threshold: float | Array = 0.0
     delay: int = dataclasses.field(default=16, metadata={"static": True})
+    temperature: float = dataclasses.field(default=0.1, metadata={"static": True})
 
     name = "dms"
     chunked = True
@@ -54,14 +56,26 @@ class DMS(Policy):
         return rotate(x, positions, frequencies)
 
     def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
-        """Attend with hard decisions; `noise` has no meaning."""
-        dropped = hard_decisions(gate_logits(self.gates, x), self.threshold)
+        """Attend with relaxed decisions where there is noise, with hard ones otherwise.
+
+        Counted is then how probable each drop is, which is what the noise makes of a logit.
+        """
+        logits = gate_logits(self.gates, x)
+        if noise is None:
+            decisions = dropped = hard_decisions(logits, self.threshold)
+            bias = superseded(dropped)
+        else:
+            logits -= self.threshold
+            dropped = hard_decisions(logits + noise)
+            decisions = jax.nn.sigmoid(logits)
+            relaxation = DMCSettings(temperature=self.temperature)
+            _, bias = relaxed_decisions(logits, noise, relaxation)
         frequencies = rotary_frequencies(q.shape[-1], where.rope_theta, where.rope_scaling)
         out = attention(
             rotate(q, where.positions, frequencies),
             rotate(k, where.positions, frequencies),
             v,
-            superseded(dropped),
+            bias,
             scale=q.shape[-1] ** -0.5,
             segment_ids=where.segment_ids,
             spared=self.delay,
@@ -69,7 +83,7 @@ class DMS(Policy):
         # The slot of a dropped token goes to the one `delay` later in its document.
         before = jnp.pad(dropped, [(0, 0), (self.delay, 0), (0, 0)])[:, : dropped.shape[1]]
         inherits = before * (where.positions >= self.delay)[..., None]
-        return Attended(out, Record(1.0 - inherits, dropped))
+        return Attended(out, Record(1.0 - inherits, decisions))
 
     def start(self, rows, head_dim, dtype):
         """Remember of the last `delay` tokens those to be dropped: one more than their slot."""
