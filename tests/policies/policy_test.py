@@ -168,6 +168,20 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
     any_chunks()
 
 
+@pytest.mark.parametrize("name", ["dmc, window 3", "dms, delay 5"])
+def every_seat_of_a_cache_has_a_threshold_of_its_own_test(name):
+    params, config = model()
+    policy, tokens = TABLE[name], some_tokens()
+    seats = dataclasses.replace(policy, threshold=np.array([-1.0, 0.8, 9.0], np.float32))
+    cache, logits = read_chunks_then_rest(seats, tokens, [(1, 16), (0, 3), (13, 0)])
+    for row, threshold in enumerate((0.8, -1.0)):  # the first sequence is in the second seat
+        one = dataclasses.replace(policy, threshold=threshold)
+        alone = whole(params, config, one, tokens, positions_of(tokens))
+        np.testing.assert_allclose(logits[row], alone.logits[row], atol=TOLERANCE, rtol=0)
+        np.testing.assert_array_equal(cache.lengths[1 - row], slots_of(alone)[row])
+    assert cache.lengths[0].sum() < cache.lengths[1].sum()
+
+
 @every_policy
 def documents_of_a_packed_window_are_as_if_each_were_alone_test(policy):
     params, config = model()
