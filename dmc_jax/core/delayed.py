@@ -14,8 +14,6 @@ unrotated keys, rotated at its newest token's position. With hard decisions that
 the raw tokens of a tail and the slots of the segments before it. Delay 0 is DMC.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
@@ -26,14 +24,6 @@ from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies, rotate
 
 # Counts of tokens have two bytes beside the pages; an unlimited window may come to more.
 _MOST_TOKENS = 2**16 - 1
-
-
-class DelayedOutput(NamedTuple):
-    """Result of `delayed_attention`."""
-
-    out: Float[Array, "B T N H"]
-    decisions: Float[Array, "B T K"]  # 0/1 as a loss counts them, straight-through in training
-    merged: Float[Array, "B T K"]  # 0/1 as they act, `delay` tokens later
 
 
 def delayed_attention(
@@ -53,7 +43,7 @@ def delayed_attention(
     rope_scaling: Llama3Scaling | None = None,
     threshold: float | Array = 0.0,
     attention: CausalAttention = causal_attention,
-) -> DelayedOutput:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K"]]:
     """Attend over whole sequences, whose tokens merge after a delay.
 
     Args:
@@ -64,9 +54,12 @@ def delayed_attention(
         gamma: factor on the logarithm of the tokens in a state; None: 0, at no cost.
         positions, rope_theta, settings, noise, segment_ids, rope_scaling, threshold, attention: as
             in `core.dmc.dmc_attention`.
+
+    Returns:
+        (the output, 1 where a token merges `delay` tokens later, else 0).
     """
     H = q.shape[-1]
-    alpha, key_bias, decisions, merged = decide(
+    alpha, key_bias, _, merged = decide(
         logits, settings, noise=noise, segment_ids=segment_ids, threshold=threshold
     )
     states = pool(jnp.concatenate([k, v], axis=-1), alpha, omega, settings.window)
@@ -84,7 +77,7 @@ def delayed_attention(
     else:
         raw = attention(q, rotate(k, positions, frequencies), v, until=delay, with_lse=True, **how)
         out = join(raw, attention(*arguments, with_lse=True, **of_states))
-    return DelayedOutput(out, decisions, merged)
+    return out, merged
 
 
 def slot_mass(tokens: Num[Array, "*rows"], gamma: Float[Array, "*any"]) -> Float[Array, "*rows"]:

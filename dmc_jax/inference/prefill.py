@@ -189,7 +189,7 @@ def attend_chunk(
         seats: the seat of each row.
     """
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    offsets = first_rows(config)
+    offsets, policy = first_rows(config), policy.of_seats(seats)
 
     def by_steps(q, k, v, x, layer, cache):
         start, first = cache.position.at[seats].get(mode="clip"), offsets[layer]

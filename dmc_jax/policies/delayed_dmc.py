@@ -50,7 +50,8 @@ class DelayedDMC(Policy):
 
     Attributes:
         gates: a logit for every token and row, perhaps its importance, and gamma.
-        threshold: logit above which a hard decision merges. Another one compiles nothing anew.
+        threshold: logit above which a token merges; or one for each sequence that `step` and
+            `chunk` read for. Another one compiles nothing anew.
         delay: tokens for which one stays as it is; 0 merges at once.
         settings: window, temperature and eps. There is no offset: gates have a bias.
 
@@ -88,24 +89,29 @@ class DelayedDMC(Policy):
         return rotate(x, positions, frequencies)
 
     def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
-        """Attend with relaxed decisions where there is noise, with hard ones otherwise."""
-        result = delayed_attention(
-            *(q, k, v),
-            gate_logits(self.gates, x),
-            gate_importance(self.gates, x, self.settings.eps),
+        """Attend with relaxed decisions where there is noise, with hard ones otherwise.
+
+        Counted is then how probable each merge is, which is what the noise makes of a logit.
+        """
+        logits, threshold = gate_logits(self.gates, x), self.threshold
+        decisions = hard_decisions(logits, threshold)
+        if noise is not None:
+            logits, threshold = logits - threshold, 0.0
+            decisions = jax.nn.sigmoid(logits)
+        out, merged = delayed_attention(
+            *(q, k, v, logits, gate_importance(self.gates, x, self.settings.eps)),
             delay=self.delay,
             gamma=self.gamma,
             **where._asdict(),
             settings=self.settings,
             noise=noise,
-            threshold=self.threshold,
+            threshold=threshold,
             attention=attention,
         )
         # The slot of a token that merges goes to the one `delay` later in its document.
-        T = result.merged.shape[1]
-        before = jnp.pad(result.merged, [(0, 0), (self.delay, 0), (0, 0)])[:, :T]
+        before = jnp.pad(merged, [(0, 0), (self.delay, 0), (0, 0)])[:, : merged.shape[1]]
         inherits = before * (where.positions >= self.delay)[..., None]
-        return Attended(result.out, Record(1.0 - inherits, result.decisions))
+        return Attended(out, Record(1.0 - inherits, decisions))
 
     def start(self, rows, head_dim, dtype):
         """Remember the tokens of the tail, and those of the open segment."""
@@ -195,7 +201,8 @@ class DelayedDMC(Policy):
 
     def _decide(self, x):
         """Decisions and importance of tokens [B, *T, D]."""
-        decisions = hard_decisions(gate_logits(self.gates, x), self.threshold)
+        threshold = jnp.reshape(self.threshold, (-1, *(1,) * (x.ndim - 1)))
+        decisions = hard_decisions(gate_logits(self.gates, x), threshold)
         return decisions, gate_importance(self.gates, x, self.settings.eps)
 
     def _tokens(self, count):

@@ -27,7 +27,8 @@ class DMS(Policy):
 
     Attributes:
         gates: a logit for every token and row.
-        threshold: logit above which a token is dropped. Another one compiles nothing anew.
+        threshold: logit above which a token is dropped; or one for each sequence that `step` and
+            `chunk` read for. Another one compiles nothing anew.
         delay: tokens, 1 or more.
         temperature: of relaxed decisions.
 
@@ -94,7 +95,7 @@ class DMS(Policy):
         at = (token.positions % self.delay)[:, None, None]
         due = jnp.take_along_axis(state, at, axis=2)[..., 0]
         slot = jnp.where(due > 0, due - 1, lengths)
-        drops = gate_logits(self.gates, token.x) > self.threshold
+        drops = gate_logits(self.gates, token.x) > jnp.reshape(self.threshold, (-1, 1))
         now = jnp.where(drops, slot + 1, 0)
         state = jnp.where(jnp.arange(self.delay) == at, now[..., None], state)
         key = rotate(token.k[:, None], token.positions[:, None], token.frequencies)[:, 0]
@@ -103,7 +104,8 @@ class DMS(Policy):
     def chunk(self, state, tokens, lengths, counts):
         """Find all slots at once."""
         T, delay = tokens.k.shape[1], self.delay
-        drops = (gate_logits(self.gates, tokens.x) > self.threshold).swapaxes(1, 2)  # [B, K, T]
+        drops = gate_logits(self.gates, tokens.x) > jnp.reshape(self.threshold, (-1, 1, 1))
+        drops = drops.swapaxes(1, 2)  # [B, K, T]
         due = jnp.take_along_axis(state, (tokens.positions[:, :delay] % delay)[:, None], axis=2)
         vacated = jnp.concatenate([due > 0, drops], axis=2)[..., :T]
         slot = inherited_slots(vacated, due - 1, lengths, delay)

@@ -8,6 +8,7 @@ decodes applies the edits and knows no method.
 """
 
 import abc
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -94,6 +95,9 @@ class Policy(abc.ABC):
     """A method. Frozen dataclasses registered as pytrees: sizes are static, numbers are leaves."""
 
     name: ClassVar[str]
+    # Logit above which a token is given up, where the method decides by one: a field then. Of all
+    # sequences, or, where a cache is read into, one for each of its seats.
+    threshold: ClassVar[float | Array | None] = None
     chunked: ClassVar[bool] = (
         False  # it has a `chunk`; else a prompt is read by steps, in each layer
     )
@@ -125,6 +129,17 @@ class Policy(abc.ABC):
             heads: K.
         """
         return self
+
+    def of_seats(self, seats: Int[Array, " B"]) -> "Policy":
+        """Take what is the sequences' own of the numbers.
+
+        Args:
+            seats: of the sequences; one that the cache does not have gets the numbers of another.
+        """
+        if np.ndim(self.threshold) == 0:
+            return self
+        own = jnp.asarray(self.threshold).at[seats].get(mode="clip")
+        return dataclasses.replace(self, threshold=own)
 
     @abc.abstractmethod
     def rotate(

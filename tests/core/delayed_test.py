@@ -145,13 +145,13 @@ CASES = pytest.mark.parametrize(
 def hard_decisions_are_decoding_over_segments_and_a_tail_test(delay, window, massive):
     q, k, v, logits, omega, gamma, _ = draw(delay)
     gamma = gamma if massive else None
-    result = run(q, k, v, logits, omega, gamma, None, delay=delay, window=window)
+    actual, merges = run(q, k, v, logits, omega, gamma, None, delay=delay, window=window)
     out, slots = expected(
         by_decoding, q, k, v, logits > 0, omega, gamma, delay=delay, window=window
     )
-    np.testing.assert_allclose(result.out, out, atol=2e-5)
+    np.testing.assert_allclose(actual, out, atol=2e-5)
     for (b, end, head), after in slots.items():
-        merged = np.asarray(result.merged)[b, end - len(after) : end, head]
+        merged = np.asarray(merges)[b, end - len(after) : end, head]
         taken = [n + 1 - merged[: max(0, n + 1 - delay)].sum() for n in range(len(after))]
         np.testing.assert_array_equal(taken, after)
 
@@ -159,14 +159,14 @@ def hard_decisions_are_decoding_over_segments_and_a_tail_test(delay, window, mas
 @CASES
 def relaxed_decisions_are_the_sums_of_the_formula_test(delay, window):
     q, k, v, logits, omega, gamma, noise = draw(delay)
-    result = run(q, k, v, logits, omega, gamma, noise, delay=delay, window=window)
+    actual, merges = run(q, k, v, logits, omega, gamma, noise, delay=delay, window=window)
     alpha = 1 / (1 + np.exp(-(logits + noise) / 0.4))
     first = POSITIONS[..., None] == 0
     out, _ = expected(
         by_formula, q, k, v, np.where(first, 0, alpha), omega, gamma, delay=delay, window=window
     )
-    np.testing.assert_allclose(result.out, out, atol=2e-5)
-    np.testing.assert_array_equal(result.merged, (alpha > 0.5) & ~first)
+    np.testing.assert_allclose(actual, out, atol=2e-5)
+    np.testing.assert_array_equal(merges, (alpha > 0.5) & ~first)
 
 
 @pytest.mark.parametrize("delay, window", [(0, 3), (4, None), (3, 3)])
@@ -177,8 +177,8 @@ def gradients_are_finite_differences_test(delay, window):
     given = {"logits": logits, "omega": omega, "gamma": gamma}
 
     def loss(given):
-        result = run(q, k, v, **given, noise=noise, delay=delay, window=window)
-        return jnp.sum(result.out * weight)
+        actual, _ = run(q, k, v, **given, noise=noise, delay=delay, window=window)
+        return jnp.sum(actual * weight)
 
     def loss_of_formula(given):
         alpha = 1 / (1 + np.exp(-(given["logits"] + noise) / 0.4))
@@ -200,8 +200,8 @@ def gradients_are_finite_differences_test(delay, window):
 
 def a_delay_longer_than_the_text_is_dense_attention_test():
     q, k, v, logits, omega, gamma, _ = draw(1)
-    result = run(q, k, v, logits + 9, omega, gamma, None, delay=max(LENGTHS), window=12)
+    actual, _ = run(q, k, v, logits + 9, omega, gamma, None, delay=max(LENGTHS), window=12)
     arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     positions, segment_ids = jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS)
     dense = dense_attention(*arrays, positions=positions, rope_theta=THETA, segment_ids=segment_ids)
-    np.testing.assert_allclose(result.out, dense, atol=1e-5)
+    np.testing.assert_allclose(actual, dense, atol=1e-5)

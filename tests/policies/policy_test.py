@@ -188,6 +188,20 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
     any_chunks()
 
 
+@pytest.mark.parametrize("name", ["dmc, window 3", "dms, delay 5", "dmc by gates, delay 5"])
+def every_seat_of_a_cache_has_a_threshold_of_its_own_test(name):
+    params, config = model()
+    policy, tokens = TABLE[name], some_tokens()
+    seats = dataclasses.replace(policy, threshold=np.array([-1.0, 0.8, 9.0], np.float32))
+    cache, logits = read_chunks_then_rest(seats, tokens, [(1, 16), (0, 3), (13, 0)])
+    for row, threshold in enumerate((0.8, -1.0)):  # the first sequence is in the second seat
+        one = dataclasses.replace(policy, threshold=threshold)
+        alone = whole(params, config, one, tokens, positions_of(tokens))
+        np.testing.assert_allclose(logits[row], alone.logits[row], atol=TOLERANCE, rtol=0)
+        np.testing.assert_array_equal(cache.lengths[1 - row], slots_of(alone)[row])
+    assert cache.lengths[0].sum() < cache.lengths[1].sum()
+
+
 @every_policy
 def documents_of_a_packed_window_are_as_if_each_were_alone_test(policy):
     params, config = model()
@@ -325,3 +339,29 @@ def a_policy_is_what_json_says_of_it_test(policy):
     assert values["name"] == policy.name
     if isinstance(policy, Trained):
         assert from_json(values) == policy
+
+
+def gates_that_merge_learn_all_that_they_read_test():
+    """Training form: relaxed decisions, counted by their probabilities, and their gradients."""
+    params, config = model()
+    policy = DelayedDMC(some_gates(importance=True, gamma=True), 0.3, delay=3)
+    tokens, key = some_tokens(length=24), jax.random.key(0)
+    weight = jax.random.normal(jax.random.key(1), (2, 24, 50))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(policy):
+        attend = attend_whole(policy, config, jnp.asarray(positions_of(tokens)), noise_key=key)
+        output = Llama(config).apply({"params": params}, tokens, attend=attend)
+        counted = sum(record.decisions.sum() for record in output.records)
+        return jnp.sum(weight * output.logits) + counted, output.records
+
+    (_, records), gradient = loss(policy)
+    decisions = np.concatenate([np.asarray(x.decisions).ravel() for x in records])
+    assert ((decisions > 0) & (decisions < 1)).all()
+    assert all(set(np.unique(x.appends)) == {0.0, 1.0} for x in records)
+    for name, x in vars(gradient.gates).items():
+        assert np.isfinite(x).all() and np.abs(x).max() > 1e-3, name
+    assert abs(gradient.threshold) > 1e-3
+    # The logits and the threshold move together.
+    np.testing.assert_allclose(gradient.threshold, -gradient.gates.bias.sum(), rtol=1e-3)
