@@ -64,8 +64,6 @@ def decode_attention(
     mass: tuple[UInt16[Array, "P page"], Float[Array, "R"]] | None = None,
 ) -> Float[Array, "R G H"]:
     """Attend block by block; see `api.decode_attention` for the contract."""
-    if mass is not None:
-        raise ValueError("implementation 'tpu' knows no tokens of slots: take 'xla'")
     R, G, H = q.shape
     page = k_pages.shape[1]
     pages = min(_IDS, max(1, _BLOCK_SLOTS // page), pl.next_power_of_2(page_table.shape[1]))
@@ -81,9 +79,14 @@ def decode_attention(
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % _IDS))).reshape(-1, 1, _IDS)
     of_program = pl.BlockSpec((_ROWS, *padded.shape[1:]), lambda i, *_: (i, 0, 0))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    kernel, more, of_more = _without_bias, (), []
+    if mass is not None:
+        bias = _bias(page_table, *mass, pages=pages, rows=rows)
+        kernel, more = _attend_rows, (bias,)
+        of_more = [pl.BlockSpec((_ROWS, *bias.shape[1:]), lambda i, *_: (i, 0, 0, 0))]
     out = pl.pallas_call(
         functools.partial(
-            _attend_rows,
+            kernel,
             lines=table.shape[0] // R,
             dtype=jnp.promote_types(q.dtype, k_pages.dtype),
         ),
@@ -91,7 +94,7 @@ def decode_attention(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(rows // _ROWS,),
-            in_specs=[of_program, in_hbm, in_hbm, in_hbm],
+            in_specs=[of_program, in_hbm, in_hbm, in_hbm, *of_more],
             out_specs=of_program,
             scratch_shapes=[
                 pltpu.VMEM((_BUFFERS, pages, page, H), k_pages.dtype),
@@ -105,8 +108,28 @@ def decode_attention(
         # In order, on one core: what was fetched ahead is the next program's.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         name="decode_attention",
-    )(lengths, live_from, jnp.asarray(scale, jnp.float32)[None], padded, table, k_pages, v_pages)
+    )(
+        *(lengths, live_from, jnp.asarray(scale, jnp.float32)[None]),
+        *(padded, table, k_pages, v_pages, *more),
+    )
     return out[:R, :G].astype(q.dtype)
+
+
+def _bias(page_table, tokens, gamma, *, pages, rows) -> Float[Array, "rows blocks 1 slots"]:
+    """What the tokens of every slot add to its score; of slots that no row uses it is anything.
+
+    A page's counts are too few to be copied by themselves: XLA gathers those of whole tables.
+    """
+    R, maxp = page_table.shape
+    table = jnp.pad(page_table, ((0, rows - R), (0, -maxp % pages)))
+    counts = tokens.at[table.reshape(rows, -1, 1, pages)].get(mode="clip")
+    counts = counts.reshape(*counts.shape[:3], -1).astype(jnp.float32)
+    return jnp.pad(gamma, (0, rows - R))[:, None, None, None] * jnp.log(counts)
+
+
+def _without_bias(lengths, live_from, scale, q, table, k_pages, v_pages, *others, **sizes):
+    arrays = lengths, live_from, scale, q, table, k_pages, v_pages
+    _attend_rows(*arrays, None, *others, **sizes)
 
 
 def _attend_rows(
@@ -117,6 +140,7 @@ def _attend_rows(
     table,  # [R * lines, 1, _IDS], HBM
     k_pages,  # [P, page, H], HBM
     v_pages,
+    bias,  # [_ROWS, blocks, 1, slots], this program's, or None
     out,  # [_ROWS, queries, H]
     keys,  # [_BUFFERS, pages, page, H]
     values,
@@ -206,7 +230,10 @@ def _attend_rows(
                 preferred_element_type=jnp.float32,
             )
             slot = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            scores = jnp.where(slot < live, scores * scale[0], -jnp.inf)
+            scores *= scale[0]
+            if bias is not None:
+                scores += bias[r, block]
+            scores = jnp.where(slot < live, scores, -jnp.inf)
             # Dead slots may hold NaN, and 0 * NaN is NaN: a zero weight is no mask.
             slot = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
             v = jnp.where(slot < live, v.astype(jnp.float32), 0.0).astype(dtype)

@@ -28,26 +28,31 @@ def an_absent_tpu(name):
     return topologies.get_topology_desc(name, platform="tpu").devices[0]
 
 
-def compiled(device, G, H, page, dtype, rows=8, maxp=200, pool_dtype=None):
+def compiled(device, G, H, page, dtype, rows=8, maxp=200, pool_dtype=None, massive=False):
     """Compiles the attention of a layer, of `rows` of each sequence."""
     there = SingleDeviceSharding(device)
 
     def shape(*sizes, dtype="int32"):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=there)
 
-    def attend(q, k_pages, v_pages, table, lengths, first):
+    def attend(q, k_pages, v_pages, table, lengths, first, mass):
         rows = k_pages, v_pages, table, lengths
-        return decode_attention(q, *rows, scale=0.1, first=first, implementation="tpu")
+        return decode_attention(q, *rows, scale=0.1, first=first, implementation="tpu", **mass)
 
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
     pool = shape(PAGES, page, H, dtype=pool_dtype or dtype)
+    mass = {
+        "tokens": shape(PAGES, page, dtype="uint16"),
+        "gamma": shape(SEATS * rows, dtype="float32"),
+    }
     with use_abstract_mesh(mesh):
         return (
             jax.jit(attend)
             .lower(
                 shape(SEATS * rows, G, H, dtype=dtype),
                 *(pool, pool, shape(SEATS, ROWS, maxp), shape(SEATS, ROWS), shape()),
+                mass if massive else {},
             )
             .compile()
         )
@@ -87,6 +92,14 @@ def other_tpus_are_compiled_for_test(tpu):
 def float32_queries_over_a_bfloat16_pool_are_compiled_test():
     device = an_absent_tpu("v5e:2x2x1")
     assert compiled(device, 4, 128, 64, "float32", pool_dtype=jnp.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [16, 64])
+def slots_of_several_tokens_are_compiled_for_test(page):
+    program = compiled(an_absent_tpu("v5e:2x2x1"), 4, 128, page, "bfloat16", massive=True)
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    assert not copies_of_a_pool(program, page, 128)
 
 
 @pytest.mark.slow

@@ -400,8 +400,6 @@ def an_implementation_without_plans_makes_none_and_takes_none_test(implementatio
 
 # ---- slots of several tokens --------------------------------------------------------------------
 
-COUNTS = [name for name in IMPLEMENTATIONS.names if name != "tpu"]
-
 
 def mass_of(inputs, seed=4):
     """Tokens of every slot, 0 where nobody reads; and gamma of every row, some of it 0."""
@@ -412,7 +410,7 @@ def mass_of(inputs, seed=4):
     return {"tokens": jnp.asarray(tokens, jnp.uint16), "gamma": jnp.asarray(gamma, jnp.float32)}
 
 
-@pytest.mark.parametrize("implementation", COUNTS)
+@every_implementation
 def gamma_of_one_weighs_a_slot_like_all_its_tokens_test(implementation):
     """Two slots of equal scores, with one token and with three: weights 1/4 and 3/4."""
     values = jnp.zeros((1, 8, 4)).at[0, 0].set(4.0).at[0, 1].set(8.0)
@@ -427,7 +425,7 @@ def gamma_of_one_weighs_a_slot_like_all_its_tokens_test(implementation):
     np.testing.assert_allclose(attend(gamma=-jnp.ones(1))[0], 5.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", COUNTS)
+@every_implementation
 @pytest.mark.parametrize(
     "workload",
     [
