@@ -115,11 +115,12 @@ def a_batch_in_parts_is_the_batch_test(run, directory):
     batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
     batch = {name: batch[name] for name in gated.READ}
     mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
+    counts = gated.count_ids([(data, 1.0)], 320)
     states, metrics = zip(
         *(
-            gated.make_distill_step(dataclasses.replace(run, accumulation=parts), mesh, optimizer)(
-                state_at(run, 4), batch, model.params
-            )
+            gated.make_distill_step(
+                dataclasses.replace(run, accumulation=parts), mesh, optimizer, counts
+            )(state_at(run, 4), batch, model.params)
             for parts in (1, 2)
         ),
         strict=True,
@@ -135,7 +136,7 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
     params = jax.tree.map(lambda x: 4.0 * x if x.ndim > 2 else x, model.params)
     run = dataclasses.replace(run, distill=StageConfig(steps=240, learning_rate=1e-2))
     mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
-    step = gated.make_distill_step(run, mesh, optimizer)
+    step = gated.make_distill_step(run, mesh, optimizer, gated.count_ids([(data, 1.0)], 320))
     batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
     batch = {name: batch[name] for name in gated.READ}
     state = gated.state_of(state_at(run, 4).params, optimizer)
