@@ -1,7 +1,6 @@
 """Delayed eviction: a head decides on each token as it comes, and drops it `delay` tokens later."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from dmc_jax.core.gates import Gates, gate_logits
 from dmc_jax.core.rope import rotary_frequencies, rotate
 from dmc_jax.errors import UserError
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
+from dmc_jax.policies.tail import inherited_slots
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +27,8 @@ class DMS(Policy):
 
     Attributes:
         gates: a logit for every token and row.
-        threshold: logit above which a token is dropped. Another one compiles nothing anew.
+        threshold: logit above which a token is dropped; or one for each sequence that `step` and
+            `chunk` read for. Another one compiles nothing anew.
         delay: tokens, 1 or more.
         temperature: of relaxed decisions.
 
@@ -94,26 +95,20 @@ class DMS(Policy):
         at = (token.positions % self.delay)[:, None, None]
         due = jnp.take_along_axis(state, at, axis=2)[..., 0]
         slot = jnp.where(due > 0, due - 1, lengths)
-        drops = gate_logits(self.gates, token.x) > self.threshold
+        drops = gate_logits(self.gates, token.x) > jnp.reshape(self.threshold, (-1, 1))
         now = jnp.where(drops, slot + 1, 0)
         state = jnp.where(jnp.arange(self.delay) == at, now[..., None], state)
         key = rotate(token.k[:, None], token.positions[:, None], token.frequencies)[:, 0]
         return state, Edit(slot, key, token.v)
 
     def chunk(self, state, tokens, lengths, counts):
-        """Find all slots at once: of a chain of tokens that inherit one, the first has got it."""
+        """Find all slots at once."""
         T, delay = tokens.k.shape[1], self.delay
-        drops = (gate_logits(self.gates, tokens.x) > self.threshold).swapaxes(1, 2)  # [B, K, T]
-        t = jnp.arange(T)
-        due = jnp.take_along_axis(state, (tokens.positions % delay)[:, None], axis=2)
-        due = jnp.where(t < delay, due, 0)
-        inherits = jnp.pad(drops, [(0, 0), (0, 0), (delay, 0)])[..., :T]
-        new = ~inherits & (due == 0)
-        slot = jnp.where(new, lengths[..., None] - 1 + jnp.cumsum(new, axis=2), due - 1)
-        source = jnp.where(inherits, t - delay, t)
-        for _ in range(math.ceil(math.log2(max(2, T / delay)))):
-            source = jnp.take_along_axis(source, source, axis=2)
-        slot = jnp.take_along_axis(slot, source, axis=2)
+        drops = gate_logits(self.gates, tokens.x) > jnp.reshape(self.threshold, (-1, 1, 1))
+        drops = drops.swapaxes(1, 2)  # [B, K, T]
+        due = jnp.take_along_axis(state, (tokens.positions[:, :delay] % delay)[:, None], axis=2)
+        vacated = jnp.concatenate([due > 0, drops], axis=2)[..., :T]
+        slot = inherited_slots(vacated, due - 1, lengths, delay)
 
         # The newest token at each place of the ring, if the chunk has one there.
         last = counts - 1
@@ -123,5 +118,5 @@ class DMS(Policy):
         now = jnp.take_along_axis(now, jnp.maximum(newest, 0), axis=2)
         state = jnp.where(newest >= 0, now, state)
         key = rotate(tokens.k, tokens.positions, tokens.frequencies)
-        until = jnp.where(drops, t + delay, T + delay)
+        until = jnp.where(drops, jnp.arange(T) + delay, T + delay)
         return state, Edit(slot, key, tokens.v, until)
