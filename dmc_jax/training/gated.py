@@ -43,6 +43,8 @@ from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.model.sharding import leaf_path, shardings, with_shardings
+from dmc_jax.policies.choice import Gated
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import attend_whole
@@ -69,6 +71,8 @@ _RENEWED = 0.2  # of a price in a step
 _COUNTED = 2**24  # tokens of a text
 _TRIED = 2  # windows of a dry run
 READ = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+_GAMMA = 0.5  # to begin with: a slot of n tokens weighs like something between one and n
+_OFFSETS = ("bias", "importance_bias", "gamma")
 _FROZEN = ("mean", "deviation", "threshold")  # leaves of a policy that no gradient moves
 
 
@@ -144,13 +148,25 @@ def empty(run: RunConfig) -> Trained:
     return _trained(run, Gates(**{n: jnp.zeros(s) for n, s in shapes.items()}), jnp.zeros(R))
 
 
+def _policy(run: RunConfig, gates: Gates) -> Gated:
+    config = run.gates
+    if config.method == DMS.name:
+        return DMS(gates, jnp.zeros(()), config.delay, config.temperature)
+    more = {"gamma": jnp.full_like(gates.bias, _GAMMA)}
+    if config.importance:
+        names = "importance_weight", "importance_bias"
+        more |= zip(names, map(jnp.zeros_like, (gates.weight, gates.bias)), strict=True)
+    settings = dataclasses.replace(run.dmc, temperature=config.temperature, offset=0.0)
+    gates = dataclasses.replace(gates, **more)
+    return DelayedDMC(gates, jnp.zeros(()), config.delay, settings)
+
+
 def _trained(run: RunConfig, gates: Gates, r2: Any) -> Trained:
     # Were the logits normally distributed, this would come to the ratios.
     normal = statistics.NormalDist(sigma=SPREAD)
     thresholds = [normal.inv_cdf(1 / ratio) for ratio in run.gates.ratios]
-    settings = {"delay": run.gates.delay, "temperature": run.gates.temperature}
     return {
-        "policy": DMS(gates, jnp.zeros(()), **settings),
+        "policy": _policy(run, gates),
         "thresholds": jnp.asarray(thresholds),
         "prices": jnp.zeros(len(thresholds)),
         "r2": jnp.asarray(r2, jnp.float32),
@@ -162,8 +178,9 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 
     def scale(path, update):
         name = leaf_path(path).split("/")[-1]
-        factor = 0.0 if name in _FROZEN else run.gates.bias_multiplier if name == "bias" else 1.0
-        return factor * update
+        if name in _FROZEN:
+            return 0.0 * update
+        return (run.gates.bias_multiplier if name in _OFFSETS else 1.0) * update
 
     config = run.optimizer
     return optax.chain(

@@ -15,6 +15,7 @@ from dmc_jax.checkpoints.models import find_model, open_model
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import load_state
 from dmc_jax.config import GatesConfig, MeshConfig, RunConfig, StageConfig
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.loader import training_batches
 from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import UserError
@@ -156,6 +157,21 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
     np.testing.assert_array_equal(frozen, state.params["policy"].gates.mean)
 
 
+@pytest.mark.parametrize("importance", [False, True])
+def gates_that_merge_are_made_the_same_way_test(run, importance):
+    gates = dataclasses.replace(run.gates, method="dmc", importance=importance)
+    run = dataclasses.replace(
+        run, name=f"merging_{importance}", gates=gates, dmc=DMCSettings(window=5)
+    )
+    directory = train(run, quiet=True)
+    stored = load_gates(directory / gated.FILE, run.model)
+    assert stored.policy.name == "dmc" and stored.policy.settings.window == 5
+    assert (np.asarray(stored.policy.gamma) != 0.5).all()
+    assert (stored.policy.gates.importance_weight is not None) == importance
+    figures = load_metadata(latest(directory)).validation
+    assert figures["ratio"] > 1.5 and stored.table[-1].ratio > 1.8
+
+
 def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp_path):
     dense, merging = (f"{FILES}/gates.py:{finished_run}/{s}" for s in ("pretrain", "retrofit"))
     texts, output = f"--config.data.path={data.path}", f"--config.output={tmp_path}"
@@ -165,6 +181,7 @@ def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp
         (dense, [f"--config.data.path={other_data.path}"], "another tokenizer"),
         (dense, [texts, short], "windows of more than 48 tokens; got 30"),
         (dense, [texts, one], "gates.delay must be at least 1"),
+        (dense, [texts, "--config.gates.method=tova"], "expected dms or dmc"),
         (dense, [texts, "--config.gates.ratios=(2.0,1.5)"], "above 1 that rise"),
         (dense, [texts, "--config.stages=distill"], "closed_form, which must stand before it"),
         (dense, [texts, "--config.stages=pretrain,distill"], "no other stage beside"),
