@@ -66,7 +66,11 @@ _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Logit above which DMC merges or gates drop; default: that of training."
 )
 _GATES = flags.DEFINE(
-    commands.PATH, "gates", None, "File of gates, which make a pretrained model compress as it is."
+    commands.PATH,
+    "gates",
+    None,
+    "File of gates, or the name of some that come along: they make a pretrained model compress as "
+    "it is.",
 )
 _RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
 _MAX_LENGTH = flags.DEFINE_integer(
