@@ -44,7 +44,8 @@ _PROMPTS = flags.DEFINE(
     "prompts",
     None,
     'JSON Lines, - for standard input: strings, or objects with a "prompt" (a text, or a list of '
-    'token ids) or "messages" (for the model\'s chat template), and sampling fields.',
+    'token ids) or "messages" (for the model\'s chat template), and fields of SamplingParams, such '
+    'as "temperature" or "ratio".',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")

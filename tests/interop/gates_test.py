@@ -11,6 +11,7 @@ import pytest
 
 from dmc_jax.checkpoints.gates import load_gates, model_hash
 from dmc_jax.checkpoints.models import find_model
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import train_sentencepiece
 from dmc_jax.errors import UserError
 from dmc_jax.interop.export import write_huggingface
@@ -18,6 +19,7 @@ from dmc_jax.interop.formats import describe, open_source
 from dmc_jax.interop.gates import source_hash, with_gates
 from dmc_jax.interop.parameters import read_params
 from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dmc import DMC
 from tests.doors import runs_of
 from tests.interop.checkpoint_files import write_checkpoint
 from tests.interop.gates_files import TABLE, write_gates
@@ -134,6 +136,12 @@ def an_export_without_its_file_of_gates_is_refused_and_without_either_is_dense_t
     del config["gates"]
     file.write_text(json.dumps(config))
     assert open_source(exported).gates is None
+
+
+def gates_are_for_a_model_that_does_not_merge_already_test(base, gates):
+    merging = dataclasses.replace(open_source(base), policy=DMC(DMCSettings()))
+    with pytest.raises(UserError, match="gates: .* as they were pretrained, .* merges"):
+        with_gates(merging, gates)
 
 
 @pytest.mark.slow
