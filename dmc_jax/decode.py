@@ -44,7 +44,8 @@ _PROMPTS = flags.DEFINE(
     "prompts",
     None,
     'JSON Lines, - for standard input: strings, or objects with a "prompt" (a text, or a list of '
-    'token ids) or "messages" (for the model\'s chat template), and sampling fields.',
+    'token ids) or "messages" (for the model\'s chat template), and fields of SamplingParams, such '
+    'as "temperature" or "ratio".',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
@@ -66,7 +67,11 @@ _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Logit above which DMC merges or gates drop; default: that of training."
 )
 _GATES = flags.DEFINE(
-    commands.PATH, "gates", None, "File of gates, which make a pretrained model compress as it is."
+    commands.PATH,
+    "gates",
+    None,
+    "File of gates, or the name of some that come along: they make a pretrained model compress as "
+    "it is.",
 )
 _RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
 _MAX_LENGTH = flags.DEFINE_integer(

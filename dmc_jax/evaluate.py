@@ -58,7 +58,11 @@ _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What rows keep; default: what the model was trained for."
 )
 _GATES = flags.DEFINE(
-    commands.PATH, "gates", None, "File of gates, which make a pretrained model compress as it is."
+    commands.PATH,
+    "gates",
+    None,
+    "File of gates, or the name of some that come along: they make a pretrained model compress as "
+    "it is.",
 )
 _RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
 _BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
@@ -86,7 +90,8 @@ def main() -> None:
     mesh = make_mesh(_MESH)
     model = open_model(_CHECKPOINT.value, mesh)
     commands.show_notes(model.notes)
-    gates = gates_for(_GATES.value, model.config, _RATIO.value, _THRESHOLD.value)
+    own = model.own_gates(_POLICY.value)
+    gates = gates_for(_GATES.value, model.config, _RATIO.value, _THRESHOLD.value, own)
     if gates is not None:
         check_base(gates, model.params, model.config)
     policy = policy_for(

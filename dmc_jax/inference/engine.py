@@ -144,7 +144,8 @@ class Engine:
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova".
             threshold: logit above which "dmc" merges and "dms" drops; None: that of training.
-            gates: their file, made for this model; it says whether they drop or merge.
+            gates: their file, or the name of some that come with dmc_jax, made for this model; it
+                says whether they drop or merge. None: those that the checkpoint has.
             ratio: tokens per slot that these gates shall come to; None: as `threshold` says.
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
             options: `page_size`, `max_length`, `chunk` of the engine.
@@ -154,7 +155,8 @@ class Engine:
                 engine.
         """
         model = path if isinstance(path, StoredModel) else find_model(path)
-        stored = gates_for(gates, model.config, ratio, threshold)
+        own = model.own_gates(policy)
+        stored = gates_for(gates, model.config, ratio, threshold, own)
         keeps = policy_for(
             model.policy,
             name=policy,
