@@ -385,7 +385,7 @@ def every_slot_of_a_chunk_is_written_once_test(tiny_model, empty_cache, monkeypa
     """Of two writes to one slot, which one stays would be up to the machine."""
     writes = []
 
-    def note(cache, keys, values, slots, where, first, *, seats):
+    def note(cache, keys, values, slots, where, first, *, seats, tokens):
         writes.append((slots, where))
         return cache
 

@@ -1,7 +1,9 @@
 """What is on disk of a sequence; `engine_test` has what becomes of it."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import CachedRows, Snapshot, load_snapshot
 
 
-def snapshot_with_open_segments(dtype):
+def snapshot_with_open_segments(dtype, counted=False):
     """Of two rows whose rings of four tokens are full, or half full."""
     rng = np.random.default_rng(0)
     there = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
@@ -21,17 +23,21 @@ def snapshot_with_open_segments(dtype):
     weights = np.where(there, rng.uniform(0.1, 1, there.shape), 0).astype(np.float32)
     state = {".keys": keys, ".values": values, ".weights": weights}
     pages = Pages(*(rng.normal(size=(2, 2, 8, 6)).astype(dtype)))
+    if counted:
+        pages = dataclasses.replace(pages, tokens=rng.integers(1, 12, (2, 8)).astype(np.uint16))
     state[".count"] = there.sum(axis=1).astype(np.int32)
     rows = CachedRows(pages, np.array([3, 5], np.int32), state, position=9)
     return Snapshot({}, (1, 2), (3,), SamplingParams(), rows)
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def a_snapshot_is_read_as_it_was_saved_test(tmp_path, dtype):
-    snapshot = snapshot_with_open_segments(dtype)
+def a_snapshot_is_read_as_it_was_saved_test(tmp_path, dtype, counted):
+    snapshot = snapshot_with_open_segments(dtype, counted)
     snapshot.save(tmp_path / "it")
     loaded = load_snapshot(tmp_path / "it")
-    np.testing.assert_array_equal(loaded.rows.pages.k, snapshot.rows.pages.k)
+    assert jax.tree.structure(loaded.rows.pages) == jax.tree.structure(snapshot.rows.pages)
+    jax.tree.map(np.testing.assert_array_equal, loaded.rows.pages, snapshot.rows.pages)
     assert loaded.rows.state.keys() == snapshot.rows.state.keys()
     for name, array in snapshot.rows.state.items():
         assert loaded.rows.state[name].dtype == array.dtype

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from dmc_jax.core.attention import causal_attention
+from dmc_jax.core.attention import causal_attention, join
 from dmc_jax.errors import UserError
 from dmc_jax.model.causal_attention import choose_attention, evaluation_attention
 from pallas_kernels import target
@@ -73,7 +73,7 @@ def kernels_attend_where_they_can_run_test(kernels_run):
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("sizes, K", [((2, 2, 2), 2), ((1, 2, 4), 2), ((8, 1, 1), 1)])
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False, "two"])
 def devices_that_share_the_work_give_outputs_and_gradients_of_one_test(
     kernels_run, sizes, K, with_bias
 ):
@@ -82,9 +82,24 @@ def devices_that_share_the_work_give_outputs_and_gradients_of_one_test(
     inputs = inputs if with_bias else inputs[:3]
     more = {"scale": 0.3, "segment_ids": segment_ids if with_bias else None}
 
+    def in_two_sets(attend):
+        """Raw keys and states, as after a delay."""
+
+        def run(q, k, v, bias):
+            raw = attend(q, k, v, until=3, with_lse=True, **more)
+            of_states = {"spared_bias": bias / 2, "spared": 4, "first": 3, "with_lse": True}
+            return join(raw, attend(q, 2 * k, v, bias, **of_states, **more))
+
+        return run
+
     def with_gradients(attend):
+        if with_bias == "two":
+            attend, how = in_two_sets(attend), {}
+        else:
+            how = more
+
         def run(inputs, d_out):
-            out, pullback = jax.vjp(lambda *x: attend(*x, **more), *inputs)
+            out, pullback = jax.vjp(lambda *x: attend(*x, **how), *inputs)
             return out, *pullback(d_out)
 
         return jax.jit(run)(inputs, d_out)

@@ -345,7 +345,7 @@ def gates_that_merge_learn_all_that_they_read_test():
     """Training form: relaxed decisions, counted by their probabilities, and their gradients."""
     params, config = model()
     policy = DelayedDMC(some_gates(importance=True, gamma=True), 0.3, delay=3)
-    tokens, key = some_tokens(length=24), jax.random.key(0)
+    tokens, key = jnp.asarray(some_tokens(length=24)), jax.random.key(0)
     weight = jax.random.normal(jax.random.key(1), (2, 24, 50))
 
     @jax.jit
