@@ -141,16 +141,16 @@ def gates_for(
     Args:
         path: of the file; None: there is none.
         config: sizes of the model that they shall serve.
-        ratio: tokens per slot; None: as stored.
+        ratio: tokens per slot; None: as stored. Without gates it is for others.
         threshold: given in its place; is only checked.
 
     Raises:
-        UserError: both, a ratio without gates or outside of what was measured, or as `load_gates`.
+        UserError: both, a ratio outside of what was measured, or as `load_gates`.
     """
-    if ratio is not None and (path is None or threshold is not None):
-        raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
     if path is None:
         return None
+    if ratio is not None and threshold is not None:
+        raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
     gates = load_gates(path, config)
     return gates if ratio is None else dataclasses.replace(gates, policy=gates.at(ratio))
 

@@ -1,7 +1,6 @@
 """Delayed eviction: a head decides on each token as it comes, and drops it `delay` tokens later."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from dmc_jax.core.dmc import hard_decisions, superseded
 from dmc_jax.core.gates import Gates, gate_logits
 from dmc_jax.core.rope import rotary_frequencies, rotate
 from dmc_jax.errors import UserError
-from dmc_jax.policies.policy import Attended, Edit, Policy, Record
+from dmc_jax.policies.policy import Attended, Edit, Policy, Record, inherited
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +70,7 @@ class DMS(Policy):
         inherits = before * (where.positions >= self.delay)[..., None]
         return Attended(out, Record(1.0 - inherits, dropped))
 
-    def start(self, rows, head_dim, dtype):
+    def start(self, rows, head_dim, dtype, slots):
         """Remember of the last `delay` tokens those to be dropped: one more than their slot."""
         return jnp.zeros((*rows, self.delay), jnp.int32)
 
@@ -96,10 +95,7 @@ class DMS(Policy):
         inherits = jnp.pad(drops, [(0, 0), (0, 0), (delay, 0)])[..., :T]
         new = ~inherits & (due == 0)
         slot = jnp.where(new, lengths[..., None] - 1 + jnp.cumsum(new, axis=2), due - 1)
-        source = jnp.where(inherits, t - delay, t)
-        for _ in range(math.ceil(math.log2(max(2, T / delay)))):
-            source = jnp.take_along_axis(source, source, axis=2)
-        slot = jnp.take_along_axis(slot, source, axis=2)
+        slot = inherited(slot, jnp.where(inherits, t - delay, t), delay)
 
         # The newest token at each place of the ring, if the chunk has one there.
         last = counts - 1

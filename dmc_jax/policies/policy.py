@@ -8,6 +8,7 @@ decodes applies the edits and knows no method.
 """
 
 import abc
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -134,13 +135,15 @@ class Policy(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self, rows: tuple[int, ...], head_dim: int, dtype: DTypeLike) -> State:
+    def start(self, rows: tuple[int, ...], head_dim: int, dtype: DTypeLike, slots: int) -> State:
         """Make what empty rows remember: arrays [*rows, ...] of zeros.
 
         Args:
             rows: shape of all rows.
             head_dim: H.
             dtype: of the keys and values that they will read.
+            slots: that a row may come to. An axis of so many grows with them, and what is there of
+                slots that a row does not have yet means nothing.
         """
 
     @abc.abstractmethod
@@ -231,14 +234,14 @@ def whole_by_steps(
     """Attend over whole sequences by a policy's steps: `Policy.whole` of one with no other form.
 
     Args:
-        policy: one that `watches`.
+        policy: any.
         q, k, v, where, x: as for `Policy.whole`.
     """
     B, T, K, H = k.shape
     G, slots = q.shape[2] // K, policy.most_slots(T)
     frequencies = rotary_frequencies(H, where.rope_theta, where.rope_scaling)
     begins = jnp.broadcast_to(segment_starts(B, T, where.segment_ids), (B, T, K)) > 0
-    nothing = policy.start((B, K), H, k.dtype)
+    nothing = policy.start((B, K), H, k.dtype, slots)
 
     def read(carry, now):
         keys, values, lengths, state = carry
@@ -262,7 +265,8 @@ def whole_by_steps(
         out = jnp.einsum(
             "BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32
         ).astype(q.dtype)
-        state = policy.observe(state, weights, grown)
+        if policy.watches:
+            state = policy.observe(state, weights, grown)
         appends = (grown > lengths).astype(jnp.float32)
         return (keys, values, grown, state), (out.reshape(B, K * G, H), appends)
 
@@ -271,6 +275,21 @@ def whole_by_steps(
     by_token = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (q, k, v, x, where.positions, begins))
     _, (out, appends) = jax.lax.scan(read, empty, by_token)
     return Attended(out.swapaxes(0, 1), Record(appends.swapaxes(0, 1), decisions=None))
+
+
+def inherited(
+    slots: Int[Array, "*any T"], source: Int[Array, "*any T"], apart: int
+) -> Int[Array, "*any T"]:
+    """Give the tokens of a chunk that take the slot of another one of it the slot of the first.
+
+    Args:
+        slots: of tokens that are the first in theirs.
+        source: whose slot each token takes; of a first one, itself.
+        apart: tokens from one to the next in a slot, at least.
+    """
+    for _ in range(math.ceil(math.log2(max(2, slots.shape[-1] / apart)))):
+        source = jnp.take_along_axis(source, source, axis=-1)
+    return jnp.take_along_axis(slots, source, axis=-1)
 
 
 # ---- a model that attends with a policy -------------------------------------------------------

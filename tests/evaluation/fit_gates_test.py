@@ -48,7 +48,7 @@ def a_ratio_that_is_asked_for_is_measured_again_test(fitted, finished_run, model
     found = json.loads(measured.stdout)["evaluation"]
     assert found["ratio"] == pytest.approx(wanted, rel=0.15)
     assert refused.returncode == 2 and "these gates were measured from 1 to" in refused.stderr
-    assert alone.returncode == 2 and "ratio: it is looked up in a file of gates" in alone.stderr
+    assert alone.returncode == 2 and "or a file of gates, not with dense" in alone.stderr
     prompt = "--prompt=some words and more of them", "--max_new_tokens=20"
     [said] = runs_of("decode", [*base, f"--ratio={wanted}", *prompt, "--json"])
     result = json.loads(said.stdout)
