@@ -29,8 +29,9 @@ from dmc_jax.errors import UserError
 _PLACES = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 # In the order in which a model passes them.
-STAGES = ("pretrain", "zero_out", "retrofit", "finetune")
+STAGES = ("pretrain", "zero_out", "retrofit", "finetune", "closed_form", "distill")
 MERGING = ("retrofit", "finetune")  # those whose model merges
+GATED = ("closed_form", "distill")  # those that make gates for a model, which stays as it is
 
 
 def _require(holds: bool, message: str) -> None:
@@ -131,6 +132,9 @@ class StageConfig:
         )
 
 
+_SOLVED = StageConfig(steps=1, learning_rate=0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class CompressionConfig:
     """How hard and by what means the model is made to compress."""
@@ -150,6 +154,29 @@ class CompressionConfig:
         )
         names = "weight", "distillation", "decision_multiplier", "calibration_windows"
         _require_numbers(self, "compression", *names)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatesConfig:
+    """Gates that read decisions beside a frozen model."""
+
+    delay: int = 16  # tokens for which every token stays
+    ratios: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of one file; a step draws one
+    windows: int = 24  # of training text that the closed form reads
+    vocabulary: int = 4096  # ids that predictions are compared on, beside those of the text
+    temperature: float = 0.1  # of relaxed decisions
+    bias_multiplier: float = 10.0  # on the update of the biases
+
+    def __post_init__(self):
+        for name in ("delay", "windows", "vocabulary"):
+            value = getattr(self, name)
+            _require(value >= 1, f"gates.{name} must be at least 1, got {value}")
+        _require(self.temperature > 0, f"gates.temperature must be > 0, got {self.temperature}")
+        _require_numbers(self, "gates", "temperature", "bias_multiplier")
+        _require(
+            len(self.ratios) > 0 and list(self.ratios) == sorted({*self.ratios, 1.0})[1:],
+            f"gates.ratios must be tokens per slot above 1 that rise, got {self.ratios}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,12 +211,14 @@ class RunConfig:
 
     name: str
     model: ModelConfig
-    dmc: DMCSettings
-    compression: CompressionConfig
-    zero_out: StageConfig
-    retrofit: StageConfig
-    finetune: StageConfig
+    dmc: DMCSettings = dataclasses.field(default_factory=DMCSettings)
+    compression: CompressionConfig = CompressionConfig()
+    zero_out: StageConfig | None = None
+    retrofit: StageConfig | None = None
+    finetune: StageConfig | None = None
     pretrain: StageConfig | None = None  # where a run starts from nothing
+    distill: StageConfig | None = None  # of gates, after their closed form
+    gates: GatesConfig = GatesConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -224,9 +253,15 @@ class RunConfig:
             f"stages must be some of {','.join(STAGES)}, each once and in this order; got "
             f"{self.stages!r}",
         )
+        gated = [stage for stage in names if stage in GATED]
+        _require(
+            len(gated) in (0, len(names)),
+            f"stages: {', '.join(gated)} leaves the model as it is, and has no other stage beside "
+            f"it; got {self.stages!r}",
+        )
         for stage in names:
             _require(
-                getattr(self, stage) is not None,
+                self.stage(stage) is not None,
                 f"stages names {stage}, and the config has no settings of that stage: leave it out "
                 f"of --config.stages, or set --config.{stage}=\"{{'steps': 100, 'learning_rate': "
                 '3e-4}"',
@@ -260,9 +295,9 @@ class RunConfig:
         """The stages to run, in order."""
         return tuple(s.strip() for s in self.stages.split(",") if s.strip())
 
-    def stage(self, name: str) -> StageConfig:
-        """Settings of one stage."""
-        return getattr(self, name)
+    def stage(self, name: str) -> StageConfig | None:
+        """Settings of one stage, if the config has them."""
+        return _SOLVED if name == "closed_form" else getattr(self, name)
 
     @classmethod
     def named(cls, name: str) -> "RunConfig":
@@ -402,7 +437,8 @@ def _coerce(annotation: Any, value: Any, name: str) -> Any:
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return from_dict(option, value)
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            return tuple(int(v) for v in value)
+            kind = typing.get_args(option)[0]
+            return tuple(_coerce(kind, v, name) for v in value)
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             _require(math.isfinite(value), f"field {name!r}: expected a finite number, got {value}")
             return float(value)

@@ -29,10 +29,9 @@ from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.tables import head_table
 from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.model.sharding import make_mesh
-from dmc_jax.policies.choice import BUDGETED, POLICIES, policy_for, to_json
+from dmc_jax.policies.choice import BUDGETED, POLICIES, Gated, policy_for, to_json
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
-from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import Policy
 
 _CHECKPOINT = flags.DEFINE(
@@ -102,7 +101,7 @@ def main() -> None:
         gates=gates and gates.policy,
     )
     if _THRESHOLD.value is not None:
-        if not isinstance(policy, DMC | DMS):
+        if not isinstance(policy, DMC | Gated):
             raise UserError(
                 f"--threshold: with policy {policy.name} {model.path} decides nothing; leave the "
                 "flag out or name a checkpoint of the retrofit or finetune stage"

@@ -1,8 +1,8 @@
 """Gates in a file: what makes a frozen model compress, and which model that is.
 
-A safetensors file with the arrays of `core.gates.Gates`, float32, and in its metadata, as JSON
-under "dmc_jax", what running them takes: method, delay, the hash of the model that they were made
-for, and a table of thresholds with what was measured at each.
+A safetensors file with the arrays of `core.gates.Gates` that there are, float32, and in its
+metadata, as JSON under "dmc_jax", what running them takes: method, delay and window, the hash of
+the model that they were made for, and a table of thresholds with what was measured at each.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import typing
 from typing import Any
 
 import jax
@@ -19,14 +20,17 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from dmc_jax.config import ModelConfig, to_dict
+from dmc_jax.config import ModelConfig, from_dict, to_dict
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.gates import Gates
 from dmc_jax.errors import UserError
 from dmc_jax.files import appears_when_complete
-from dmc_jax.policies.dms import DMS
+from dmc_jax.policies.choice import Gated
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 
 _NAME = "dmc_jax"
 _VERSION = 1
+_METHODS = {policy.name: policy for policy in typing.get_args(Gated)}
 _SAMPLED = 256  # numbers of every array that a model is recognised by
 
 
@@ -43,13 +47,13 @@ class Measured:
 class StoredGates:
     """A file of gates."""
 
-    policy: DMS  # its threshold is that of the first entry of the table
+    policy: Gated  # its threshold is that of the first entry of the table
     base_sha256: str  # of the model, by `model_hash`
     table: tuple[Measured, ...]  # ratios rise
     about: dict[str, Any]  # how they were made: command, text, tokens, machine, ...
     path: str = ""  # of the file that they were read from
 
-    def at(self, ratio: float) -> DMS:
+    def at(self, ratio: float) -> Gated:
         """Set the threshold for a ratio: between two that were measured, in proportion.
 
         Raises:
@@ -81,12 +85,16 @@ def save_gates(path: str | os.PathLike, gates: StoredGates) -> None:
     about = {
         "version": _VERSION,
         "method": gates.policy.name,
-        "delay": gates.policy.delay,
+        **_settings(gates.policy),
         "base_sha256": gates.base_sha256,
         "table": [dataclasses.asdict(entry) for entry in gates.table],
         "about": gates.about,
     }
-    arrays = {name: np.asarray(x, np.float32) for name, x in vars(gates.policy.gates).items()}
+    arrays = {
+        name: np.asarray(x, np.float32)
+        for name, x in vars(gates.policy.gates).items()
+        if x is not None
+    }
     with appears_when_complete(path) as partial:
         save_file(arrays, partial, {_NAME: json.dumps(about)})
 
@@ -113,21 +121,38 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
         about = json.loads(text)
         if about["version"] != _VERSION:
             raise UserError(f"{path} is of version {about['version']}: use a newer dmc_jax")
-        if about["method"] != DMS.name:
-            raise UserError(f"{path} has gates for {about['method']!r}; this version knows dms")
+        if about["method"] not in _METHODS:
+            known = " and ".join(_METHODS)
+            raise UserError(f"{path} has gates for {about['method']!r}; this version knows {known}")
         table = tuple(Measured(**entry) for entry in about["table"])
         if not all(isinstance(x, float | int) for at in table for x in (at.threshold, at.ratio)):
             raise ValueError("a threshold or ratio of its table is no number")
-        policy = DMS(Gates(**arrays), table[0].threshold, delay=about["delay"])
+        settings = {"delay": about["delay"]}
+        if about["method"] == DelayedDMC.name:
+            settings["settings"] = from_dict(DMCSettings, about["settings"])
+        policy = _METHODS[about["method"]](Gates(**arrays), table[0].threshold, **settings)
         stored = StoredGates(policy, about["base_sha256"], table, about["about"], path=str(path))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    _check_sizes(path, arrays, config)
+    return stored
+
+
+def _settings(policy: Gated) -> dict[str, Any]:
+    """What a policy has beside its gates and threshold."""
+    return {name: x for name, x in to_dict(policy).items() if name not in ("gates", "threshold")}
+
+
+def _check_sizes(path, arrays, config: ModelConfig) -> None:
     L, D, R = config.layers, config.width, config.kv_rows
     wanted = {"mean": (L, D), "deviation": (L, D), "weight": (R, D), "bias": (R,)}
+    if arrays.keys() & {"importance_weight", "importance_bias"}:
+        wanted |= {"importance_weight": (R, D), "importance_bias": (R,)}
+    if "gamma" in arrays:
+        wanted["gamma"] = (R,)
     found = {name: x.shape for name, x in arrays.items()}
     if found != wanted:
         raise UserError(f"{path} has gates of sizes {found}, the model needs {wanted}")
-    return stored
 
 
 def gates_for(

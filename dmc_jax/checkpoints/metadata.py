@@ -46,6 +46,7 @@ class Metadata:
     special_tokens: SpecialTokens | None = None  # None: as the tokenizer's files say
     run: RunConfig | None = None  # that trained it
     converted_from: Origin | None = None
+    base_sha256: str | None = None  # of the frozen model that it holds gates for, by `model_hash`
     validation: dict | None = None  # an `Evaluation`, once the end of the stage was measured
 
     @property

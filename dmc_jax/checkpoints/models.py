@@ -176,6 +176,11 @@ def tokenizer_path(ref: CheckpointRef, metadata: Metadata) -> Path | None:
 
 def _ours(ref: CheckpointRef) -> StoredModel:
     metadata = load_metadata(ref)
+    if metadata.base_sha256 is not None:
+        raise UserError(
+            f"{ref.path} holds gates, and no model: name the model that they were made for "
+            f"({metadata.run.init_from}), and the gates beside it, --gates=RUN/gates.safetensors"
+        )
     sha256 = metadata.tokenizer_sha256
     return StoredModel(
         path=ref.path,

@@ -151,6 +151,44 @@ def segment_starts(
     return starts
 
 
+class Decisions(NamedTuple):
+    """Result of `decide`."""
+
+    alpha: Float[Array, "B S K"]  # 0 at document starts
+    key_bias: Float[Array, "B S K"]  # log-weight of each token's state once the next has come
+    decisions: Float[Array, "B S K"]  # as in `DMCOutput`
+    merged: Float[Array, "B S K"]
+
+
+def decide(
+    logits: Float[Array, "B S K"],
+    settings: DMCSettings,
+    *,
+    noise: Float[Array, "B S K"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    threshold: float | Array = 0.0,
+) -> Decisions:
+    """Decide for whole sequences, relaxed where there is noise.
+
+    Args:
+        logits: of merging.
+        settings, noise, segment_ids, threshold: as in `dmc_attention`.
+    """
+    may_merge = 1.0 - segment_starts(*logits.shape[:2], segment_ids)  # [B, S, 1]
+    if noise is None:
+        decisions = alpha = hard_decisions(logits, threshold)
+        log_keep = superseded(decisions)
+        merged = decisions * may_merge
+    else:
+        alpha, log_keep = relaxed_decisions(logits, noise, settings)
+        hard = (alpha > 0.5).astype(jnp.float32)
+        decisions = hard + (alpha - jax.lax.stop_gradient(alpha))  # straight-through
+        merged = hard * may_merge
+    # The next token's decision supersedes a state; nothing supersedes the last one.
+    key_bias = jnp.pad((log_keep * may_merge)[:, 1:], [(0, 0), (0, 1), (0, 0)])
+    return Decisions(alpha * may_merge, key_bias, decisions, merged)
+
+
 # ---- attention over the compressed cache ------------------------------------------------------
 
 
@@ -208,26 +246,14 @@ def dmc_attention(
     Returns:
         See `DMCOutput`.
     """
-    B, S, K, H = k.shape
+    K, H = k.shape[2:]
     logits = merge_logits(k, settings)
     omega = importance(q, K, settings)
-    may_merge = 1.0 - segment_starts(B, S, segment_ids)  # [B, S, 1]
-
-    if noise is None:
-        decisions = alpha = hard_decisions(logits, threshold)
-        log_keep = superseded(decisions)
-        merged = decisions * may_merge
-    else:
-        alpha, log_keep = relaxed_decisions(logits, noise, settings)
-        hard = (alpha > 0.5).astype(jnp.float32)
-        decisions = hard + (alpha - jax.lax.stop_gradient(alpha))  # straight-through
-        merged = hard * may_merge
-
-    alpha = alpha * may_merge
+    alpha, key_bias, decisions, merged = decide(
+        logits, settings, noise=noise, segment_ids=segment_ids, threshold=threshold
+    )
     both = pool(jnp.concatenate([k, v], axis=-1), alpha, omega, settings.window)
     pooled_k, pooled_v = both[..., :H], both[..., H:]
-    # The next token's decision supersedes a state; nothing supersedes the last one.
-    key_bias = jnp.pad((log_keep * may_merge)[:, 1:], [(0, 0), (0, 1), (0, 0)])
 
     frequencies = rotary_frequencies(H, rope_theta, rope_scaling)
     out = attention(

@@ -7,6 +7,7 @@ pool_chunk   many tokens after others, in prefill
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -55,18 +56,35 @@ def pool(
 
 def _pooling_weights(alpha: Array, omega: Array, window: int) -> Float[Array, "B S K W"]:
     """Weight of token i - W + 1 + w in the state of token i; they add up to 1 over w."""
-    S = alpha.shape[1]
-    past_alpha, past_omega = (jnp.pad(a, [(0, 0), (window - 1, 0), (0, 0)]) for a in (alpha, omega))
-
-    def ago(padded: Array, m: int) -> Array:  # entry i of the result is entry i - m of the original
-        return jax.lax.slice_in_dim(padded, window - 1 - m, window - 1 - m + S, axis=1)
-
-    coef, weights = jnp.ones_like(alpha), [omega]
-    for m in range(1, window):
-        coef = coef * ago(past_alpha, m - 1)
-        weights.insert(0, coef * ago(past_omega, m))
-    stacked = jnp.stack(weights, axis=-1)
+    weights = [coef * _ago(omega, m) for m, coef in enumerate(_coefficients(alpha, window))]
+    stacked = jnp.stack(weights[::-1], axis=-1)
     return stacked / stacked.sum(axis=-1, keepdims=True)
+
+
+def _coefficients(alpha: Array, window: int) -> Iterator[Float[Array, "B S K"]]:
+    """coef(i, i - m) of every token i, for m from 0 to W - 1."""
+    coef = jnp.ones_like(alpha)
+    yield coef
+    for m in range(1, window):
+        coef = coef * _ago(alpha, m - 1)
+        yield coef
+
+
+def _ago(x: Array, m: int) -> Array:
+    """Entry i of the result is entry i - m of `x`, 0 before the first."""
+    return jnp.pad(x, [(0, 0), (m, 0), (0, 0)])[:, : x.shape[1]]
+
+
+def tokens_in(alpha: Float[Array, "B S K"], window: int | None) -> Float[Array, "B S K"]:
+    """Count the tokens in the state of the open slot after every token: `sum_j coef(i, j)`.
+
+    Args:
+        alpha: as in `pool`, 0 at document starts; between 0 and 1 they count parts of tokens.
+        window: as there.
+    """
+    if not window:
+        return _running_sum(alpha, jnp.ones_like(alpha))
+    return sum(_coefficients(alpha, min(window, alpha.shape[1])))
 
 
 def _banded_product(weights: Float[Array, "B S K W"], x: Float[Array, "B S K H"]) -> Array:

@@ -16,7 +16,7 @@ _INCHES_PER_CELL = 0.62, 0.36
 def curves(run: dict, metrics: list[dict], stages: list[Metadata]) -> Figure:
     """Loss, ratio, compression loss and learning rate over the steps of the whole run."""
     ends = _stage_ends(run, stages)
-    names = ["loss", "ratio", "compression_loss", "learning_rate"]
+    names = ["loss", "distillation", "ratio", "compression_loss", "learning_rate"]
     names = [n for n in names if n in ("loss", "learning_rate") or any(n in m for m in metrics)]
     heights = [1.6 if name in ("loss", "ratio") else 1.0 for name in names]
     figure = Figure(figsize=(9, 1.3 + 1.6 * sum(heights)), dpi=120, layout="constrained")
@@ -47,6 +47,7 @@ def curves(run: dict, metrics: list[dict], stages: list[Metadata]) -> Figure:
 
 _LABELS = {
     "loss": "loss (nats a token)",
+    "distillation": "divergence\n(nats a token)",
     "ratio": "tokens per slot",
     "compression_loss": "compression\nloss",
     "learning_rate": "learning rate",
@@ -56,7 +57,7 @@ _LABELS = {
 def _stage_ends(run: dict, stages: list[Metadata]) -> dict[str, int]:
     """Last step of every stage in the directory, counted over the run as metrics.jsonl does."""
     names = [metadata.stage for metadata in stages]
-    ends = np.cumsum([run[name]["steps"] for name in names])
+    ends = np.cumsum([run[name]["steps"] if name in run else 1 for name in names])
     return {name: int(end) for name, end in zip(names, ends, strict=True)}
 
 

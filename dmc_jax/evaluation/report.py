@@ -6,11 +6,10 @@ from pathlib import Path
 
 from dmc_jax.checkpoints.metadata import load_metadata
 from dmc_jax.checkpoints.run_directory import latest
-from dmc_jax.config import STAGES
+from dmc_jax.config import GATED, MERGING, STAGES
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.plots import curves, heatmap
 from dmc_jax.evaluation.tables import collapse, head_table, missed_target, table
-from dmc_jax.policies.dmc import DMC
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
@@ -35,7 +34,9 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     if not stages:
         raise UserError(f"{run_dir} holds no complete checkpoint yet: nothing to report")
     # The model that the run is for: the last that merges and was measured.
-    final = next((m for m in reversed(stages) if isinstance(m.policy, DMC) and m.validation), None)
+    final = next(
+        (m for m in reversed(stages) if m.stage in (*MERGING, *GATED) and m.validation), None
+    )
     measured = final and final.validation
     target = run["compression"]["ratio"]
     warning = measured and collapse(measured["ratio_by_layer"], target)

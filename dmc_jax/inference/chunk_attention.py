@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dmc_jax.core.delayed import slot_mass
 from dmc_jax.inference.paged_cache import PagedCache, pages_of, take_rows
 from dmc_jax.inference.pages import Pages
 from dmc_jax.policies.policy import Edit
@@ -82,6 +83,7 @@ def attend_until(
     cache: PagedCache,
     first: int | Array,
     seats: Int[Array, " B"],
+    gamma: Float[Array, " K"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend over the slots that are not written over yet, and over what the chunk wrote so far.
 
@@ -92,6 +94,7 @@ def attend_until(
         cache: as it was before the chunk.
         first: row of the layer's first KV head.
         seats: the seat of each row of the batch.
+        gamma: of the policy, for which edits have `tokens`.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
@@ -100,25 +103,33 @@ def attend_until(
     table, lengths = (take_rows(x, first, K, seats) for x in (cache.page_table, cache.lengths))
     slots = table.shape[2] * cache.pages.page_size
     rows = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    slot = jnp.where(real[:, None], edits.slot, slots)
+    own, edits, n = edits, edits.side_by_side(), len(edits.writes())
+    real, writer = jnp.tile(real, n)[:, None], jnp.tile(jnp.arange(T), n)
+    there = edits.slot >= 0
+    slot = jnp.where(real & there, edits.slot, slots)
     never = jnp.full((B, K, slots), T, jnp.int32)
-    gone = never.at[(*rows, slot)].min(jnp.arange(T), mode="drop")  # first token to write there
+    gone = never.at[(*rows, slot)].min(writer, mode="drop")  # first token to write there
     keys, values = (x.transpose(0, 2, 1, 3).astype(dtype) for x in (edits.key, edits.value))
+    until = jnp.where(there, edits.until, -1)
+    # Of what its own token wrote, a query begins with the first.
+    since = writer + (jnp.arange(n * T) < T)
     order = jnp.broadcast_to(jnp.arange(T), (B, K, T))
+    mass = None if gamma is None else slot_mass(edits.tokens, gamma[:, None])
 
-    def attend(q, own_k, own_v, t):  # of a block of queries, t its tokens
+    def attend(q, own_k, own_v, t, *own_mass):  # of a block of queries, t its tokens
         t = t[..., None]
-        written = (order[:, :, None] < t) & (edits.until[:, :, None] > t)  # [B, K, b, T]
-        carry = _own(q, own_k, own_v, dtype)
-        carry = _meet(carry, q, keys, values, written, dtype)
+        written = (since <= t) & (until[:, :, None] > t)  # [B, K, b, n T]
+        carry = _own(q, own_k, own_v, dtype, *own_mass)
+        carry = _meet(carry, q, keys, values, written, dtype, mass)
 
         def seen(index):
             return gone.at[..., index].get(mode="clip")[:, :, None] > t
 
-        carry = _meet_pages(carry, q, table, lengths, lengths.max(), seen, cache.pages)
+        carry = _meet_pages(carry, q, table, lengths, lengths.max(), seen, cache.pages, gamma)
         return _result(carry, q.dtype)
 
-    return _in_blocks(attend, q, (edits.key, edits.value), (order,))
+    of_rows = (order,) if mass is None else (order, mass[..., :T])
+    return _in_blocks(attend, q, (own.key, own.value), of_rows)
 
 
 def _in_blocks(attend, q, of_tokens, of_rows) -> Float[Array, "B T N H"]:
@@ -146,19 +157,29 @@ def _in_blocks(attend, q, of_tokens, of_rows) -> Float[Array, "B T N H"]:
 # ---- a running softmax: peak and total [B, K, G, b], weighted sum [B, K, G, b, H] ---------------
 
 
-def _own(q, own_k, own_v, dtype):
-    """Begin with a token's own state, which it would read from a page: rounded as pages are."""
+def _own(q, own_k, own_v, dtype, mass=None):
+    """Begin with a token's own state, which it would read from a page: rounded as pages are.
+
+    `mass` is added to its score, [B, K, b].
+    """
     own_k, own_v = own_k.astype(dtype), own_v.astype(dtype)
     own = q.shape[-1] ** -0.5 * _einsum("BTKGH,BTKH->BKGT", q, own_k)
+    if mass is not None:
+        own += mass[:, :, None]
     value = own_v.astype(jnp.float32).transpose(0, 2, 1, 3)[:, :, None]  # [B, K, 1, b, H]
     return own, jnp.ones_like(own), jnp.broadcast_to(value, (*own.shape, q.shape[-1]))
 
 
-def _meet(carry, q, keys, values, seen, dtype):
-    """Let queries meet keys and values [B, K, S, H] where `seen` [B, K, b, S]."""
+def _meet(carry, q, keys, values, seen, dtype, mass=None):
+    """Let queries meet keys and values [B, K, S, H] where `seen` [B, K, b, S].
+
+    `mass` is added to the scores of keys, [B, K, S].
+    """
     peak, total, weighted = carry
     seen = seen[:, :, None]
     scores = q.shape[-1] ** -0.5 * _einsum("BTKGH,BKSH->BKGTS", q, keys)
+    if mass is not None:
+        scores += mass[:, :, None, None]
     new_peak = jnp.maximum(peak, jnp.where(seen, scores, -jnp.inf).max(axis=-1))
     weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
     shrink = jnp.exp(peak - new_peak)
@@ -176,6 +197,7 @@ def _meet_pages(
     end: Int[Array, ""],
     seen: Callable[[Array], Array],
     pool: Pages,
+    gamma: Float[Array, " K"] | None = None,
 ):
     """Let queries meet the slots before `end`, where `seen` of their numbers [s], [B, K, b, s]."""
     page = pool.page_size
@@ -189,7 +211,8 @@ def _meet_pages(
         live = index < lengths[..., None]
         # 0 * NaN is NaN, and what no row uses may hold it: a zero weight is no mask.
         values = jnp.where(live[..., None], values, 0)
-        return _meet(carry, q, keys, values, live[:, :, None] & seen(index), pool.dtype)
+        mass = None if gamma is None else slot_mass(pool.read_tokens(ids), gamma[:, None])
+        return _meet(carry, q, keys, values, live[:, :, None] & seen(index), pool.dtype, mass)
 
     return jax.lax.fori_loop(0, pages_of(end, pages * page), meet_slots, carry)
 

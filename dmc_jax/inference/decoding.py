@@ -76,19 +76,19 @@ def read_token(
     after, edit = policy.step(before, token, lengths)
     reads = active[:, None]
     cache = _remember(cache, after, before, reads, first, seats)
-    has_page = owned(cache, edit.slot, first, seats)
-    grown = jnp.where(has_page, jnp.maximum(lengths, edit.slot + 1), ~lengths)
+    keys, values, slots, tokens = (
+        None
+        if getattr(edit, name) is None
+        else jnp.stack([getattr(x, name) for x in edit.writes()], axis=2)
+        for name in ("key", "value", "slot", "tokens")
+    )
+    highest = slots.max(axis=2)  # the only one that may be new
+    has_page = owned(cache, highest, first, seats)
+    grown = jnp.where(has_page, jnp.maximum(lengths, highest + 1), ~lengths)
     grown = jnp.where(reads, grown, lengths)
     cache = dataclasses.replace(cache, lengths=put_rows(cache.lengths, grown, first, seats))
-    cache = write(
-        cache,
-        edit.key[:, :, None],
-        edit.value[:, :, None],
-        edit.slot[..., None],
-        (has_page & reads)[..., None],
-        first,
-        seats=seats,
-    )
+    where = (has_page & reads)[..., None] & (slots >= 0)
+    cache = write(cache, keys, values, slots, where, first, seats=seats, tokens=tokens)
     rotated = policy.rotate(token.q[:, None], token.positions[:, None], token.frequencies)
     return rotated[:, 0], cache
 
@@ -136,6 +136,8 @@ def attend_token(
     # order lets XLA update it in place.
     queries = rotated.reshape(B * K, N // K, H), cache.pages.k, cache.pages.v
     options = {"scale": H**-0.5, "implementation": implementation}
+    if policy.gamma is not None:
+        options |= {"tokens": cache.pages.tokens, "gamma": jnp.tile(policy.gamma, B)}
     if plan is not None:
         out = decode_attention(
             *(*queries, cache.page_table, cache.lengths), **options, first=first, plan=plan

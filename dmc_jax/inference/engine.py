@@ -5,6 +5,7 @@ Sequences join and leave between steps, and what one says does not depend on who
 """
 
 import collections
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmc_jax.checkpoints.gates import check_base, gates_for
+from dmc_jax.checkpoints.gates import StoredGates, check_base, gates_for
 from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, load_tokenizer_of
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         policy: Policy,
+        gates: StoredGates | None = None,
         max_sequences: int,
         pages: int | None = None,
         kv_bytes: int | None = None,
@@ -63,7 +65,8 @@ class Engine:
             params: of the model.
             config: its sizes.
             tokenizer: of prompts and texts; its EOS ends a sequence.
-            policy: what the rows of the cache keep.
+            policy: what the rows of the cache keep, by its threshold where a request has none.
+            gates: the file that the policy is from, in whose table ratios are looked up.
             max_sequences: that run at a time; others wait.
             pages: in the pool. More than all sequences could fill are not allocated.
             kv_bytes: the pool's size in bytes instead of pages.
@@ -85,9 +88,12 @@ class Engine:
             raise UserError(
                 f"max_length: the model was made for {config.max_length}, got {self.max_length}"
             )
-        self._sizes = {"vocab_size": config.vocab_size, "max_length": self.max_length}
+        self._limits = {"vocab_size": config.vocab_size, "max_length": self.max_length}
+        self._limits["settle"] = self._settled
+        self._gates, kept = gates, to_json(policy)
+        self._threshold = kept.pop("threshold", None)  # each sequence has its own
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
-        self._model = {"model": to_dict(config), "policy": to_json(policy)}
+        self._model = {"model": to_dict(config), "policy": kept}
         self._model |= {"dtype": dtype, "page_size": page_size}
         self._model = json.loads(json.dumps(self._model))
         self._scheduler = Scheduler(
@@ -138,7 +144,7 @@ class Engine:
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova", "h2o" and "window"; with a ratio, the least.
             threshold: logit above which "dmc" merges and "dms" drops; None: that of training.
-            gates: their file, made for this model, for "dms".
+            gates: their file, made for this model; it says whether they drop or merge.
             ratio: tokens per slot that these gates shall come to, None: as `threshold` says; or
                 with which a budget grows.
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
@@ -174,6 +180,7 @@ class Engine:
             model.config,
             text,
             policy=keeps,
+            gates=stored,
             kv_bytes=kv_bytes,
             max_sequences=max_sequences,
             dtype=dtype,
@@ -208,7 +215,8 @@ class Engine:
             The id of the sequence, higher than all before.
 
         Raises:
-            UserError: no token, an unknown one, or more than `max_length` with the new ones.
+            UserError: no token, an unknown one, more than `max_length` with the new ones, a ratio
+                that was not measured, or a threshold where the policy has none.
         """
         return self._enqueue([prompt], params)[0]
 
@@ -249,7 +257,8 @@ class Engine:
 
         Args:
             snapshot: of this engine or another one of the same model.
-            params: how it goes on; None: as before. `max_new_tokens` counts those that it has.
+            params: how it goes on; None: as before. `max_new_tokens` counts those that it has. With
+                neither a ratio nor a threshold among them it keeps the one that it has.
 
         Returns:
             The id of the sequence, higher than all before.
@@ -262,7 +271,7 @@ class Engine:
                 theirs = snapshot.model.get(name)
                 raise UserError(f"the snapshot's {name} is {theirs}, this engine's is {value}")
         params = snapshot.params if params is None else params
-        return self._queued([resumed_request(snapshot, params, self.tokenizer, **self._sizes)])[0]
+        return self._queued([resumed_request(snapshot, params, self.tokenizer, **self._limits)])[0]
 
     def fork(self, sequence: int, params: SamplingParams | None = None) -> int:
         """Let a sequence go on twice: `resume` of its `snapshot`.
@@ -341,7 +350,25 @@ class Engine:
     # ---- what comes in ------------------------------------------------------------------------
 
     def _enqueue(self, prompts: Sequence[Prompt], params: Params) -> list[int]:
-        return self._queued(new_requests(prompts, params, self.tokenizer, **self._sizes))
+        return self._queued(new_requests(prompts, params, self.tokenizer, **self._limits))
+
+    def _settled(self, params: SamplingParams) -> SamplingParams:
+        """Give a request its threshold: that of its ratio, its own or the engine's."""
+        if self._threshold is None:
+            for name in ("ratio", "threshold"):
+                if getattr(params, name) is not None:
+                    policy = self._model["policy"]["name"]
+                    raise UserError(f"{name}: with policy {policy} no threshold decides anything")
+            return params
+        threshold = self._threshold if params.threshold is None else params.threshold
+        if params.ratio is not None:
+            if self._gates is None:
+                raise UserError(
+                    "ratio: it is looked up in a file of gates, which this engine does not have: "
+                    "give a threshold"
+                )
+            threshold = self._gates.at(params.ratio).threshold
+        return dataclasses.replace(params, ratio=None, threshold=float(threshold))
 
     def _queued(self, requests: list[Request]) -> list[int]:
         for request in requests:

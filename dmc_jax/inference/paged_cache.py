@@ -74,7 +74,8 @@ def init(
     for name, size in (("seats", seats), ("max_length", max_length)):
         if size < 1:
             raise UserError(f"cache: {name} must be 1 or more, got {size}")
-    pool = empty_pages(pages, page_size, config.head_dim, dtype)
+    counted = policy.gamma is not None
+    pool = empty_pages(pages, page_size, config.head_dim, dtype, counted=counted)
     rows, longest = (seats, config.kv_rows), policy.most_slots(max_length)
     return PagedCache(
         pages=pool,
@@ -298,6 +299,7 @@ def write(
     first: int | Array,
     *,
     seats: Int[Array, " B"] | None = None,
+    tokens: Int[Array, "B K T"] | None = None,
 ) -> PagedCache:
     """Put keys and values into slots that their rows have.
 
@@ -308,10 +310,11 @@ def write(
         where: which to write; the others go nowhere.
         first: row of the layer's first KV head.
         seats: that the rows belong to; None: all.
+        tokens: that the slots stand for, where the policy has a `gamma`.
     """
     pages = _page_ids(cache, slots, first, seats)
     at = jnp.where(where, pages, cache.pages.count), slots % cache.pages.page_size
-    return dataclasses.replace(cache, pages=cache.pages.write(at, keys, values))
+    return dataclasses.replace(cache, pages=cache.pages.write(at, keys, values, tokens))
 
 
 def owned(

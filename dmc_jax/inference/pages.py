@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from dmc_jax.errors import UserError
 from pallas_kernels.decode_attention.api import DTYPES, SMALLEST_PAGE
@@ -19,6 +19,7 @@ class Pages:
 
     k: Float[Array, "P page H"]  # rotated, each key at the position of its newest token
     v: Float[Array, "P page H"]
+    tokens: UInt16[Array, "P page"] | None = None  # in each slot, where a policy asks for them
 
     @property
     def count(self) -> int:
@@ -42,7 +43,7 @@ class Pages:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page: the keys and the values of its slots."""
+        """Bytes of a page: the keys and the values of its slots, and how many tokens they hold."""
         return self.nbytes // self.count
 
     def read(
@@ -58,21 +59,38 @@ class Pages:
         """
         return _gather(self.k, ids), _gather(self.v, ids)
 
+    def read_tokens(self, ids: Int[Array, "*rows n"]) -> UInt16[Array, "*rows slots"]:
+        """Read how many tokens the slots of some pages hold, in order.
+
+        Args:
+            ids: as for `read`.
+        """
+        return self.tokens.at[ids].get(mode="clip").reshape(*ids.shape[:-1], -1)
+
     def write(
         self,
         at: tuple[Int[Array, "*n"], Int[Array, "*n"]],
         keys: Float[Array, "*n H"],
         values: Float[Array, "*n H"],
+        tokens: Int[Array, "*n"] | None = None,
     ) -> "Pages":
         """Put keys and values into slots, rounded to what a page can hold.
 
         Args:
             at: pages, and slots in them, no two alike; page P is written nowhere.
             keys, values: what the slots shall hold, keys rotated.
+            tokens: whose they are, where pages say that; more than two bytes can hold are as many
+                as these can.
         """
+        counts = self.tokens
+        if counts is not None:
+            most = jnp.iinfo(counts.dtype).max
+            tokens = jnp.minimum(tokens, most).astype(counts.dtype)
+            counts = counts.at[at].set(tokens, mode="drop")
         return Pages(
             self.k.at[at].set(keys.astype(self.k.dtype), mode="drop"),
             self.v.at[at].set(values.astype(self.v.dtype), mode="drop"),
+            counts,
         )
 
     def take(self, ids: Int[Array | np.ndarray, " n"]) -> "Pages":
@@ -84,7 +102,9 @@ class Pages:
         return jax.tree.map(lambda x, new: x.at[ids].set(new, mode="drop"), self, pages)
 
 
-def empty_pages(count: int, page_size: int, head_dim: int, dtype: DTypeLike) -> Pages:
+def empty_pages(
+    count: int, page_size: int, head_dim: int, dtype: DTypeLike, *, counted: bool = False
+) -> Pages:
     """Allocate a pool.
 
     Args:
@@ -92,6 +112,7 @@ def empty_pages(count: int, page_size: int, head_dim: int, dtype: DTypeLike) -> 
         page_size: slots per page, a power of two.
         head_dim: H.
         dtype: of keys and values, float32 or bfloat16.
+        counted: whether slots say how many tokens they hold.
 
     Raises:
         UserError: no page, a page size that is no power of two of 8 or more, another dtype.
@@ -105,7 +126,8 @@ def empty_pages(count: int, page_size: int, head_dim: int, dtype: DTypeLike) -> 
     if jnp.dtype(dtype) not in DTYPES:
         raise UserError(f"cache: expected dtype float32 or bfloat16, got {jnp.dtype(dtype)}")
     pool = (count, page_size, head_dim)
-    return Pages(jnp.zeros(pool, dtype), jnp.zeros(pool, dtype))
+    tokens = jnp.ones(pool[:2], jnp.uint16) if counted else None
+    return Pages(jnp.zeros(pool, dtype), jnp.zeros(pool, dtype), tokens)
 
 
 def _gather(pool: Array, ids: Array) -> Array:

@@ -189,7 +189,7 @@ def attend_chunk(
         seats: the seat of each row.
     """
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    offsets = first_rows(config)
+    offsets, policy = first_rows(config), policy.of_seats(seats)
 
     def by_steps(q, k, v, x, layer, cache):
         start, first = cache.position.at[seats].get(mode="clip"), offsets[layer]
@@ -223,7 +223,7 @@ def attend_chunk(
         cache = dataclasses.replace(cache, state=jax.tree.map(put, cache.state, state))
         q = own.rotate(q, at, frequencies)
         if edits.until is not None:
-            out = attend_until(q, edits, real, cache, first, seats)
+            out = attend_until(q, edits, real, cache, first, seats, own.gamma)
             return out, _store(cache, edits, real, first, seats)[0], None
         cache, slot = _store(cache, edits, real, first, seats)
         return attend_pages(q, edits.key, edits.value, slot, cache, first, seats), cache, None
@@ -249,18 +249,19 @@ def _store(
     """Give the rows their new slots, and write to each the last that is written to it.
 
     Returns:
-        (the cache, the slot of each token; padding has none before it).
+        (the cache, the slot that each token wrote to first; padding has none before it).
     """
     T, K = edits.key.shape[1:3]
     lengths = take_rows(cache.lengths, first, K, seats)  # [B, K]
-    real = real[:, None]
+    counts = real.sum(axis=1)[:, None, None]
+    edits, real = edits.side_by_side(), jnp.tile(real, len(edits.writes()))[:, None]
     slot = jnp.where(real, edits.slot, -1)  # [B, K, T]
     if edits.until is None:
         # The next token does not write to the same slot: it is padding, or opens another one.
         next_slot = jnp.pad(slot[..., 1:], [(0, 0), (0, 0), (0, 1)], constant_values=-1)
         last = real & (slot != next_slot)
     else:
-        last = real & (edits.until >= real.sum(axis=2, keepdims=True))
+        last = (slot >= 0) & (edits.until >= counts)
     cache, granted = reserve(
         cache,
         jnp.maximum(lengths, slot.max(axis=-1) + 1),
@@ -269,8 +270,9 @@ def _store(
         most=pages_of(T, cache.pages.page_size),
     )
     states = (x.transpose(0, 2, 1, 3) for x in (edits.key, edits.value))
-    cache = write(cache, *states, slot, last & granted[..., None], first, seats=seats)
-    return cache, jnp.maximum(slot, 0)
+    last = last & granted[..., None]
+    cache = write(cache, *states, slot, last, first, seats=seats, tokens=edits.tokens)
+    return cache, jnp.maximum(slot[..., :T], 0)
 
 
 # ---- what comes in ----------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def read_prompts(
         batch: given up.
         parts: each sequence, and how many of its tokens the cache has; all of one width.
         chunk: tokens of a sequence that a pass reads at most.
-        policy: that the batch was made for.
+        policy: that the batch was made for; of `with_thresholds`, if the sequences differ.
         dtype: of the forward pass.
 
     Returns:
@@ -182,6 +182,19 @@ def _first_tokens(all_seen, seats, seen, logits, sampling, index):
     return all_seen.at[seats].set(seen), chosen
 
 
+def with_thresholds(policy: Policy, seats: Sequence[Request | None]) -> Policy:
+    """Give every seat the threshold of its sequence, where the policy has one.
+
+    Args:
+        policy: of the cache.
+        seats: the sequence in each, if any.
+    """
+    if policy.threshold is None:
+        return policy
+    own = [request.params.threshold if request else 0.0 for request in seats]
+    return dataclasses.replace(policy, threshold=np.array(own, np.float32))
+
+
 def columns(
     seats: Sequence[Request | None],
 ) -> tuple[
@@ -228,7 +241,7 @@ def next_tokens(
         active: seats with a sequence.
         sampling: how to choose.
         index: of the token that is chosen, among the new ones of its sequence.
-        policy: that the batch was made for.
+        policy: that the batch was made for; of `with_thresholds`, if the sequences differ.
         dtype: of the forward pass.
 
     Returns:

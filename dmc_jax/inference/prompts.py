@@ -89,7 +89,9 @@ def _prompt_line(line: str, number: int, params: SamplingParams) -> PromptLine:
             messages = _messages(fields.pop("messages"))
         else:
             prompt = _prompt(fields.pop("prompt", None))
-        fields = {name: x for name, x in fields.items() if name not in _OF_RESULTS}
+        # A result says the ratio that it came to; elsewhere it is asked for.
+        foreign = _OF_RESULTS if "finish_reason" in fields else _OF_RESULTS.difference(_FIELDS)
+        fields = {name: x for name, x in fields.items() if name not in foreign}
         if strange := sorted(set(fields) - set(_FIELDS)):
             raise UserError(f"no field {strange[0]!r}; there is {_KNOWN}")
         check_text(json.dumps(messages, ensure_ascii=False) if messages else prompt)

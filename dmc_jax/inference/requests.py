@@ -3,8 +3,8 @@
 import dataclasses
 import operator
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt, end_ids
 from dmc_jax.errors import UserError
@@ -84,6 +84,7 @@ def new_request(
     *,
     vocab_size: int,
     max_length: int,
+    settle: Callable[[SamplingParams], SamplingParams],
 ) -> Request:
     """Check a prompt and make a request of it, without an id.
 
@@ -93,9 +94,11 @@ def new_request(
         tokenizer: of the prompt and what follows.
         vocab_size: ids that the model has.
         max_length: tokens of the prompt and its continuation at most.
+        settle: gives `params` the threshold that the sequence is to run by; may refuse.
 
     Raises:
-        UserError: no token, an unknown one, no text, or more than `max_length` with the new ones.
+        UserError: no token, an unknown one, no text, more than `max_length` with the new ones, or
+            as `settle`.
     """
     check_text(prompt)
     if isinstance(prompt, str):
@@ -118,7 +121,7 @@ def new_request(
         )
     return Request(
         prompt=prompt,
-        params=params,
+        params=settle(params),
         stop_ids=frozenset((*end_ids(tokenizer), *params.stop_token_ids)),
         text=begin_text(tokenizer, prompt),
         submitted=time.perf_counter(),
@@ -141,13 +144,13 @@ def check_text(prompt: Prompt) -> None:
         ) from error
 
 
-def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> list[Request]:
+def new_requests(prompts: Sequence[Prompt], params: Params, *args, **limits) -> list[Request]:
     """Check prompts and make requests of them.
 
     Args:
         prompts: of the requests.
         params: for all, or one each; None: the defaults.
-        args, sizes: as in `new_request`.
+        args, limits: as in `new_request`.
 
     Raises:
         UserError: as in `new_request`, or the numbers of prompts and `params` differ.
@@ -159,7 +162,7 @@ def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> l
     requests = []
     for number, pair in enumerate(zip(prompts, params, strict=True)):
         try:
-            requests.append(new_request(*pair, *args, **sizes))
+            requests.append(new_request(*pair, *args, **limits))
         except UserError as error:
             if len(prompts) == 1:
                 raise
@@ -168,20 +171,23 @@ def new_requests(prompts: Sequence[Prompt], params: Params, *args, **sizes) -> l
 
 
 def resumed_request(
-    snapshot: Snapshot, params: SamplingParams, tokenizer: Tokenizer, **sizes: int
+    snapshot: Snapshot, params: SamplingParams, tokenizer: Tokenizer, **limits: Any
 ) -> Request:
     """Make a request that has said something already.
 
     Args:
         snapshot: of the sequence.
-        params: how it goes on; `max_new_tokens` counts those that it has.
+        params: how it goes on; `max_new_tokens` counts those that it has. Its threshold stays where
+            they name neither one nor a ratio.
         tokenizer: of the prompt and what follows.
-        sizes: as in `new_request`.
+        limits: as in `new_request`.
 
     Raises:
         UserError: as in `new_request`, or with these `params` the sequence would have ended.
     """
-    request = new_request(snapshot.prompt, params, tokenizer, **sizes)
+    if params.ratio is None and params.threshold is None:
+        params = dataclasses.replace(params, threshold=snapshot.params.threshold)
+    request = new_request(snapshot.prompt, params, tokenizer, **limits)
     for token in snapshot.tokens:
         if take_token(request, token, tokenizer).finish_reason:
             raise UserError(

@@ -18,9 +18,10 @@ _SHOWN = 80  # characters of a bad value
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to continue one sequence, and when to stop.
+    """How to continue one sequence, what its cache keeps, and when to stop.
 
     A token must pass `top_k`, then `top_p` among those, then `min_p`. EOS always ends a sequence.
+    How much is merged or dropped, `ratio` or `threshold` says; without either, the engine's policy.
     """
 
     max_new_tokens: int = 128
@@ -32,6 +33,8 @@ class SamplingParams:
     seed: int = 0  # with the index of a token, all that its draw depends on
     stop: tuple[str, ...] = ()  # strings that end the text, themselves not part of it
     stop_token_ids: tuple[int, ...] = ()  # tokens that do, besides EOS
+    ratio: float | None = None  # tokens per slot to come to, looked up in the engine's gates
+    threshold: float | None = None  # or the logit above which a token is merged or dropped
 
     def __post_init__(self):
         # As JSON and command lines have them: whoever writes those knows no tuples.
@@ -57,6 +60,14 @@ class SamplingParams:
         require("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
         require("stop", _all(self.stop, _is_text), 'a list of texts, none empty, such as ["END"]')
         require("stop_token_ids", _all(self.stop_token_ids, _is_whole), "a list of token ids")
+        for name, least, expected in (
+            ("ratio", 1, "tokens per slot, 1 or more"),
+            ("threshold", -np.inf, "a logit, such as 0 (even odds)"),
+        ):
+            value = getattr(self, name)
+            require(name, value is None or (_is_number(value) and value >= least), expected)
+        if self.ratio is not None and self.threshold is not None:
+            raise UserError("ratio: a threshold is looked up for it; give one of the two")
 
 
 def _is_whole(value: Any) -> bool:

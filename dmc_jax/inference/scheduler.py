@@ -75,7 +75,7 @@ class Scheduler:
         self._device = devices.pop() if len(devices) == 1 else None  # several: as they are placed
         self._params = jax.device_put(params, self._device)
         self._config, self._tokenizer, self._page_size = config, tokenizer, page_size
-        self._options = {"policy": policy, "dtype": dtype}
+        self._policy, self._dtype = policy, dtype
         self._empty_batch = functools.partial(
             programs.init,
             config,
@@ -99,7 +99,7 @@ class Scheduler:
         if longest > self._room:
             # A power of two: every other width compiles anew.
             self._room = min(self._max_length, 1 << (longest - 1).bit_length())
-            self._batch = programs.widen(self._batch, self._options["policy"], self._room)
+            self._batch = programs.widen(self._batch, self._policy, self._room)
         self._queue.extend(requests)
 
     def running(self) -> list[Request]:
@@ -173,6 +173,11 @@ class Scheduler:
     def _requeue(self, request: Request) -> None:
         self._leave(request)
         self._queue.appendleft(request)
+
+    def _options(self) -> dict[str, Any]:
+        """Say what the programs ask for beside arrays."""
+        policy = programs.with_thresholds(self._policy, self._seats)
+        return {"policy": policy, "dtype": self._dtype}
 
     def _speaking(self) -> list[Request]:
         return [request for request in self.running() if request not in self._unread]
@@ -250,7 +255,7 @@ class Scheduler:
         self.tally()  # which empties the seats of those who left
         self._counts = None
         self._batch, chosen = programs.read_prompts(
-            *(self._params, self._config, self._batch, parts), chunk=self._chunk, **self._options
+            *(self._params, self._config, self._batch, parts), chunk=self._chunk, **self._options()
         )
         for (request, begin), token in zip(parts, jax.device_get(chosen), strict=True):
             if request not in self._unread or self._sent_away(request):
@@ -290,7 +295,7 @@ class Scheduler:
             [None if request in self._unread else request for request in self._seats]
         )
         self._batch, chosen, counts = programs.next_tokens(
-            self._params, self._config, self._batch, *columns, **self._options
+            self._params, self._config, self._batch, *columns, **self._options()
         )
         chosen, self._counts = jax.device_get((chosen, counts))
         for request in self._speaking():
@@ -306,7 +311,7 @@ class Scheduler:
             raise RunFailure(
                 f"sequence {request.id}: after {len(request.prompt) + len(request.tokens)} tokens "
                 "the model's logits are NaN or infinite: its weights hold such values, or numbers "
-                f"that {self._options['dtype']} cannot compute with"
+                f"that {self._dtype} cannot compute with"
             )
         request.usage = programs.usage(self._batch.cache, self._counts, request.seat)
         self._events.append(take_token(request, token, self._tokenizer))

@@ -42,7 +42,7 @@ class Snapshot:
     model: Mapping[str, Any]  # what the engine was made with; see `Engine`
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]  # new ones so far
-    params: SamplingParams
+    params: SamplingParams  # with the threshold that it runs by
     rows: CachedRows | None  # of all tokens but the last; None: it was not in the cache
 
     def save(self, path: str | os.PathLike) -> None:
@@ -86,8 +86,10 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
         if about.get("version", 1) > _VERSION:
             raise UserError(f"{path} is of version {about['version']}: use a newer dmc_jax")
         rows = _from_arrays(arrays) if arrays else None
-        if rows and about.get("version", 1) < _VERSION:
+        if rows and about.get("version", 1) < 2:
             rows = dataclasses.replace(rows, state=_with_tokens(rows.state))
+        if about.get("version", 1) < 3:  # the threshold was the engine's
+            params["threshold"] = about["model"].get("policy", {}).pop("threshold", None)
         return Snapshot(
             model=about["model"],
             prompt=tuple(about["prompt"]),
@@ -195,13 +197,14 @@ def _bucket(n: int) -> int:
 # NumPy's files know no bfloat16: its bits are kept, and their dtype says what they are.
 _BITS = np.uint16
 _STATE = "state"  # before the names of its leaves
-_VERSION = 2  # files of version 1 do not say it
+_VERSION = 3  # files of version 1 do not say it
 
 
 def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
     return {
         "k_pages": _as_bits(rows.pages.k),
         "v_pages": _as_bits(rows.pages.v),
+        **({} if rows.pages.tokens is None else {"tokens": rows.pages.tokens}),
         "lengths": rows.lengths,
         "position": np.array(rows.position),
         **{_STATE + name: _as_bits(np.asarray(leaf)) for name, leaf in rows.state.items()},
@@ -210,7 +213,9 @@ def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedRows:
     return CachedRows(
-        pages=Pages(_as_numbers(arrays["k_pages"]), _as_numbers(arrays["v_pages"])),
+        pages=Pages(
+            *(_as_numbers(arrays[name]) for name in ("k_pages", "v_pages")), arrays.get("tokens")
+        ),
         lengths=arrays["lengths"],
         state={
             name.removeprefix(_STATE): _as_numbers(array)

@@ -65,19 +65,16 @@ def _by_kernels(implementation: str) -> CausalAttention:
 def _split_over(mesh: Mesh | AbstractMesh, attention: CausalAttention) -> CausalAttention:
     """The same attention, every device with its own sequences and heads."""
 
-    def attend(q, k, v, key_bias=None, *, scale, segment_ids=None, spared=1):
+    def attend(q, k, v, key_bias=None, *, segment_ids=None, spared_bias=None, **how):
         # As in `model.sharding`: heads that do not divide are everywhere.
         heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
         batch = ("data", "fsdp")
-        given = {"key_bias": key_bias, "segment_ids": segment_ids}
-        specs = {
-            "key_bias": PartitionSpec(batch, None, heads),
-            "segment_ids": PartitionSpec(batch),
-        }
+        given = {"key_bias": key_bias, "spared_bias": spared_bias, "segment_ids": segment_ids}
+        of_heads, of_tokens = PartitionSpec(batch, None, heads), PartitionSpec(batch)
+        specs = {name: of_tokens if name == "segment_ids" else of_heads for name in given}
         given = {name: x for name, x in given.items() if x is not None}
-        of_heads = PartitionSpec(batch, None, heads)
         split = jax.shard_map(
-            lambda q, k, v, given: attention(q, k, v, scale=scale, spared=spared, **given),
+            lambda q, k, v, given: attention(q, k, v, **given, **how),
             mesh=mesh,
             in_specs=(of_heads, of_heads, of_heads, {name: specs[name] for name in given}),
             out_specs=of_heads,

@@ -39,6 +39,20 @@ PRESETS = {
     "7b": _llama2(width=4096, layers=32, heads=32, kv_heads=32, mlp_width=11_008),
     "13b": _llama2(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13_824),
     "70b": _llama2(width=8192, layers=80, heads=64, kv_heads=8, mlp_width=28_672),
+    # SmolLM2 135M, Allal et al. 2025, arXiv 2502.02737; the published config.json.
+    "smollm2_135m": ModelConfig(
+        vocab_size=49_152,
+        width=576,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        mlp_width=1536,
+        rope_theta=100_000.0,
+        norm_eps=1e-5,
+        max_length=8192,
+        tied_embeddings=True,
+    ),
     # Llama 3.1 8B, Dubey et al. 2024, arXiv 2407.21783, table 3 and the published config.json.
     "llama3_8b": ModelConfig(
         vocab_size=128_256,

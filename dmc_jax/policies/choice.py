@@ -12,6 +12,7 @@ from dmc_jax.config import from_dict, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.policies.budget import LEAST, Budgeted
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
@@ -24,6 +25,7 @@ POLICIES = {policy.name: policy for policy in (Dense, DMC, DMS, TOVA, H2O, Windo
 BUDGETED = tuple(name for name, policy in POLICIES.items() if issubclass(policy, Budgeted))
 
 Trained = Dense | DMC  # what a model can be trained for
+Gated = DMS | DelayedDMC  # what gates make of a model as it is
 
 
 def policy_for(
@@ -34,7 +36,7 @@ def policy_for(
     budget: int | None = None,
     ratio: float | None = None,
     threshold: float | None = None,
-    gates: DMS | None = None,
+    gates: Gated | None = None,
 ) -> Policy:
     """Choose the policy that a model runs with.
 
@@ -61,20 +63,20 @@ def policy_for(
         raise UserError(f"threshold: it decides what merges or is dropped, {name} has none")
     if threshold is not None and math.isnan(threshold):
         raise UserError("threshold: expected a logit, such as 0 (even odds), got nan")
-    if (gates is None) == (name == DMS.name):
-        raise UserError("gates: give their file with dms, and with no other policy")
+    if gates is None and name == DMS.name:
+        raise UserError("gates: give their file with dms, which decides by them")
+    if gates is not None and gates.name != name:
+        raise UserError(f"gates: these are for {gates.name}: give them with no other policy")
     budgeted = f"{', '.join(BUDGETED[:-1])} or {BUDGETED[-1]}"
     if name in BUDGETED and budget is None and ratio is None:
         raise UserError(f"budget: give the slots of a row with {budgeted}, or a ratio")
     if name not in BUDGETED and budget is not None:
         raise UserError(f"budget: give the slots of a row with {budgeted}, not with {name}")
-    if name not in (*BUDGETED, DMS.name) and ratio is not None:
+    if name not in BUDGETED and gates is None and ratio is not None:
         those = ", ".join(BUDGETED)
         raise UserError(f"ratio: give it with {those} or a file of gates, not with {name}")
-    if name == DMS.name:
-        if isinstance(trained, DMC):
-            raise UserError("gates: they are for models as they were pretrained, this one merges")
-        return gates if threshold is None else dataclasses.replace(gates, threshold=threshold)
+    if gates is not None and isinstance(trained, DMC):
+        raise UserError("gates: they are for models as they were pretrained, this one merges")
     # A DMC model's attention knows no decision channel, whether it merges or not.
     channel_scale = 0.0 if isinstance(trained, DMC) else None
     if name == Dense.name:
@@ -82,23 +84,26 @@ def policy_for(
     if name in BUDGETED:
         budget = LEAST if budget is None else budget
         return POLICIES[name](budget, ratio=ratio, channel_scale=channel_scale)
-    if not isinstance(trained, DMC):
-        raise UserError("policy: dmc needs a model that was trained for it, this one is dense")
+    if gates is None and not isinstance(trained, DMC):
+        raise UserError(
+            "policy: dmc needs a model that was trained for it, or gates; this one is dense"
+        )
+    policy = trained if gates is None else gates
     if threshold is not None:
-        trained = dataclasses.replace(trained, threshold=float(threshold))
+        policy = dataclasses.replace(policy, threshold=float(threshold))
     if window is None:
-        return trained
+        return policy
     if window < 0:
         raise UserError(f"window: expected tokens, or 0 for no limit, got {window}")
-    settings = dataclasses.replace(trained.settings, window=window or None)
-    return dataclasses.replace(trained, settings=settings)
+    settings = dataclasses.replace(policy.settings, window=window or None)
+    return dataclasses.replace(policy, settings=settings)
 
 
 def to_json(policy: Policy) -> dict[str, Any]:
     """Write a policy as JSON can hold it: its name, its settings, its numbers; of gates, a hash."""
     fields = to_dict(policy)
-    if isinstance(policy, DMS):
-        arrays = [np.asarray(x).tobytes() for x in fields["gates"].values()]
+    if isinstance(policy, Gated):
+        arrays = [np.asarray(x).tobytes() for x in fields["gates"].values() if x is not None]
         fields["gates"] = hashlib.sha256(b"".join(arrays)).hexdigest()
     if isinstance(policy, Budgeted) and policy.ratio is None:
         del fields["ratio"]  # snapshots from before there was one do not have it

@@ -31,7 +31,8 @@ class DMC(Policy):
     Attributes:
         settings: window, temperature, offset, eps.
         threshold: merge logit above which a hard decision merges: 0 is even odds, calibration sets
-            it for a wanted ratio. Another one compiles nothing anew.
+            it for a wanted ratio; or one for each sequence that `step` and the like read for.
+            Another one compiles nothing anew.
     """
 
     settings: DMCSettings = dataclasses.field(metadata={"static": True})
@@ -89,7 +90,8 @@ class DMC(Policy):
 
     def _decide(self, q, k):
         """Decisions and importance of tokens [B, T, heads, H]."""
-        decisions = hard_decisions(merge_logits(k, self.settings), self.threshold)
+        threshold = jnp.reshape(self.threshold, (-1, 1, 1))
+        decisions = hard_decisions(merge_logits(k, self.settings), threshold)
         return decisions, importance(q, k.shape[2], self.settings)
 
     # ---- a step in one launch -----------------------------------------------------------------

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dmc_jax.core.attention import causal_attention
-from dmc_jax.core.dmc import hard_decisions, superseded
+from dmc_jax.core.dmc import DMCSettings, hard_decisions, relaxed_decisions, superseded
 from dmc_jax.core.gates import Gates, gate_logits
 from dmc_jax.core.rope import rotary_frequencies, rotate
 from dmc_jax.errors import UserError
-from dmc_jax.policies.policy import Attended, Edit, Policy, Record, inherited
+from dmc_jax.policies.policy import Attended, Edit, Policy, Record
+from dmc_jax.policies.tail import inherited_slots
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +27,10 @@ class DMS(Policy):
 
     Attributes:
         gates: a logit for every token and row.
-        threshold: logit above which a token is dropped. Another one compiles nothing anew.
+        threshold: logit above which a token is dropped; or one for each sequence that `step` and
+            `chunk` read for. Another one compiles nothing anew.
         delay: tokens, 1 or more.
+        temperature: of relaxed decisions.
 
     Raises:
         UserError: no delay.
@@ -36,6 +39,7 @@ class DMS(Policy):
     gates: Gates
     threshold: float | Array = 0.0
     delay: int = dataclasses.field(default=16, metadata={"static": True})
+    temperature: float = dataclasses.field(default=0.1, metadata={"static": True})
 
     name = "dms"
     chunked = True
@@ -53,14 +57,26 @@ class DMS(Policy):
         return rotate(x, positions, frequencies)
 
     def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
-        """Attend with hard decisions; `noise` has no meaning."""
-        dropped = hard_decisions(gate_logits(self.gates, x), self.threshold)
+        """Attend with relaxed decisions where there is noise, with hard ones otherwise.
+
+        Counted is then how probable each drop is, which is what the noise makes of a logit.
+        """
+        logits = gate_logits(self.gates, x)
+        if noise is None:
+            decisions = dropped = hard_decisions(logits, self.threshold)
+            bias = superseded(dropped)
+        else:
+            logits -= self.threshold
+            dropped = hard_decisions(logits + noise)
+            decisions = jax.nn.sigmoid(logits)
+            relaxation = DMCSettings(temperature=self.temperature)
+            _, bias = relaxed_decisions(logits, noise, relaxation)
         frequencies = rotary_frequencies(q.shape[-1], where.rope_theta, where.rope_scaling)
         out = attention(
             rotate(q, where.positions, frequencies),
             rotate(k, where.positions, frequencies),
             v,
-            superseded(dropped),
+            bias,
             scale=q.shape[-1] ** -0.5,
             segment_ids=where.segment_ids,
             spared=self.delay,
@@ -68,7 +84,7 @@ class DMS(Policy):
         # The slot of a dropped token goes to the one `delay` later in its document.
         before = jnp.pad(dropped, [(0, 0), (self.delay, 0), (0, 0)])[:, : dropped.shape[1]]
         inherits = before * (where.positions >= self.delay)[..., None]
-        return Attended(out, Record(1.0 - inherits, dropped))
+        return Attended(out, Record(1.0 - inherits, decisions))
 
     def start(self, rows, head_dim, dtype, slots):
         """Remember of the last `delay` tokens those to be dropped: one more than their slot."""
@@ -79,23 +95,20 @@ class DMS(Policy):
         at = (token.positions % self.delay)[:, None, None]
         due = jnp.take_along_axis(state, at, axis=2)[..., 0]
         slot = jnp.where(due > 0, due - 1, lengths)
-        drops = gate_logits(self.gates, token.x) > self.threshold
+        drops = gate_logits(self.gates, token.x) > jnp.reshape(self.threshold, (-1, 1))
         now = jnp.where(drops, slot + 1, 0)
         state = jnp.where(jnp.arange(self.delay) == at, now[..., None], state)
         key = rotate(token.k[:, None], token.positions[:, None], token.frequencies)[:, 0]
         return state, Edit(slot, key, token.v)
 
     def chunk(self, state, tokens, lengths, counts):
-        """Find all slots at once: of a chain of tokens that inherit one, the first has got it."""
+        """Find all slots at once."""
         T, delay = tokens.k.shape[1], self.delay
-        drops = (gate_logits(self.gates, tokens.x) > self.threshold).swapaxes(1, 2)  # [B, K, T]
-        t = jnp.arange(T)
-        due = jnp.take_along_axis(state, (tokens.positions % delay)[:, None], axis=2)
-        due = jnp.where(t < delay, due, 0)
-        inherits = jnp.pad(drops, [(0, 0), (0, 0), (delay, 0)])[..., :T]
-        new = ~inherits & (due == 0)
-        slot = jnp.where(new, lengths[..., None] - 1 + jnp.cumsum(new, axis=2), due - 1)
-        slot = inherited(slot, jnp.where(inherits, t - delay, t), delay)
+        drops = gate_logits(self.gates, tokens.x) > jnp.reshape(self.threshold, (-1, 1, 1))
+        drops = drops.swapaxes(1, 2)  # [B, K, T]
+        due = jnp.take_along_axis(state, (tokens.positions[:, :delay] % delay)[:, None], axis=2)
+        vacated = jnp.concatenate([due > 0, drops], axis=2)[..., :T]
+        slot = inherited_slots(vacated, due - 1, lengths, delay)
 
         # The newest token at each place of the ring, if the chunk has one there.
         last = counts - 1
@@ -105,5 +118,5 @@ class DMS(Policy):
         now = jnp.take_along_axis(now, jnp.maximum(newest, 0), axis=2)
         state = jnp.where(newest >= 0, now, state)
         key = rotate(tokens.k, tokens.positions, tokens.frequencies)
-        until = jnp.where(drops, t + delay, T + delay)
+        until = jnp.where(drops, jnp.arange(T) + delay, T + delay)
         return state, Edit(slot, key, tokens.v, until)

@@ -8,7 +8,7 @@ decodes applies the edits and knows no method.
 """
 
 import abc
-import math
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -66,6 +66,7 @@ class Edit(NamedTuple):
     Of a chunk the axes are [B, K, T] and [B, T, K, H]; what is written to one slot several times
     is there one after the other, and the last of it stays. Without `until` a token writes to the
     newest slot of its row or to a new one, and what is there before is for its own query alone.
+    A token may write to another slot too; the first write is what its own query surely sees.
     """
 
     slot: Int[Array, "B K *T"]
@@ -73,17 +74,43 @@ class Edit(NamedTuple):
     value: Float[Array, "B *T K H"]
     # First token of the chunk whose query does not see this any more; from T on: it stays.
     until: Int[Array, "B K T"] | None = None
+    tokens: Int[Array, "B K *T"] | None = None  # in the slot, where the policy has a `gamma`
+    also: "Edit | None" = None  # another slot, -1 where it is none; in chunks with `until` too
+
+    def writes(self) -> list["Edit"]:
+        """List what is written, of which a row grows by one slot at most."""
+        return [self] if self.also is None else [self, *self.also.writes()]
+
+    def side_by_side(self) -> "Edit":
+        """Put all writes of a chunk after one another, as if it had so many tokens more."""
+        joint = {
+            name: jnp.concatenate(x, axis=1 if name in ("key", "value") else 2)
+            for name, *x in zip(self._fields, *self.writes(), strict=True)
+            if name != "also" and x[0] is not None
+        }
+        return Edit(**joint)
 
 
 class Policy(abc.ABC):
     """A method. Frozen dataclasses registered as pytrees: sizes are static, numbers are leaves."""
 
     name: ClassVar[str]
+    # Logit above which a token is given up, where the method decides by one: a field then. Of all
+    # sequences, or, where a cache is read into, one for each of its seats.
+    threshold: ClassVar[float | Array | None] = None
     chunked: ClassVar[bool] = (
         False  # it has a `chunk`; else a prompt is read by steps, in each layer
     )
     watches: ClassVar[bool] = False  # it has an `observe`, which is told the weights of attention
     launches: ClassVar[bool] = False  # it has a `launch`: a kernel of `cache_update` can do a step
+
+    @property
+    def gamma(self) -> Float[Array, " K"] | None:
+        """By what times the logarithm of its tokens a slot's score is higher; None: by nothing.
+
+        With one, edits say how many `tokens` are in a slot.
+        """
+        return None
 
     def most_slots(self, tokens: int) -> int:
         """Say how many slots a row may come to, which is what memory is for.
@@ -102,6 +129,17 @@ class Policy(abc.ABC):
             heads: K.
         """
         return self
+
+    def of_seats(self, seats: Int[Array, " B"]) -> "Policy":
+        """Take what is the sequences' own of the numbers.
+
+        Args:
+            seats: of the sequences; one that the cache does not have gets the numbers of another.
+        """
+        if np.ndim(self.threshold) == 0:
+            return self
+        own = jnp.asarray(self.threshold).at[seats].get(mode="clip")
+        return dataclasses.replace(self, threshold=own)
 
     @abc.abstractmethod
     def rotate(
@@ -275,21 +313,6 @@ def whole_by_steps(
     by_token = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (q, k, v, x, where.positions, begins))
     _, (out, appends) = jax.lax.scan(read, empty, by_token)
     return Attended(out.swapaxes(0, 1), Record(appends.swapaxes(0, 1), decisions=None))
-
-
-def inherited(
-    slots: Int[Array, "*any T"], source: Int[Array, "*any T"], apart: int
-) -> Int[Array, "*any T"]:
-    """Give the tokens of a chunk that take the slot of another one of it the slot of the first.
-
-    Args:
-        slots: of tokens that are the first in theirs.
-        source: whose slot each token takes; of a first one, itself.
-        apart: tokens from one to the next in a slot, at least.
-    """
-    for _ in range(math.ceil(math.log2(max(2, slots.shape[-1] / apart)))):
-        source = jnp.take_along_axis(source, source, axis=-1)
-    return jnp.take_along_axis(slots, source, axis=-1)
 
 
 # ---- a model that attends with a policy -------------------------------------------------------

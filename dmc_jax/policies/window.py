@@ -10,7 +10,8 @@ from dmc_jax.core.dmc import superseded
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.policies.budget import Budgeted
-from dmc_jax.policies.policy import Attended, Edit, Record, inherited, whole_by_steps
+from dmc_jax.policies.policy import Attended, Edit, Record, whole_by_steps
+from dmc_jax.policies.tail import inherited
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from dmc_jax.errors import Checklist, UserError
 from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.sharding import make_mesh
 from dmc_jax.training import metrics, starts
+from dmc_jax.training.closed_form import FEWEST
 
 
 class Ready(NamedTuple):
@@ -44,7 +45,7 @@ def check(run: RunConfig) -> Ready:
             faults.append(fault)
             return None
 
-    for question in (_check_name, _check_output, _check_measuring):
+    for question in (_check_name, _check_output, _check_measuring, _check_gates):
         ask(question, run)
     start = ask(starts.initial_model, run)
     teacher = ask(starts.named_teacher, run)
@@ -173,6 +174,17 @@ def _check_output(run: RunConfig) -> None:
             f"output: cannot make {Path(run.output) / run.name} in {place}: {what}; choose another "
             "--config.output"
         )
+
+
+def _check_gates(run: RunConfig) -> None:
+    least = run.gates.delay + FEWEST
+    if "closed_form" in run.stage_names and run.data.length <= least:
+        raise UserError(
+            f"data.length: to know what a token's loss costs takes {FEWEST} tokens beyond "
+            f"gates.delay, so windows of more than {least} tokens; got {run.data.length}"
+        )
+    if "distill" in run.stage_names and "closed_form" not in run.stage_names:
+        raise UserError("stages: distill goes on from closed_form, which must stand before it")
 
 
 def _check_measuring(run: RunConfig) -> None:

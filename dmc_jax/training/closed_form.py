@@ -10,7 +10,7 @@ in square. A token's cost in a KV head is the mean of that over the queries that
 after it or later, summed over the query heads that share it, times the mean square of the loss's
 gradient in the residual stream there. Its logarithm is regressed on the standardised input of the
 attention, by ridge regression, head by head. Minus the prediction is the gate's logit, counted from
-the middle of all logits in units of their spread.
+the middle of all logits, so scaled that they spread by `SPREAD`.
 """
 
 import functools
@@ -32,9 +32,10 @@ from dmc_jax.model.llama import Llama
 
 Batch = dict[str, np.ndarray | Array]
 
+SPREAD = 4.0  # of the logits; the logistic noise of relaxed decisions has 1.8
 _MOST_WEIGHT = 0.999  # of a token: nothing is left to a query that attends to nothing else
 _FLOOR = 1e-4  # of a layer's mean cost: what is below counts as that
-_FEWEST = 32  # queries that a token needs after its delay, or its cost is a guess
+FEWEST = 32  # queries that a token needs after its delay, or its cost is a guess
 
 
 class Moments(NamedTuple):
@@ -87,9 +88,9 @@ def fit_gates(
     def total(windows):
         sums = [jax.device_get(measure(params, batch, sizes)) for batch in windows]
         if not sums or not sums[0][0].count > 0:
-            length = delay + _FEWEST
+            length = delay + FEWEST
             raise UserError(
-                f"no token has {_FEWEST} queries in its document {delay} tokens after it: give "
+                f"no token has {FEWEST} queries in its document {delay} tokens after it: give "
                 f"windows, and documents, that are longer than {length} tokens"
             )
         return jax.tree.map(lambda *leaves: sum(np.asarray(x, np.float64) for x in leaves), *sums)
@@ -100,8 +101,8 @@ def fit_gates(
     ]
     mean, deviation, weight, bias, r2, square = zip(*layers, strict=True)
     weight, bias = np.concatenate(weight), np.concatenate(bias)
-    # In the middle of all logits is 0, and their spread is 1: one threshold for all rows.
-    spread = np.sqrt(np.mean(np.concatenate(square)) - bias.mean() ** 2)
+    # In the middle of all logits is 0: one threshold for all rows.
+    spread = np.sqrt(np.mean(np.concatenate(square)) - bias.mean() ** 2) / SPREAD
     arrays = np.stack(mean), np.stack(deviation), weight / spread, (bias - bias.mean()) / spread
     gates = Gates(*(jnp.asarray(x, jnp.float32) for x in arrays))
     return Fit(gates, tuple(tuple(map(float, x)) for x in r2))
@@ -165,7 +166,7 @@ def _moments(config, dtype, delay, params, batch, sizes) -> tuple[Moments, ...]:
             delay=delay,
         )
         costs = sizes[layer] * costs
-        counted = (left >= _FEWEST).astype(jnp.float32)[..., None]
+        counted = (left >= FEWEST).astype(jnp.float32)[..., None]
         mean = jnp.sum(counted * costs) / jnp.maximum(counted.sum() * k.shape[2], 1.0)
         y = counted * jnp.log(costs + _FLOOR * mean + 1e-30)
         x = x.astype(jnp.float32)

@@ -11,18 +11,20 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dmc_jax.checkpoints.metadata import load_metadata, write_metadata
+from dmc_jax.checkpoints.gates import model_hash, save_gates
+from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
 from dmc_jax.commands import stop_requests
-from dmc_jax.config import MERGING, STAGES, RunConfig
+from dmc_jax.config import GATED, MERGING, STAGES, RunConfig
 from dmc_jax.data.loader import training_batches
 from dmc_jax.errors import RunFailure
 from dmc_jax.evaluation.tables import missed_target
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.model.sharding import batch_sharding
-from dmc_jax.training import checks, metrics, ownership, stages, starts
+from dmc_jax.training import checks, gated, metrics, ownership, stages, starts
 from dmc_jax.training.optimizer import make_optimizer
+from dmc_jax.training.state import order_seed
 from dmc_jax.training.step import make_train_step
 
 _SCHEDULES = ("learning_rate", "target_ratio")  # of the newest step, not averaged
@@ -58,6 +60,8 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         run = ownership.same_run(directory, run, contents)
         for note in checks.notes(run, ready):
             logging.warning(note)
+        if run.stage_names[0] in GATED:
+            ready = ready._replace(start=ready.start.load(ready.mesh, run.compute_dtype))
         if run.dry_run:
             _try_one_step(run, ready)
             return directory
@@ -89,15 +93,43 @@ def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
 
 def _measure_stage(run: RunConfig, stage: str, params: Any, ready: checks.Ready) -> None:
     """Measure the end of a stage once it is safe on disk; the figures join its metadata."""
-    ref, data = latest(Path(run.output) / run.name / stage), ready.datas[0][0]
-    measured = stages.assess(run, stage, params, data, ready.mesh)
+    ref = latest(Path(run.output) / run.name / stage)
+    measured = _assess(run, stage, ref.step, params, ready)
     _check_measured(f"stage {stage}, {ref.path}", measured["validation"])
-    about = stages.describe(run, stage, ref.step, data)
+    about = _describe(run, stage, ref.step, ready)
     write_metadata(ref, dataclasses.replace(about, **measured))
     if stage in MERGING:
         missed = missed_target(measured["validation"]["ratio"], run.compression.ratio)
         if missed:
             logging.warning("end of %s: %s", stage, missed)
+
+
+def _assess(
+    run: RunConfig,
+    stage: str,
+    step: int,
+    params: Any,
+    ready: checks.Ready,
+    *,
+    calibrate: bool = True,
+) -> dict:
+    if stage not in GATED:
+        data = ready.datas[0][0]
+        return stages.assess(run, stage, params, data, ready.mesh, calibrate=calibrate)
+    tokens = step * run.data.batch * run.data.length if stage == "distill" else 0
+    gates, measured = gated.measure(
+        run, params, ready.start, ready.datas, ready.mesh, tokens=tokens
+    )
+    if jax.process_index() == 0:
+        save_gates(Path(run.output, run.name, gated.FILE), gates)
+    return {"validation": dataclasses.asdict(measured)}
+
+
+def _describe(run: RunConfig, stage: str, step: int, ready: checks.Ready) -> Metadata:
+    about = stages.describe(run, stage, step, ready.datas[0][0])
+    if stage not in GATED:
+        return about
+    return dataclasses.replace(about, base_sha256=model_hash(ready.start.params, run.model))
 
 
 def _check_measured(where: str, validation: dict) -> None:
@@ -111,18 +143,27 @@ def _check_measured(where: str, validation: dict) -> None:
 
 def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> tuple:
     """State, the checkpoint of this stage that it is of, what takes a step, and the batches."""
-    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
-    state, resumed = starts.start_of_stage(run, stage, optimizer, ready.mesh)
-    teacher, teacher_params = starts.load_teacher(run, stage, ready.mesh)
-    step = make_train_step(run, stage, ready.mesh, optimizer, teacher)
-
-    def take_step(state, batch):
-        return step(state, _to_devices(batch, ready.mesh), teacher_params)
-
     batches = _batches(run, stage, ready.datas)
+    if stage in GATED:
+        begun = gated.begin(run, stage, ready.start, ready.datas, ready.mesh)
+    else:
+        begun = _begin_retrofit(run, stage, ready.mesh)
+    state, resumed, step = begun
     if resumed is not None:
         batches.set_state(load_data_state(resumed))
+
+    def take_step(state, batch):
+        return step(state, _to_devices(batch, ready.mesh))
+
     return state, resumed, take_step, batches
+
+
+def _begin_retrofit(run: RunConfig, stage: str, mesh: Mesh) -> tuple:
+    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+    state, resumed = starts.start_of_stage(run, stage, optimizer, mesh)
+    teacher, teacher_params = starts.load_teacher(run, stage, mesh)
+    step = make_train_step(run, stage, mesh, optimizer, teacher)
+    return state, resumed, lambda state, batch: step(state, batch, teacher_params)
 
 
 def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
@@ -136,7 +177,8 @@ def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
     values = jax.device_get(take_step(state, next(batches))[1])
     if not stages.finite(values):
         raise RunFailure(f"dry run, stage {stage}: {_not_finite(values)} after one step")
-    logging.info("dry run: one step of %s, loss %.4f", stage, values["loss"])
+    name = {"closed_form": "r2", "distill": "distillation"}.get(stage, "loss")
+    logging.info("dry run: one step of %s, %s %.4f", stage, name, values[name])
 
 
 def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -> Any:
@@ -147,7 +189,6 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
     first = 0 if resumed is None else resumed.step
     if first:
         logging.info("resuming %s at step %d", stage, first)
-    data = ready.datas[0][0]
 
     with (
         open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
@@ -166,14 +207,12 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
             if taken % run.log_every == 0 or last:
                 recent.log()
             if run.eval_every and taken % run.eval_every == 0 and not last:
-                measured = stages.assess(
-                    run, stage, state.params, data, ready.mesh, calibrate=False
-                )
+                measured = _assess(run, stage, taken, state.params, ready, calibrate=False)
                 _check_measured(f"stage {stage}, step {taken}", measured["validation"])
                 logging.info("step %d: validation loss %.4f", taken, measured["validation"]["loss"])
             if taken % run.save_every == 0 or last or interrupted:
                 recent.log()  # a state is saved only after its losses were seen to be finite
-                about = stages.describe(run, stage, taken, data)
+                about = _describe(run, stage, taken, ready)
                 saver.save(taken, state, batches.get_state(), about)
             if interrupted:
                 raise KeyboardInterrupt
@@ -187,8 +226,7 @@ def _batches(run: RunConfig, stage: str, datas: list):
             datas,
             length=run.data.length,
             batch=run.data.batch,
-            # No two seeds share a stage's order; of seed 0 it is as it was when they did.
-            seed=(run.seed if run.draws == 1 else len(STAGES) * run.seed) + STAGES.index(stage),
+            seed=order_seed(run, stage),
             host_index=jax.process_index(),
             host_count=jax.process_count(),
         )
@@ -254,7 +292,8 @@ class _Recent:
             values |= {
                 f"ratio{metrics.LAYER_MARK}{i:02d}": 1 / (1 - m) for i, m in enumerate(merged)
             }
-        values |= _speed(self.run, len(self.steps), seconds)
+        if self.stage != "closed_form":
+            values |= _speed(self.run, len(self.steps), seconds)
         self.sink.log(_steps_before(self.run, self.stage) + self.steps[-1][0] + 1, values)
         self.steps.clear()
         self.since = time.perf_counter()

@@ -25,7 +25,7 @@ from absl import logging
 from dmc_jax.checkpoints.metadata import FORMAT
 from dmc_jax.checkpoints.models import StoredModel
 from dmc_jax.checkpoints.run_directory import latest
-from dmc_jax.config import STAGES, RunConfig, read_config, to_dict
+from dmc_jax.config import GATED, STAGES, RunConfig, read_config, to_dict
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.errors import UserError
 from dmc_jax.files import write_text
@@ -196,8 +196,9 @@ def _settings(run: RunConfig, begun: set[str]) -> dict[str, Any]:
         begun: the stages that have a checkpoint; settings of others may still be mended.
     """
     kept = {name: getattr(run, name) for name in ("seed", "compute_dtype")}
-    for group in ("model", "dmc", "compression", "optimizer", *sorted(begun)):
-        settings = getattr(run, group)
+    gated = {"gates"} if begun & set(GATED) else set()
+    for group in ("model", "dmc", "compression", "optimizer", *sorted(begun | gated)):
+        settings = run.stage(group) if group in STAGES else getattr(run, group)
         fields = {"": None} if settings is None else to_dict(settings)
         kept |= {f"{group}.{name}".rstrip("."): value for name, value in fields.items()}
     kept["model.kv_heads"] = run.model.kv_heads_by_layer

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmc_jax.checkpoints.metadata import Metadata
-from dmc_jax.config import MERGING, RunConfig
+from dmc_jax.config import GATED, MERGING, RunConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
@@ -108,7 +108,7 @@ def evaluation_options(run: RunConfig, mesh: Mesh) -> dict[str, Any]:
 
 def _policy(run: RunConfig, stage: str) -> Trained:
     """Say what a stage's models run with."""
-    return Dense() if stage == "pretrain" else DMC(run.dmc)
+    return Dense() if stage in ("pretrain", *GATED) else DMC(run.dmc)
 
 
 def finite(values: Any) -> bool:

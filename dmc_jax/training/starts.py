@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from dmc_jax.checkpoints.models import StoredModel, find_model, open_model
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import load_state
-from dmc_jax.config import ModelConfig, RunConfig, to_dict
+from dmc_jax.config import GATED, ModelConfig, RunConfig, to_dict
 from dmc_jax.data.prepared import read_manifest
 from dmc_jax.errors import UserError
+from dmc_jax.policies.dense import Dense
 from dmc_jax.training.state import TrainState, abstract_state, init_state, state_of
 
 
@@ -48,6 +49,10 @@ def initial_model(run: RunConfig) -> StoredModel | None:
         raise UserError(
             f"init_from: {model.path} has {'; '.join(differing)}: the config must describe the "
             "model that it starts from"
+        )
+    if run.stage_names[0] in GATED and not isinstance(model.policy, Dense):
+        raise UserError(
+            f"init_from: {model.path} merges already: gates are for models as they were pretrained"
         )
     # Ids mean the same only under one tokenizer.
     data = run.data.path.split(",")[0].strip()

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from dmc_jax.config import ModelConfig
+from dmc_jax.config import STAGES, ModelConfig, RunConfig
 from dmc_jax.model.llama import init_params
 from dmc_jax.model.sharding import shardings, with_shardings
 
@@ -46,6 +46,14 @@ def key_of(seed: int) -> Array:
     for place in range(32, seed.bit_length(), 32):
         key = jax.random.fold_in(key, np.uint32((seed >> place) % 2**32))
     return key
+
+
+def order_seed(run: RunConfig, stage: str) -> int:
+    """Seed the order in which a stage reads its text: no two seeds of a run share one.
+
+    Of seed 0 it is as it was when they did.
+    """
+    return (run.seed if run.draws == 1 else 4 * run.seed) + STAGES.index(stage)
 
 
 def init_state(

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dmc_jax.config import MERGING, STAGES, ModelConfig, RunConfig
+from dmc_jax.config import MERGING, STAGES, ModelConfig, RunConfig, StageConfig
 from dmc_jax.core.attention import CausalAttention
 from dmc_jax.core.losses import compression_loss, token_losses
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
@@ -77,10 +77,10 @@ def make_train_step(
 
             def fractions(part, number):
                 attend = attention_of(run, stage, mesh, part, state.step, noise(number))
-                output = _forward(run, run.model, mesh, state.params, part["tokens"], attend)
+                output = apply_model(run, run.model, mesh, state.params, part["tokens"], attend)
                 return decision_means(output).mean(axis=1) / parts
 
-            merges = _sum_over_parts(fractions, batch, parts)
+            merges = sum_over_parts(fractions, batch, parts)
 
         def loss(params, part, number):
             return _loss(
@@ -98,15 +98,8 @@ def make_train_step(
             )
 
         gradient = functools.partial(jax.grad(loss, has_aux=True), state.params)
-        grads, metrics = _sum_over_parts(gradient, batch, parts)
-        rate = learning_rate(
-            state.step,
-            steps=schedule.steps,
-            peak=schedule.learning_rate,
-            final=schedule.final_learning_rate,
-            warmup=schedule.warmup,
-            shape=schedule.shape,
-        )
+        grads, metrics = sum_over_parts(gradient, batch, parts)
+        rate = rate_at(state.step, schedule)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         metrics |= {"learning_rate": rate, "gradient_norm": optax.tree.norm(grads)}
@@ -116,7 +109,19 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _sum_over_parts(function: Callable, batch: Batch, parts: int) -> Any:
+def rate_at(step: Array, stage: StageConfig) -> Float[Array, ""]:
+    """Look up the learning rate in a stage's schedule."""
+    return learning_rate(
+        step,
+        steps=stage.steps,
+        peak=stage.learning_rate,
+        final=stage.final_learning_rate,
+        warmup=stage.warmup,
+        shape=stage.shape,
+    )
+
+
+def sum_over_parts(function: Callable, batch: Batch, parts: int) -> Any:
     """Add up `function(part, its number)` over the parts of a batch, one at a time."""
     if parts == 1:
         return function(batch, 0)
@@ -158,12 +163,12 @@ def _loss(
         teacher, teacher_params: of distillation.
     """
     attend = attention_of(run, stage, mesh, batch, step, noise)
-    output = _forward(run, run.model, mesh, params, batch["tokens"], attend)
+    output = apply_model(run, run.model, mesh, params, batch["tokens"], attend)
     taught = None
     if teacher is not None:
         where = batch["positions"], batch["segment_ids"]
-        attend = attend_whole(Dense(), teacher, *where, attention=_attention(run, mesh))
-        taught = _forward(run, teacher, mesh, teacher_params, batch["tokens"], attend).prediction
+        attend = attend_whole(Dense(), teacher, *where, attention=attention_for(run, mesh))
+        taught = apply_model(run, teacher, mesh, teacher_params, batch["tokens"], attend).prediction
     nats, divergence = token_losses(output.prediction, batch["targets"], taught)
     mask = batch["loss_mask"]
     loss = jnp.sum(mask * nats) / tokens
@@ -197,14 +202,16 @@ def attention_of(
         policy = Dense(decision_channel_scale(step, run.zero_out.steps))
     elif stage in MERGING:
         policy, drawn = DMC(run.dmc), {"noise_key": noise.key, "noise_part": noise.part}
-    return attend_whole(policy, run.model, *where, **drawn, attention=_attention(run, mesh))
+    return attend_whole(policy, run.model, *where, **drawn, attention=attention_for(run, mesh))
 
 
-def _attention(run: RunConfig, mesh: Mesh) -> CausalAttention:
+def attention_for(run: RunConfig, mesh: Mesh) -> CausalAttention:
+    """Choose what computes a run's attention."""
     return choose_attention(run.attention, block=run.attention_block, mesh=mesh)
 
 
-def _forward(run: RunConfig, config: ModelConfig, mesh: Mesh, params, tokens, attend: Attend):
+def apply_model(run: RunConfig, config: ModelConfig, mesh: Mesh, params, tokens, attend: Attend):
+    """Run a model as a run trains it."""
     model = Llama(
         config,
         dtype=jnp.dtype(run.compute_dtype),

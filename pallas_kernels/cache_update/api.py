@@ -63,7 +63,7 @@ def cache_update(
     position: Int[Array, " seats"],
     frequencies: Float[Array, " H//2"],
     channel: float | Float[Array, ""] = 1.0,
-    threshold: float | Float[Array, ""] = 0.0,
+    threshold: float | Float[Array, ""] | Float[Array, " seats"] = 0.0,
     offset: float = 0.0,
     eps: float = 0.0,
     window: int | None = None,
@@ -87,7 +87,8 @@ def cache_update(
         frequencies: rotary, float32, radians per token, of the pairs (f, f + H/2); angles are
             float32 too.
         channel: factor on the last channel of keys and queries, before the rotation and after it.
-        threshold, offset, eps: as above.
+        threshold: as above; of all sequences, or one each.
+        offset, eps: as above.
         window: W; None or 0: unlimited.
         implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
 
@@ -102,6 +103,9 @@ def cache_update(
     """
     module = IMPLEMENTATIONS.load(implementation)
     _validate(state, q, k_t, v_t, window, page_table, frequencies)
+    seats = k_t.shape[:1]
+    if jnp.shape(threshold) not in ((), seats):
+        raise ValueError(f"threshold must be a number or {seats}, got {jnp.shape(threshold)}")
     return module.cache_update(
         *(state, q, k_t, v_t),
         page_table=page_table,
@@ -110,7 +114,7 @@ def cache_update(
         position=position,
         frequencies=frequencies,
         channel=jnp.asarray(channel, jnp.float32),
-        threshold=jnp.asarray(threshold, jnp.float32),
+        threshold=jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), seats),
         offset=offset,
         eps=eps,
         unlimited=not window,

@@ -22,7 +22,7 @@ def cache_update(
     position: Int[Array, " seats"],
     frequencies: Float[Array, " H//2"],
     channel: Float[Array, ""],
-    threshold: Float[Array, ""],
+    threshold: Float[Array, " seats"],
     offset: float,
     eps: float,
     unlimited: bool,
@@ -69,7 +69,7 @@ def _update(
         if state.segment is not None:
             logit = q[seat, queries, -1].astype(np.float32).mean() + np.float32(offset)
             weight = 1 / (1 + np.exp(-np.float64(logit))) + eps
-            above = key[-1].astype(np.float32) - np.float32(offset) > threshold
+            above = key[-1].astype(np.float32) - np.float32(offset) > threshold[seat]
             joins = above and state.segment.count[row] > 0
             key, value = _joined(state.segment, row, (weight, key, value), joins, unlimited)
         slot = length - joins

@@ -51,7 +51,8 @@ def update_rows(
     cos_ptr,  # [seats, H / 2], float32
     sin_ptr,
     at_ptr,  # [2]: the layer's first row, maxp
-    number_ptr,  # [2]: the threshold, the factor on the last channel; float32
+    threshold_ptr,  # [seats], float32
+    channel_ptr,  # [1]: the factor on the last channel, float32
     rotated_ptr,  # [seats, K * G, H]
     k_pages_ptr,  # [P, PAGE, H]
     v_pages_ptr,
@@ -80,8 +81,8 @@ def update_rows(
     active = tl.load(active_ptr + seat)
     first = tl.load(at_ptr)
     maxp = tl.load(at_ptr + 1)
-    threshold = tl.load(number_ptr)
-    channel = tl.load(number_ptr + 1)
+    threshold = tl.load(threshold_ptr + seat)
+    channel = tl.load(channel_ptr)
     if active == 0:
         return
     head = of_layer % K
@@ -209,7 +210,7 @@ def cache_update(
     position: Int[Array, " seats"],
     frequencies: Float[Array, " H//2"],
     channel: Float[Array, ""],
-    threshold: Float[Array, ""],
+    threshold: Float[Array, " seats"],
     offset: float,
     eps: float,
     unlimited: bool,
@@ -266,7 +267,7 @@ def _update(
         *(page_table, active.astype(jnp.int32)),
         *(jnp.cos(angles), jnp.sin(angles)),
         jnp.stack([first, jnp.int32(page_table.shape[2])]),
-        jnp.stack([threshold, channel]),
+        *(threshold, channel.reshape(1)),
         out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *changed)),
         in_place={i: i + 1 for i in range(len(changed) if merges else len(pages))},
         grid=(k_t.shape[0] * k_t.shape[1],),

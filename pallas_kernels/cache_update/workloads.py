@@ -102,7 +102,7 @@ def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
         "position": jnp.asarray(rng.integers(0, 5000, seats), jnp.int32),
         "frequencies": 1e4 ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H),
         "channel": 0.0 if merges else 1.0,
-        "threshold": -0.25,
+        "threshold": jnp.linspace(-1.5, 1.0, seats),
         "offset": 0.5,
         "eps": 2**-7,
         "window": workload.window,

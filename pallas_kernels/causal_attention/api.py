@@ -1,4 +1,4 @@
-"""One contract for attention over whole sequences, with a bias of every key that comes late.
+"""One contract for attention over whole sequences: keys of some age, a bias that comes late.
 
 Plain JAX can do this too, in blocks, with a gradient of its own. That form is the caller's and is
 not repeated here: `choose` says whether to take it.
@@ -25,12 +25,20 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
     spared: int = 1,
+    spared_bias: Float[Array, "B T K"] | None = None,
+    first: int = 0,
+    until: int | None = None,
+    with_lse: bool = False,
     implementation: str,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Grouped-query causal attention; query head n reads KV head n // (N / K).
 
-        score(i, j) = scale * q_i . k_j + bias_j [i - j >= spared]   for j <= i in the same document
+        score(i, j) = scale * q_i . k_j + (bias_j if i - j >= spared else spared_bias_j)
+                      for first <= i - j < until in the same document
         out_i       = sum_j softmax_j(score(i, j)) v_j
+        lse_i       = log sum_j exp(score(i, j))
+
+    A query that sees no key has the output 0 and lse minus infinity.
 
     Args:
         q, k, v: float32 or bfloat16, of the same T tokens, rotated where positions matter.
@@ -39,23 +47,36 @@ def causal_attention(
         scale: factor on the dot products.
         segment_ids: document of every token; attention stays inside a document. The tokens of a
             document follow one another.
-        spared: tokens for which a key has no bias; static.
+        spared: tokens for which a key has no bias, or another; static, as the two that follow.
+        spared_bias: of a key for these; finite; None: nothing is added.
+        first: age in tokens from which a key is seen; 0: by its own token's query.
+        until: age from which it is seen no more; None: always.
+        with_lse: whether to return lse too.
         implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
 
     Returns:
-        The attention output in the dtype of `q`; softmax and sums are float32.
+        The attention output in the dtype of `q`, or (it, lse); softmax and sums are float32.
 
     Raises:
-        ValueError: an unknown implementation, `spared` below 1, or shapes or dtypes that break the
-            contract.
+        ValueError: an unknown implementation, `spared` below 1, ages that no key has, or shapes or
+            dtypes that break the contract.
         RuntimeError: an implementation that cannot run on this machine, and why.
     """
     module = IMPLEMENTATIONS.load(implementation)
-    _validate(q, k, v, key_bias, segment_ids)
+    _validate(q, k, v, {"key_bias": key_bias, "spared_bias": spared_bias}, segment_ids)
     if spared < 1:
         raise ValueError(f"spared must be 1 or more, got {spared}")
+    if first < 0 or (until is not None and until <= first):
+        raise ValueError(f"ages must be 0 <= first < until, got first {first} and until {until}")
     return module.causal_attention(
-        q, k, v, key_bias, scale=scale, segment_ids=segment_ids, spared=spared
+        *(q, k, v, key_bias),
+        scale=scale,
+        segment_ids=segment_ids,
+        spared=spared,
+        spared_bias=spared_bias,
+        first=first,
+        until=until,
+        with_lse=with_lse,
     )
 
 
@@ -72,10 +93,9 @@ def choose(implementation: str | None) -> str:
     return IMPLEMENTATIONS.choose(implementation, on_gpu=("triton",))
 
 
-def _validate(q, k, v, key_bias, segment_ids) -> None:
+def _validate(q, k, v, biases, segment_ids) -> None:
     arrays = {"q": (q, "B T N H"), "k": (k, "B T K H"), "v": (v, "B T K H")}
-    if key_bias is not None:
-        arrays["key_bias"] = key_bias, "B T K"
+    arrays |= {name: (bias, "B T K") for name, bias in biases.items() if bias is not None}
     if segment_ids is not None:
         arrays["segment_ids"] = segment_ids, "B T"
     sizes = check_axes(arrays)

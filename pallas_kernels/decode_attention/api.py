@@ -13,7 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels.contract import check_axes, check_dtypes
 from pallas_kernels.implementations import Implementations
@@ -57,11 +57,14 @@ def decode_attention(
     first: int | Int[Array, ""] = 0,
     implementation: str | None = None,
     plan: Plan | None = None,
+    tokens: UInt16[Array, "P page"] | None = None,
+    gamma: Float[Array, " rows"] | None = None,
 ) -> Float[Array, "rows G H"]:
     """Softmax attention of G queries a row over the first `lengths[r]` slots of that row.
 
-    Slot s of row r is in page `page_table[r, s // page]` at `s % page`. Works eagerly and under
-    jit, with every array traced.
+    Slot s of row r is in page `page_table[r, s // page]` at `s % page`. Where slots stand for
+    `tokens`, `gamma[r] log tokens` is added to their scores. Works eagerly and under jit, with
+    every array traced.
 
     Args:
         q: queries, float32 or bfloat16.
@@ -77,6 +80,8 @@ def decode_attention(
         implementation: as for `choose`; the machine is asked while tracing.
         plan: of `plan_decode_attention` for these rows, with lengths no less than `lengths`; None:
             an implementation that works by a plan makes its own.
+        tokens: in every slot of the pool, 1 or more where it is used.
+        gamma: of every row; with `tokens`, or both None.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
@@ -89,6 +94,7 @@ def decode_attention(
     name = choose(implementation)
     module = IMPLEMENTATIONS.load(name)
     _validate(q, k_pages, v_pages, page_table, lengths)
+    mass = _mass(q, k_pages, tokens, gamma)
     if page_table.ndim == 2:
         page_table, lengths = page_table[None], lengths[None]
     if not hasattr(module, "plan_rows"):
@@ -96,7 +102,7 @@ def decode_attention(
             raise ValueError(f"implementation {name!r} of decode_attention works without a plan")
         table, lengths = (rows_of(x, first, q.shape[0]) for x in (page_table, lengths))
         lengths = _clip(lengths, table, k_pages)
-        return module.decode_attention(q, k_pages, v_pages, table, lengths, scale)
+        return module.decode_attention(q, k_pages, v_pages, table, lengths, scale, mass)
     if plan is None:
         lengths = _clip(lengths, page_table, k_pages)
     elif plan.of_row.shape[-1] != q.shape[0] + 1:
@@ -106,7 +112,7 @@ def decode_attention(
         )
     # A plan's lengths are clipped, and none is exceeded.
     return module.decode_attention(
-        q, k_pages, v_pages, page_table, lengths, scale, plan, first=first
+        q, k_pages, v_pages, page_table, lengths, scale, plan, mass, first=first
     )
 
 
@@ -202,6 +208,25 @@ def choose(implementation: str | None) -> str:
 def _clip(lengths, page_table, k_pages):
     """Bring lengths between 0 and the slots that the page table has room for."""
     return jnp.clip(jnp.asarray(lengths), 0, page_table.shape[-1] * k_pages.shape[1])
+
+
+def _mass(q, k_pages, tokens, gamma) -> tuple[Array, Array] | None:
+    """What implementations take: (tokens, gamma), or None."""
+    if (tokens is None) != (gamma is None):
+        raise ValueError("tokens and gamma go together: give both, or none")
+    if tokens is None:
+        return None
+    check_axes(
+        {
+            "q": (q, "rows G H"),
+            "k_pages": (k_pages, "P page H"),
+            "tokens": (tokens, "P page"),
+            "gamma": (gamma, "rows"),
+        }
+    )
+    check_dtypes({"tokens": tokens}, jnp.uint16)
+    check_dtypes({"gamma": gamma}, jnp.float32)
+    return tokens, gamma
 
 
 def _validate(q, k_pages, v_pages, page_table, lengths) -> None:

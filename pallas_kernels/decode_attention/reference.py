@@ -5,7 +5,7 @@ Slow on purpose. It shares nothing with the implementations that it is the measu
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 
 @jax.jit
@@ -16,9 +16,10 @@ def decode_attention(
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
+    mass: tuple[UInt16[Array, "P page"], Float[Array, "R"]] | None = None,
 ) -> Float[Array, "R G H"]:
     """Attend row by row; see `api.decode_attention` for the contract."""
-    return decode_attention_and_weights(q, k_pages, v_pages, page_table, lengths, scale)[0]
+    return _attend(q, k_pages, v_pages, page_table, lengths, scale, mass)[0]
 
 
 @jax.jit
@@ -31,19 +32,25 @@ def decode_attention_and_weights(
     scale: float | Float[Array, ""],
 ) -> tuple[Float[Array, "R G H"], Float[Array, "R G S"]]:
     """Attend row by row; see `api.decode_attention_and_weights` for the contract."""
+    return _attend(q, k_pages, v_pages, page_table, lengths, scale, None)
+
+
+def _attend(q, k_pages, v_pages, page_table, lengths, scale, mass):
     _, page, H = k_pages.shape
 
     def one_row(row):
-        q_row, pages, length = row  # [G, H], [maxp], []
+        q_row, pages, length, gamma = row  # [G, H], [maxp], [], []
         live = jnp.arange(pages.size * page) < length  # [S]
         keys = k_pages[pages].reshape(-1, H).astype(jnp.float32)
         values = v_pages[pages].reshape(-1, H).astype(jnp.float32)
         values = jnp.where(live[:, None], values, 0.0)  # 0 * NaN is NaN: a zero weight is no mask
         scores = scale * jnp.matmul(q_row.astype(jnp.float32), keys.T, precision="highest")
+        if mass is not None:
+            scores += gamma * jnp.log(mass[0][pages].reshape(-1).astype(jnp.float32))
         scores = jnp.where(live, scores, -jnp.inf)
         weights = jnp.where(live, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
         weights = jnp.where(length > 0, weights / weights.sum(axis=-1, keepdims=True), 0.0)
         out = jnp.matmul(weights, values, precision="highest")
         return out.astype(q_row.dtype), weights
 
-    return jax.lax.map(one_row, (q, page_table, lengths))
+    return jax.lax.map(one_row, (q, page_table, lengths, None if mass is None else mass[1]))

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels import target
 
@@ -61,8 +61,11 @@ def decode_attention(
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
+    mass: tuple[UInt16[Array, "P page"], Float[Array, "R"]] | None = None,
 ) -> Float[Array, "R G H"]:
     """Attend block by block; see `api.decode_attention` for the contract."""
+    if mass is not None:
+        raise ValueError("implementation 'tpu' knows no tokens of slots: take 'xla'")
     R, G, H = q.shape
     page = k_pages.shape[1]
     pages = min(_IDS, max(1, _BLOCK_SLOTS // page), pl.next_power_of_2(page_table.shape[1]))

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels import target
 from pallas_kernels.decode_attention.api import Plan, rows_of
@@ -65,6 +65,8 @@ def attend_items(
     end_ptr,
     of_program_ptr,  # [layers, programs + 1]
     of_row_ptr,  # [layers, rows + 1]
+    tokens_ptr,  # [P, PAGE], uint16; this and the next mean nothing without MASS
+    gamma_ptr,  # [rows]
     out_ptr,  # [rows, G, H]
     partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2
@@ -76,6 +78,7 @@ def attend_items(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # slots at a time
     WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
+    MASS: tl.constexpr,  # scores rise by gamma log tokens
 ):
     """One program per stretch of the plan; item i of many goes to partial[i] and lse[i]."""
     R, first, maxp = tl.load(at_ptr), tl.load(at_ptr + 1), tl.load(at_ptr + 2)
@@ -101,6 +104,8 @@ def attend_items(
         end = tl.minimum(tl.load(end_ptr + of_items + item), tl.load(lengths_ptr + kept))
         of_table = kept * maxp
         q = tl.load(q_ptr + row.to(tl.int64) * (G * H) + g * H + h, mask=real, other=0.0).to(dtype)
+        if MASS:
+            gamma = tl.load(gamma_ptr + row)
         peak = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.full([QUERIES], 0.0, tl.float32)
         weighted = tl.full([QUERIES, WIDTH], 0.0, tl.float32)
@@ -116,6 +121,10 @@ def attend_items(
             keys = tl.load(k_ptr + at[:, None] + h, mask=mask, other=0.0).to(dtype)
             values = tl.load(v_ptr + at[:, None] + h, mask=mask, other=0.0).to(dtype)
             scores = tl.dot(q, tl.trans(keys), input_precision=precision) * factor
+            if MASS:
+                of_slot = page.to(tl.int64) * PAGE + slot % PAGE
+                tokens = tl.load(tokens_ptr + of_slot, mask=live, other=1).to(tl.float32)
+                scores += (gamma * tl.log2(tokens))[None, :]
             scores = tl.where(live[None, :], scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
             shrink = tl.exp2(peak - higher)
@@ -198,6 +207,7 @@ def decode_attention(
     lengths: Int[Array, "seats R"],
     scale: float,
     plan: Plan | None = None,
+    mass: tuple[UInt16[Array, "P page"], Float[Array, "rows"]] | None = None,
     *,
     first: int | Int[Array, ""] = 0,
     settings: Settings | None = None,
@@ -214,6 +224,7 @@ def decode_attention(
         *(q, k_pages, v_pages, page_table, lengths, jnp.asarray(scale, jnp.float32)),
         plan,
         _where(q, page_table, first, plan),
+        mass,
         settings=settings,
         capability=target.current().capability,
         launch=launch,
@@ -253,16 +264,17 @@ def plan_rows(
 
 @functools.partial(jax.jit, static_argnames=("settings", "capability", "launch"))
 def _attend(
-    q, k_pages, v_pages, page_table, lengths, scale, plan, at, *, settings, capability, launch
+    q, k_pages, v_pages, page_table, lengths, scale, plan, at, mass, *, settings, capability, launch
 ):
     rows, G, H = q.shape
     items, programs = plan.row.shape[-1], plan.of_program.shape[-1] - 1
     joining = join_constants(q, plan)
+    factor = (scale * _LOG2_E).reshape(1)
     out, partial, lse = launch(
         attend_items,
         *(q, k_pages, v_pages, page_table, lengths),
-        (scale * _LOG2_E).reshape(1),
-        *(at, plan.row, plan.begin, plan.end, plan.of_program, plan.of_row),
+        *(factor, at, plan.row, plan.begin, plan.end, plan.of_program, plan.of_row),
+        *((lengths, factor) if mass is None else mass),  # without: what is not read
         out=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((items, G, H), jnp.float32),
@@ -272,7 +284,7 @@ def _attend(
         num_warps=settings.warps,
         num_stages=settings.stages,
         capability=capability,
-        **attend_constants(q, k_pages, page_table, plan.block),
+        **attend_constants(q, k_pages, page_table, plan.block, massive=mass is not None),
     )
     (out,) = launch(
         join_items,
@@ -288,7 +300,9 @@ def _attend(
     return out
 
 
-def attend_constants(q: Any, k_pages: Any, page_table: Any, block: int) -> dict[str, Any]:
+def attend_constants(
+    q: Any, k_pages: Any, page_table: Any, block: int, *, massive: bool = False
+) -> dict[str, Any]:
     """The compile-time arguments of `attend_items` for arrays of these shapes and dtypes."""
     rows, G, H = q.shape
     return {
@@ -300,6 +314,7 @@ def attend_constants(q: Any, k_pages: Any, page_table: Any, block: int) -> dict[
         "WIDTH": padded_width(H),
         "BLOCK": block,
         "WIDEN": widens(q, k_pages),
+        "MASS": massive,
     }
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 # Larger items waste more on rows that end inside one; smaller ones mean more merging. Measured
 # with H = 64: 4096 slots a step (1 MiB of float32 keys) is as good as any for 32 to 2048 rows.
@@ -47,9 +47,10 @@ def decode_attention(
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
+    mass: tuple[UInt16[Array, "P page"], Float[Array, "R"]] | None = None,
 ) -> Float[Array, "R G H"]:
     """Attend 64 items a step; see `api.decode_attention` for the contract."""
-    return _decode(q, k_pages, v_pages, page_table, lengths, scale, scored=False)[0]
+    return _decode(q, k_pages, v_pages, page_table, lengths, scale, mass, scored=False)[0]
 
 
 @jax.jit
@@ -62,7 +63,7 @@ def decode_attention_and_weights(
     scale: float | Float[Array, ""],
 ) -> tuple[Float[Array, "R G H"], Float[Array, "R G S"]]:
     """Keep the scores of all items; see `api.decode_attention_and_weights` for the contract."""
-    out, scores = _decode(q, k_pages, v_pages, page_table, lengths, scale, scored=True)
+    out, scores = _decode(q, k_pages, v_pages, page_table, lengths, scale, None, scored=True)
     live = scores != _MASKED  # NaN is live
     peak = scores.max(axis=(1, 3), keepdims=True)
     weights = jnp.where(live, jnp.exp(scores - peak), 0.0)  # [R, items, G, slots]
@@ -72,7 +73,7 @@ def decode_attention_and_weights(
     return out, weights.reshape(*q.shape[:2], -1)[..., :capacity]
 
 
-def _decode(q, k_pages, v_pages, page_table, lengths, scale, *, scored: bool):
+def _decode(q, k_pages, v_pages, page_table, lengths, scale, mass, *, scored: bool):
     """Attend; where `scored`, keep the scores [R, items, G, slots], which else are None."""
     R, G, H = q.shape
     page = k_pages.shape[1]
@@ -93,7 +94,13 @@ def _decode(q, k_pages, v_pages, page_table, lengths, scale, *, scored: bool):
         live = jnp.arange(item_slots) < (lengths[known] - index * item_slots)[:, None]
         pages = table.at[known, index].get(mode="clip")  # [n, item_pages]
         keys, values = (_gather(pool, pages) for pool in (k_pages, v_pages))  # [n, slots, H]
-        partial, scores_i = _attend(q[known].astype(jnp.float32) * scale, keys, values, live, row)
+        bias = None
+        if mass is not None:
+            tokens, gamma = mass
+            tokens = tokens.at[pages].get(mode="clip").reshape(n, item_slots)
+            bias = gamma[known][:, None] * jnp.log(tokens.astype(jnp.float32))
+        queries = q[known].astype(jnp.float32) * scale
+        partial, scores_i = _attend(queries, keys, values, live, row, bias)
         if scored:
             scores = scores.at[row, index].set(scores_i, mode="drop")
         merged, last = _merge_rows(
@@ -135,11 +142,14 @@ def _attend(
     values: Float[Array, "n slots H"],
     live: Bool[Array, "n slots"],
     row: Int[Array, "n"],
+    bias: Float[Array, "n slots"] | None,
 ) -> tuple[_Partial, Float[Array, "n G slots"]]:
     """Attend over each item on its own; also its scores."""
     # Dead slots may hold NaN, and 0 * NaN is NaN: a zero weight is no mask.
     values = jnp.where(live[..., None], values, 0.0)
     scores = jnp.einsum("nGH,nSH->nGS", q, keys, precision="highest")
+    if bias is not None:
+        scores += bias[:, None]
     scores = jnp.where(live[:, None, :], scores, _MASKED)
     peak = scores.max(axis=-1)
     weights = jnp.exp(scores - peak[..., None])

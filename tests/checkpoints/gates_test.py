@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file, save_file
 
 from dmc_jax.checkpoints import models
@@ -25,6 +26,7 @@ from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
@@ -63,6 +65,23 @@ def a_file_gives_back_what_was_stored_test(file):
         TABLE,
         stored().about,
     )
+
+
+def merging(**changes):
+    rng, gates = np.random.default_rng(4), some_gates()
+    more = {"importance_weight": (ROWS, 32), "importance_bias": (ROWS,), "gamma": (ROWS,)}
+    more = {name: jnp.asarray(rng.normal(size=shape), "f4") for name, shape in more.items()}
+    gates = dataclasses.replace(gates, **more)
+    settings = DMCSettings(window=5, offset=0.0)
+    return DelayedDMC(**{"gates": gates, "threshold": 2.0, "settings": settings, **changes})
+
+
+@pytest.mark.parametrize("policy", [merging(), merging(gates=some_gates(), delay=0)])
+def a_file_of_gates_that_merge_gives_back_what_was_stored_test(policy, tmp_path):
+    save_gates(tmp_path / "merge", stored(policy=policy))
+    got = load_gates(tmp_path / "merge", CONFIG).policy
+    jax.tree.map(np.testing.assert_array_equal, got, policy)
+    assert (got.delay, got.settings) == (policy.delay, policy.settings)
 
 
 def a_gate_is_linear_in_standardised_inputs_test():
@@ -138,6 +157,22 @@ def an_engine_drops_tokens_by_gates_test(file, without_tokenizer):
         engine_of(gates=file, ratio=9.0)
 
 
+def an_engine_merges_tokens_by_gates_test(without_tokenizer, tmp_path):
+    """Kept at a high threshold; at a low one a segment and the tail are all that stays."""
+    save_gates(tmp_path / "merge", stored(policy=merging(delay=4)))
+    prompt, params = [1, *range(3, 40)], SamplingParams(4, temperature=0.0)
+    [dense] = engine_of().generate([prompt], params)
+    kept, merged = (
+        engine_of(gates=tmp_path / "merge", threshold=threshold).generate([prompt], params)[0]
+        for threshold in (1e9, -1e9)
+    )
+    assert (kept.tokens, kept.ratio) == (dense.tokens, 1.0)
+    assert merged.ratio == pytest.approx((len(prompt) + 3) / 5)
+    # Two bytes a slot say how many tokens it has.
+    page = 8 * (2 * CONFIG.head_dim * 4 + 2)
+    assert merged.live_cache_bytes == ROWS * page
+
+
 def gates_of_another_model_are_refused_test(file, without_tokenizer, tmp_path):
     other = jax.tree.map(lambda x: 1.01 * x, PARAMS)
     with pytest.raises(UserError, match="was made for another model"):
@@ -169,12 +204,25 @@ def changed(file, change):
         ({"table": [{"speed": 1}]}, "is damaged"),
         ({"table": [{"threshold": "high", "ratio": 1.0}]}, "threshold or ratio .* no number"),
         ({"delay": 0}, "delay: expected a token or more"),
+        ({"method": "dmc"}, "is damaged: 'settings'"),
+        ({"method": "dmc", "settings": {"window": -1}}, "window must be >= 1, .* got -1"),
     ],
 )
 def a_file_of_something_else_is_named_test(file, change, complaint):
     changed(file, change)
     with pytest.raises(UserError, match=complaint):
         load_gates(file, CONFIG)
+
+
+def half_an_importance_is_named_test(tmp_path):
+    save_gates(tmp_path / "merge", stored(policy=merging()))
+    arrays = load_file(tmp_path / "merge")
+    with safetensors.safe_open(tmp_path / "merge", "numpy") as file:
+        metadata = file.metadata()
+    del arrays["importance_bias"]
+    save_file(arrays, tmp_path / "half", metadata)
+    with pytest.raises(UserError, match=r"sizes .* needs .*'importance_bias': \(6,\)"):
+        load_gates(tmp_path / "half", CONFIG)
 
 
 def what_is_no_file_of_gates_is_named_test(file):

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmc_jax.core.attention import causal_attention, definition
+from dmc_jax.core.attention import causal_attention, definition, join
 
 VALUE, GRADIENT = 1e-5, 1e-4
 
 
-def defined(q, k, v, bias, scale, segment_ids, spared=1):
+def defined(q, k, v, bias, scale, segment_ids, spared=1, with_lse=False, **ages):
     grouped = q.reshape(*k.shape[:3], -1, q.shape[-1])
-    return definition(grouped, k, v, bias, scale, segment_ids, spared).reshape(q.shape)
+    out, lse = definition(grouped, k, v, bias, scale, segment_ids, spared, **ages)
+    return (out.reshape(q.shape), lse.reshape(q.shape[:3])) if with_lse else out.reshape(q.shape)
 
 
 def draw(seed, B, T, N, K, H, dtype=jnp.float32):
@@ -57,6 +58,67 @@ def values_and_gradients_are_those_of_the_definition_test(T, heads, block, spare
     np.testing.assert_allclose(actual, expected, atol=VALUE)
     for gradient, wanted in zip(actual_gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=GRADIENT, atol=GRADIENT)
+
+
+@pytest.mark.parametrize("T, block", [(1, 8), (33, 8), (50, 64), (48, 16)])
+@pytest.mark.parametrize("first, until", [(0, 1), (0, 2), (0, 16), (5, 6), (16, None), (60, None)])
+def keys_of_any_ages_with_two_biases_and_lse_are_those_of_the_definition_test(
+    T, block, first, until
+):
+    q, k, v, bias, segment_ids = draw(T, 2, T, 4, 2, 8)
+    spared_bias = jax.random.normal(jax.random.key(6), bias.shape)
+    weights = [jax.random.normal(jax.random.key(7 + i), q.shape[: 4 - i]) for i in range(2)]
+    ages = {"spared": first + 1, "first": first, "until": until}
+
+    def of(attention):
+        def loss(q, k, v, bias, spared_bias):
+            out, lse = attention(q, k, v, bias, spared_bias=spared_bias, with_lse=True, **ages)
+            seen = jnp.where(lse > -jnp.inf, lse, 0.0)
+            return sum(jnp.sum(x * w) for x, w in zip((out, seen), weights, strict=True)), (
+                out,
+                lse,
+            )
+
+        arguments = q, k, v, bias, spared_bias
+        return jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*arguments)
+
+    (_, actual), gradients = of(
+        functools.partial(causal_attention, scale=0.3, segment_ids=segment_ids, block=block)
+    )
+    (_, expected), wanted = of(functools.partial(defined, scale=0.3, segment_ids=segment_ids))
+    for found, value in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(found, value, atol=VALUE)
+    blind = np.asarray(expected[1]) == -np.inf
+    assert not np.asarray(actual[0])[blind].any() and (blind.any() or first == 0)
+    for found, value in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(found, value, rtol=GRADIENT, atol=GRADIENT)
+
+
+def two_sets_of_keys_join_in_one_softmax_test():
+    q, k, v, bias, segment_ids = draw(9, 2, 40, 4, 2, 8)
+
+    def loss(attend, q, k, v, bias):
+        out = attend(q, k, v, bias)
+        return jnp.sum(out**2), out
+
+    def in_two(*arguments):
+        attend = functools.partial(
+            causal_attention, scale=0.3, segment_ids=segment_ids, with_lse=True, block=16
+        )
+        return join(attend(*arguments, until=7), attend(*arguments, first=7))
+
+    def at_once(*arguments):
+        return causal_attention(*arguments, scale=0.3, segment_ids=segment_ids)
+
+    (_, actual), gradients = jax.value_and_grad(
+        functools.partial(loss, in_two), argnums=range(4), has_aux=True
+    )(q, k, v, bias)
+    (_, expected), wanted = jax.value_and_grad(
+        functools.partial(loss, at_once), argnums=range(4), has_aux=True
+    )(q, k, v, bias)
+    np.testing.assert_allclose(actual, expected, atol=VALUE)
+    for found, value in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(found, value, rtol=GRADIENT, atol=GRADIENT)
 
 
 def bfloat16_is_within_its_rounding_of_float32_test():

@@ -30,6 +30,18 @@ def a_line_is_a_text_or_an_object_that_changes_the_defaults_test(tmp_path):
     ]
 
 
+def a_line_may_ask_for_a_ratio_which_is_not_the_one_that_a_result_came_to_test(tmp_path):
+    result = Result("b", (1,), "stop", 1, 1, 1.7, 2, 3, 0.1, 0.0)
+    came_to = as_json(0, PromptLine("a", DEFAULTS, 1), result, None, ascii_only=False)
+    lines = ['{"prompt": "a", "ratio": 3}', '{"prompt": "a", "threshold": -1}', came_to]
+    lines = read_prompts(write(tmp_path / "prompts", "\n".join(lines)), DEFAULTS)
+    assert [(x.error, x.params.ratio, x.params.threshold) for x in lines] == [
+        (None, 3, None),
+        (None, None, -1),
+        (None, None, None),
+    ]
+
+
 def a_hyphen_is_standard_input_test(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps("from a pipe")))
     assert read_prompts("-", DEFAULTS) == [PromptLine("from a pipe", DEFAULTS, 1)]

@@ -187,3 +187,20 @@ def lists_of_json_and_numbers_of_numpy_are_as_good_test():
     params = SamplingParams(stop=["a"], stop_token_ids=[3], temperature=1, seed=np.int64(4))
     assert params == SamplingParams(stop=("a",), stop_token_ids=(3,), temperature=1.0, seed=4)
     assert hash(params)
+
+
+@pytest.mark.parametrize(
+    "asked, complaint",
+    [
+        ({"ratio": 0.5}, "ratio: expected tokens per slot, 1 or more, got 0.5"),
+        ({"ratio": float("nan")}, "ratio: .* got NaN"),
+        ({"ratio": "2"}, 'ratio: .* got "2"'),
+        ({"threshold": float("nan")}, "threshold: expected a logit, .* got NaN"),
+        ({"threshold": True}, "threshold: .* got true"),
+        ({"ratio": 2.0, "threshold": 0.0}, "ratio: a threshold is looked up for it"),
+    ],
+)
+@pytest.mark.usefixtures("annotations_aside")
+def how_much_to_compress_is_one_number_test(asked, complaint):
+    with pytest.raises(UserError, match=complaint):
+        SamplingParams(**asked)

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
+_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint16": "*u16"}
 
 REGISTERS = 65536  # of a multiprocessor
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor's shared memory

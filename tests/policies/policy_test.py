@@ -19,7 +19,8 @@ from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import Llama
-from dmc_jax.policies.choice import POLICIES, from_json, policy_for, to_json
+from dmc_jax.policies.choice import POLICIES, Trained, from_json, policy_for, to_json
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
@@ -31,12 +32,14 @@ from tests.inference import chunks
 from tests.tiny_llama import build
 
 
-def some_gates(layers=2, rows=6, width=32, seed=3):
+def some_gates(layers=2, rows=6, width=32, seed=3, *, importance=False, gamma=False):
     rng = np.random.default_rng(seed)
     mean, deviation = rng.normal(size=(layers, width)), rng.uniform(0.5, 2.0, (layers, width))
     weight = 0.3 * rng.normal(size=(rows, width))
     arrays = (mean, deviation, weight, rng.normal(size=rows))
-    return Gates(*(jnp.asarray(x, jnp.float32) for x in arrays))
+    arrays += (weight[::-1], rng.normal(size=rows)) if importance else (None, None)
+    arrays += (rng.normal(size=rows) if gamma else None,)
+    return Gates(*(x if x is None else jnp.asarray(x, jnp.float32) for x in arrays))
 
 
 TABLE = {
@@ -48,6 +51,14 @@ TABLE = {
     "dms, delay 1": DMS(some_gates(), delay=1),
     "dms, delay 5": DMS(some_gates(), 0.2, delay=5),
     "dms, delay 16": DMS(some_gates(), -0.5, delay=16),
+    "dmc by gates, at once": DelayedDMC(some_gates(importance=True), delay=0),
+    "dmc by gates, delay 1": DelayedDMC(some_gates(), -0.3, 1, DMCSettings(3, offset=0.0)),
+    "dmc by gates, delay 5": DelayedDMC(some_gates(importance=True, gamma=True), -0.5, delay=5),
+    "dmc by gates, delay 5, no gamma": DelayedDMC(some_gates(importance=True), -0.5, delay=5),
+    "dmc by gates, at once, gamma": DelayedDMC(some_gates(gamma=True), delay=0),
+    "dmc by gates, delay 16, unlimited": DelayedDMC(
+        some_gates(importance=True), -0.5, settings=DMCSettings(None, offset=0.0)
+    ),
     "tova, 11 slots": TOVA(11),
     "tova, 8 slots, without the channel": TOVA(8, channel_scale=0.0),
     "tova, 5 slots, 2.5 tokens for one": TOVA(5, ratio=2.5),
@@ -63,7 +74,13 @@ T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
 # Of each method one in `make test`; in the engine, which takes longest, of each kind of method.
-IN_ENGINE = ("dense", "dmc, window 3", "dms, delay 5", "window, 6 slots, 3 tokens for one")
+IN_ENGINE = (
+    "dense",
+    "dmc, window 3",
+    "dms, delay 5",
+    "dmc by gates, delay 5",
+    "window, 6 slots, 3 tokens for one",
+)
 QUICK = (*IN_ENGINE, "tova, 8 slots, without the channel", "h2o, 3 slots, 2 tokens for one")
 
 
@@ -105,11 +122,14 @@ def positions_of(tokens):
 
 @functools.partial(jax.jit, static_argnames="config")
 def empty_cache(config, policy):
-    """Three seats, in pages of NaN."""
+    """Three seats, in pages of NaN, and of slots without tokens."""
     cache = paged_cache.init(
         *(config, policy), seats=3, pages=90, page_size=PAGE, max_length=T, dtype=jnp.float32
     )
-    return dataclasses.replace(cache, pages=jax.tree.map(lambda x: x * jnp.nan, cache.pages))
+    poison = jax.tree.map(
+        lambda x: x * (jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0), cache.pages
+    )
+    return dataclasses.replace(cache, pages=poison)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -183,6 +203,20 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
         check(splits)
 
     any_chunks()
+
+
+@pytest.mark.parametrize("name", ["dmc, window 3", "dms, delay 5", "dmc by gates, delay 5"])
+def every_seat_of_a_cache_has_a_threshold_of_its_own_test(name):
+    params, config = model()
+    policy, tokens = TABLE[name], some_tokens()
+    seats = dataclasses.replace(policy, threshold=np.array([-1.0, 0.8, 9.0], np.float32))
+    cache, logits = read_chunks_then_rest(seats, tokens, [(1, 16), (0, 3), (13, 0)])
+    for row, threshold in enumerate((0.8, -1.0)):  # the first sequence is in the second seat
+        one = dataclasses.replace(policy, threshold=threshold)
+        alone = whole(params, config, one, tokens, positions_of(tokens))
+        np.testing.assert_allclose(logits[row], alone.logits[row], atol=TOLERANCE, rtol=0)
+        np.testing.assert_array_equal(cache.lengths[1 - row], slots_of(alone)[row])
+    assert cache.lengths[0].sum() < cache.lengths[1].sum()
 
 
 @every_policy
@@ -278,6 +312,9 @@ def thresholds_of_many_values_are_one_program_test():
             "with no other policy",
         ),
         (DMC(DMCSettings()), {"gates": DMS(some_gates())}, "models as they were pretrained"),
+        (DMC(DMCSettings()), {"gates": DelayedDMC(some_gates())}, "models as they were pretrained"),
+        (Dense(), {"name": "dms", "gates": DelayedDMC(some_gates())}, "gates: these are for dmc"),
+        (Dense(), {"gates": DMS(some_gates()), "window": 3}, "window: .* dms does not"),
         (Dense(), {"threshold": 1.0}, "threshold: .* dense has none"),
         (Dense(), {"gates": DMS(some_gates()), "threshold": float("nan")}, "expected a logit"),
         (DMC(DMCSettings()), {"name": "dense", "window": 3}, "window: .* policy dense does not"),
@@ -300,16 +337,58 @@ def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
     gates = DMS(some_gates(), 0.3)
     assert policy_for(Dense(), gates=gates, ratio=2.0) is gates  # which were looked up for it
     assert policy_for(Dense(), gates=gates, threshold=2.0).threshold == 2.0
+    merging = DelayedDMC(some_gates(gamma=True), 0.3)
+    assert policy_for(Dense(), gates=merging) is merging
+    changed = policy_for(Dense(), gates=merging, threshold=2.0, window=0)
+    assert (changed.threshold, changed.settings.window, changed.delay) == (2.0, None, 16)
     assert policy_for(trained, window=0) == DMC(dataclasses.replace(settings, window=None), 0.5)
+
+
+@pytest.mark.parametrize(
+    "delay, settings, complaint",
+    [
+        (-1, DMCSettings(offset=0.0), "delay: expected tokens, or 0 to merge at once, got -1"),
+        (16, DMCSettings(), "offset: gates have a bias in its place, got 5.0"),
+    ],
+)
+def merging_by_gates_that_cannot_be_is_refused_test(delay, settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        DelayedDMC(some_gates(), delay=delay, settings=settings)
 
 
 @every_policy
 def a_policy_is_what_json_says_of_it_test(policy):
     values = json.loads(json.dumps(to_json(policy)))
     assert values["name"] == policy.name
-    if policy.name in ("dense", "dmc"):  # which are what checkpoints are trained for
+    if isinstance(policy, Trained):
         assert from_json(values) == policy
 
 
 def json_of_a_fixed_budget_is_as_in_snapshots_from_before_there_were_others_test():
     assert to_json(TOVA(9)) == {"name": "tova", "budget": 9, "channel_scale": None}
+
+
+def gates_that_merge_learn_all_that_they_read_test():
+    """Training form: relaxed decisions, counted by their probabilities, and their gradients."""
+    params, config = model()
+    policy = DelayedDMC(some_gates(importance=True, gamma=True), 0.3, delay=3)
+    tokens, key = some_tokens(length=24), jax.random.key(0)
+    weight = jax.random.normal(jax.random.key(1), (2, 24, 50))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(policy):
+        attend = attend_whole(policy, config, jnp.asarray(positions_of(tokens)), noise_key=key)
+        output = Llama(config).apply({"params": params}, tokens, attend=attend)
+        counted = sum(record.decisions.sum() for record in output.records)
+        return jnp.sum(weight * output.logits) + counted, output.records
+
+    (_, records), gradient = loss(policy)
+    decisions = np.concatenate([np.asarray(x.decisions).ravel() for x in records])
+    assert ((decisions > 0) & (decisions < 1)).all()
+    assert all(set(np.unique(x.appends)) == {0.0, 1.0} for x in records)
+    for name, x in vars(gradient.gates).items():
+        assert np.isfinite(x).all() and np.abs(x).max() > 1e-3, name
+    assert abs(gradient.threshold) > 1e-3
+    # The logits and the threshold move together.
+    np.testing.assert_allclose(gradient.threshold, -gradient.gates.bias.sum(), rtol=1e-3)

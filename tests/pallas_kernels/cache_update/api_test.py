@@ -95,6 +95,24 @@ def a_segment_of_three_tokens_is_their_weighted_mean_within_the_window_test(upda
 
 
 @every_update
+def every_sequence_decides_by_its_own_threshold_test(update):
+    # No page is full, and every row has a segment; the last channel of a key says its threshold.
+    workload = dataclasses.replace(CORRECTNESS[0], seats=3, rows=2)
+    state, (q, k, v), others = make_inputs(workload)
+    state = state._replace(
+        lengths=jnp.full_like(state.lengths, 5),
+        segment=state.segment._replace(count=jnp.full_like(state.segment.count, 2)),
+    )
+    others |= {"active": jnp.ones(3, bool), "threshold": jnp.array([2.0, -1.0, 0.5])}
+    k = k.at[..., -1].set(jnp.array([[2.1, 1.9], [-0.9, -1.1], [0.6, 0.4]]) + others["offset"])
+    table = jnp.arange(18, dtype=jnp.int32).reshape(3, 2, 3)
+    others |= {"page_table": table, "first": 0}
+    _, after = cache_update(state, q, k, v, **others, implementation=update)
+    np.testing.assert_array_equal(after.lengths, [[5, 6]] * 3)
+    np.testing.assert_array_equal(after.segment.count, [[3, 1]] * 3)
+
+
+@every_update
 @pytest.mark.parametrize("channel, last", [(0.0, 0), (0.5, 25), (1.0, 100)])
 def keys_and_queries_are_rotated_at_the_position_and_their_last_channel_scaled_test(
     update, channel, last
@@ -445,4 +463,12 @@ def a_token_that_breaks_the_contract_is_refused_test(index, change, complaint):
     (state, token, others), _ = inputs_and_expected(CORRECTNESS[0])
     token = [change(x) if i == index else x for i, x in enumerate(token)]
     with pytest.raises(ValueError, match=complaint):
+        cache_update(state, *token, **others, implementation="reference")
+
+
+@pytest.mark.usefixtures("annotations_aside")
+def thresholds_for_other_sequences_are_refused_test():
+    (state, token, others), _ = inputs_and_expected(CORRECTNESS[0])
+    others = others | {"threshold": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"threshold must be a number or \(3,\), got \(2,\)"):
         cache_update(state, *token, **others, implementation="reference")

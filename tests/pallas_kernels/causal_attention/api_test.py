@@ -119,6 +119,51 @@ def keys_may_be_spared_for_more_than_their_own_token_test(spared):
             assert_close(one, other, "float32")
 
 
+# Of raw tokens and of states after a delay; blocks have 16 and 32 tokens.
+@pytest.mark.parametrize(
+    "first, until, spared",
+    [
+        *((0, 1, 1), (0, 20, 1), (0, 33, 3), (7, 30, 9)),
+        *((5, None, 6), (16, None, 17), (40, None, 41), (90, None, 1)),
+    ],
+)
+def keys_of_any_ages_with_two_biases_equal_the_reference_test(first, until, spared):
+    inputs, segment_ids, d_out = make_inputs(Workload(2, 80, 4, 2, 16), seed=4)
+    rng = np.random.default_rng(5)
+    spared_bias, d_lse = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in (inputs[3].shape, d_out.shape[:3])
+    )
+    how = {"scale": 0.25, "segment_ids": segment_ids, "spared": spared}
+    how |= {"first": first, "until": until, "with_lse": True}
+
+    def attended(attend):
+        def run(q, k, v, bias, spared_bias):
+            out, lse = attend(q, k, v, bias, spared_bias=spared_bias, **how)
+            return out, jnp.where(jnp.isneginf(lse), 0.0, lse), jnp.isneginf(lse)
+
+        (*values, blind), pullback = jax.vjp(run, *inputs, spared_bias)
+        nothing = np.zeros(blind.shape, jax.dtypes.float0)
+        return *values, blind, *pullback((d_out, d_lse, nothing))
+
+    expected = attended(reference.causal_attention)
+    assert expected[2].any() == (first > 0)
+    for attend in (
+        functools.partial(kernels.causal_attention, settings=SMALL),
+        functools.partial(core.causal_attention, block=16),
+    ):
+        for one, other in zip(attended(attend), expected, strict=True):
+            assert_close(one, other, "float32")
+
+
+@pytest.mark.parametrize("first, until", [(-1, None), (3, 3), (0, 0)])
+def ages_that_no_key_has_are_refused_test(first, until):
+    (q, k, v, bias), _, _ = make_inputs(Workload(1, 8, 1, 1, 16))
+    ages = {"first": first, "until": until}
+    with pytest.raises(ValueError, match="ages must be 0 <= first < until"):
+        api.causal_attention(q, k, v, bias, scale=1.0, **ages, implementation="reference")
+
+
 def without_a_bias_it_is_ordinary_attention_test():
     (q, k, v, _), _, _ = make_inputs(Workload(1, 40, 4, 2, 16, documents=False))
     got = kernels.causal_attention(q, k, v, scale=0.25, settings=SMALL)

@@ -25,7 +25,7 @@ KERNELS = {
 }
 DEFAULT = settings_for("no such device")
 INTEGERS = ("starts_ptr", "ends_ptr")
-WIDE = ("bias_ptr", "lse_ptr", "delta_ptr", "dbias_ptr")
+WIDE = ("bias_ptr", "spared_ptr", "lse_ptr", "delta_ptr", "dbias_ptr", "dspared_ptr")
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +33,12 @@ def compiled_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_attention(name, blocks, capability, *, T=4096, N=32, K=8, H=128, dtype="bfloat16"):
+def compile_attention(
+    name, blocks, capability, *, T=4096, N=32, K=8, H=128, dtype="bfloat16", **ages
+):
     kernel = KERNELS[name]
     q, k = (jax.ShapeDtypeStruct((1, T, heads, H), dtype) for heads in (N, K))
-    fixed = constants(q, k, H**-0.5, blocks)
+    fixed = constants(q, k, H**-0.5, blocks, **ages)
     if name != "forward":
         fixed |= {"SCALE": H**-0.5}
     dtypes = {name: dtype for name in kernel.arg_names if name not in fixed}
@@ -60,6 +62,18 @@ def the_default_uses_what_hopper_has_and_does_not_spill_test(name, blocks):
     usage = compile_attention(name, blocks, 90)
     assert usage.spilled == 0
     assert usage.resident(blocks.warps, 90) >= 1
+    assert_multiplies_by_warpgroups_from_shared_memory(usage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ages", [{"until": 16}, {"first": 16, "spared": 17, "other": True}], ids=["raw", "states"]
+)
+@pytest.mark.parametrize("name", KERNELS)
+def keys_of_some_ages_spill_nothing_on_hopper_test(name, ages):
+    blocks = vars(DEFAULT)[name]
+    usage = compile_attention(name, blocks, 90, **ages)
+    assert usage.spilled == 0
     assert_multiplies_by_warpgroups_from_shared_memory(usage)
 
 

@@ -398,6 +398,92 @@ def an_implementation_without_plans_makes_none_and_takes_none_test(implementatio
         decode_attention(*inputs, scale=0.2, implementation=implementation, plan=plan)
 
 
+# ---- slots of several tokens --------------------------------------------------------------------
+
+COUNTS = [name for name in IMPLEMENTATIONS.names if name != "tpu"]
+
+
+def mass_of(inputs, seed=4):
+    """Tokens of every slot, 0 where nobody reads; and gamma of every row, some of it 0."""
+    rng = np.random.default_rng(seed)
+    live = np.isfinite(np.asarray(inputs.k_pages, np.float32)).all(axis=-1)
+    tokens = np.where(live, rng.choice([1, 2, 12, 2**16 - 1], live.shape), 0)
+    gamma = np.where(np.arange(len(inputs.q)) % 3, rng.normal(size=len(inputs.q)), 0)
+    return {"tokens": jnp.asarray(tokens, jnp.uint16), "gamma": jnp.asarray(gamma, jnp.float32)}
+
+
+@pytest.mark.parametrize("implementation", COUNTS)
+def gamma_of_one_weighs_a_slot_like_all_its_tokens_test(implementation):
+    """Two slots of equal scores, with one token and with three: weights 1/4 and 3/4."""
+    values = jnp.zeros((1, 8, 4)).at[0, 0].set(4.0).at[0, 1].set(8.0)
+    arrays = jnp.zeros((1, 2, 4)), jnp.zeros((1, 8, 4)), values, jnp.zeros((1, 1), jnp.int32)
+    attend = functools.partial(
+        *(decode_attention, *arrays, jnp.array([2], jnp.int32)),
+        scale=1.0,
+        implementation=implementation,
+        tokens=jnp.zeros((1, 8), jnp.uint16).at[0, :2].set(jnp.array([1, 3], jnp.uint16)),
+    )
+    np.testing.assert_allclose(attend(gamma=jnp.ones(1))[0], 7.0, rtol=1e-6)
+    np.testing.assert_allclose(attend(gamma=-jnp.ones(1))[0], 5.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", COUNTS)
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload("counted", (0, 1, 70, 300, 16, 33), 2, 32, 16),
+        Workload("counted", (40, 0, 500), 4, 64, 8, dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def gamma_times_the_logarithm_of_tokens_is_added_to_scores_test(implementation, workload):
+    """One more channel says it too: gamma of queries, log tokens of keys."""
+    inputs = inputs_of(workload)
+    mass = mass_of(inputs)
+    options = {"scale": 0.2, "implementation": implementation}
+    actual = decode_attention(*inputs, **options, **mass)
+    more = jnp.log(mass["tokens"].astype(jnp.float32))
+    q, k, v = (x.astype(jnp.float32) for x in inputs[:3])
+    added = jnp.broadcast_to(mass["gamma"][:, None, None] / 0.2, (*q.shape[:2], 1))
+    wide = (
+        jnp.concatenate([q, added], axis=-1),
+        jnp.concatenate([k, more[..., None]], axis=-1),
+        jnp.pad(v, [(0, 0), (0, 0), (0, 1)]),
+    )
+    expected = decode_attention(*wide, *inputs[3:], scale=0.2, implementation="reference")
+    assert_close(actual, expected[..., :-1].astype(actual.dtype))
+    without = decode_attention(*inputs, **options)
+    assert np.abs(np.asarray(actual - without, np.float32)).max() > 0.1
+    nothing = mass | {"gamma": jnp.zeros_like(mass["gamma"])}
+    assert_close(decode_attention(*inputs, **options, **nothing), without)
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def slots_of_several_tokens_are_found_by_a_plan_for_all_layers_test(implementation):
+    rows = (100, 3, 0, 40, 70, 8, 16, 33, 5, 64)
+    inputs = inputs_of(Workload("of_layers", rows, 2, 32, 8))
+    of_layer = np.array([2, 3, 7, 8])
+    mass = mass_of(inputs)
+    mass["gamma"] = mass["gamma"][of_layer]
+    whole = inputs.page_table.reshape(2, 5, -1), inputs.lengths.reshape(2, 5)
+    cut = inputs.page_table[of_layer], inputs.lengths[of_layer]
+    plan = plan_decode_attention(
+        cut[1] + 1, inputs.k_pages, longest=104, implementation=implementation
+    )
+    arrays = inputs.q[of_layer], inputs.k_pages, inputs.v_pages
+    out = decode_attention(
+        *(*arrays, *whole), scale=0.2, implementation=implementation, first=2, plan=plan, **mass
+    )
+    expected = decode_attention(*arrays, *cut, scale=0.2, implementation="reference", **mass)
+    assert_close(out, expected)
+
+
+def tokens_without_gamma_are_refused_test():
+    inputs = inputs_of(RAGGED)
+    with pytest.raises(ValueError, match="tokens and gamma go together"):
+        decode_attention(*inputs, scale=0.2, tokens=mass_of(inputs)["tokens"])
+
+
 # ---- workloads ----------------------------------------------------------------------------------
 
 

