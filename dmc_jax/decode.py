@@ -24,7 +24,7 @@ from dmc_jax.inference.output import EXISTING, Output, as_json, check_output, re
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts, read_text
 from dmc_jax.inference.requests import Event, Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.policies.choice import POLICIES
+from dmc_jax.policies.choice import BUDGETED, POLICIES
 
 _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
 _INTERRUPTED = 130  # the exit code
@@ -62,7 +62,9 @@ _WINDOW = flags.DEFINE_integer(
 _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What the cache keeps; default: what the model was trained for."
 )
-_BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
+_BUDGET = flags.DEFINE_integer(
+    "budget", None, f"Slots of a row, with --policy={'|'.join(BUDGETED)}; with --ratio, the least."
+)
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Logit above which DMC merges or gates drop; default: that of training."
 )
@@ -73,7 +75,9 @@ _GATES = flags.DEFINE(
     "File of gates, or the name of some that come along: they make a pretrained model compress as "
     "it is.",
 )
-_RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
+_RATIO = flags.DEFINE_float(
+    "ratio", None, "Tokens per slot that gates shall come to, or with which the budget grows."
+)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of a prompt and its continuation at most; default: the model's."
 )

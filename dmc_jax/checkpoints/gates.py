@@ -191,16 +191,17 @@ def gates_for(
     Args:
         name: as in `find_gates`; None: no other than its own.
         config: sizes of the model that they shall serve.
-        ratio: tokens per slot; None: as stored.
+        ratio: tokens per slot; None: as stored. Without gates it is for others.
         threshold: given in its place; is only checked.
         own: those that came along with the model.
 
     Raises:
-        UserError: both, a ratio without gates or outside of what was measured, or as `find_gates`
-            and `load_gates`.
+        UserError: both, a ratio outside of what was measured, or as `find_gates` and `load_gates`.
     """
     gates = own if name is None else load_gates(find_gates(name), config)
-    if ratio is not None and (gates is None or threshold is not None):
+    if gates is None:
+        return None
+    if ratio is not None and threshold is not None:
         raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
     return gates if ratio is None else dataclasses.replace(gates, policy=gates.at(ratio))
 

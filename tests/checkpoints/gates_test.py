@@ -185,7 +185,7 @@ def gates_of_another_model_are_refused_test(file, without_tokenizer, tmp_path):
         engine_of(model_of(policy=DMC(DMCSettings())), gates=file)
     with pytest.raises(UserError, match=r"sizes .*'bias': \(6,\).* needs .*'bias': \(4,\)"):
         load_gates(file, build()[1])
-    with pytest.raises(UserError, match="ratio: it is looked up in a file of gates"):
+    with pytest.raises(UserError, match="ratio: .* or a file of gates, not with dense"):
         engine_of(ratio=2.0)
     with pytest.raises(UserError, match="ratio: it is looked up in a file of gates"):
         engine_of(gates=file, ratio=2.0, threshold=0.0)

@@ -84,7 +84,7 @@ def the_file_serves_the_model_it_was_made_for_test(run, directory):
     found = json.loads(measured.stdout)["evaluation"]
     assert found["ratio"] == pytest.approx(wanted, rel=0.15)
     assert refused.returncode == 2 and "these gates were measured from 1 to" in refused.stderr
-    assert alone.returncode == 2 and "ratio: it is looked up in a file of gates" in alone.stderr
+    assert alone.returncode == 2 and "or a file of gates, not with dense" in alone.stderr
     assert own.returncode == 2 and f"({run.init_from})" in own.stderr
     with pytest.raises(UserError, match="holds gates, and no model"):
         find_model(directory)
