@@ -26,7 +26,7 @@ from dmc_jax.inference.requests import Event, Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.policies.choice import BUDGETED, POLICIES
 
-_DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
+_DEMO_RUN = Path("runs/tiny_4x")  # what `make demo-train` makes
 _INTERRUPTED = 130  # the exit code
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
 
@@ -35,7 +35,7 @@ _CHECKPOINT = flags.DEFINE(
     "checkpoint",
     None,
     "A run's directory, a stage of it, a step, the folder of a Hugging Face, Meta or Megatron "
-    "checkpoint, or a GGUF file; default: the run of `make demo`.",
+    "checkpoint, or a GGUF file; default: the run of `make demo-train`.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.")
 _PROMPT_FILE = flags.DEFINE(commands.PATH, "prompt_file", None, "File whose text is the prompt.")
@@ -233,7 +233,7 @@ def _prompts() -> list[PromptLine]:
 def _checkpoint() -> str | Path:
     if _CHECKPOINT.value is None and not _DEMO_RUN.is_dir():
         raise UserError(
-            f"no --checkpoint, and no run of the demo in {_DEMO_RUN}: `make demo` makes one"
+            f"no --checkpoint, and no run of the demo in {_DEMO_RUN}: `make demo-train` makes one"
         )
     return _CHECKPOINT.value or _DEMO_RUN
 

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # The demo: a small Llama, retrofitted to 4x
+# # The paper's recipe in small: a Llama of a million parameters, retrofitted to 4x
 #
 # Trains a Llama of a million parameters on the Python standard library's text, retrofits it with
 # DMC to a cache a quarter the size, and compares it, on files that none of this has seen, with
@@ -160,7 +160,7 @@ minutes = (time.perf_counter() - started) / 60
 (report / "comparison.json").write_text(
     json.dumps(
         {
-            "machine": machine("make demo"),
+            "machine": machine("make demo-train"),
             "minutes": minutes,
             "data": data.manifest["source"],
             "split": "test",

@@ -200,7 +200,7 @@ def decode_refuses_bad_flags_before_it_loads_anything_test(tmp_path):
     cases = [
         (["--prompt=a", "--prompts=b"], "give one of --prompt, --prompt_file and --prompts"),
         (["--prompts=-"], "- has no prompt"),
-        (["--prompt=a"], "`make demo` makes one"),
+        (["--prompt=a"], "`make demo-train` makes one"),
         (["--prompt=a", "--output=nowhere/x"], "cannot write --output=nowhere/x"),
         (["--prompt=x", "--checkpoint=nowhere"], "no complete checkpoint"),
     ]
