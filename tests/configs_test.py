@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dmc_jax.checkpoints.metadata import Metadata
@@ -21,13 +22,15 @@ from dmc_jax.evaluation import perplexity
 from dmc_jax.model.sharding import batch_sharding, make_mesh
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
-from dmc_jax.training import stages
+from dmc_jax.training import gated, stages
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import abstract_state
 from dmc_jax.training.step import make_train_step
 from tests.tiny_llama import build
 
-FILES = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "paper")
+ARGUED = ("paper", "gates")  # take arguments
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+FILES = [path for path in FILES if path.stem not in ARGUED]
 STEPS = {"7b_2x": 6_000, "7b_4x": 18_000, "7b_8x": 42_000, "13b_4x": 18_000, "13b_8x": 42_000}
 STEPS |= {"70b_4x": 18_000, "llama3_8b_4x": 18_000}
 # Seconds of tracing each, of what 7b_4x has already in other sizes or for other numbers of steps.
@@ -35,7 +38,7 @@ SLOW_TO_TRACE = {"7b_2x", "7b_8x", "13b_4x", "13b_8x"}
 
 
 def every_named_config_is_there_test():
-    assert {*STEPS, "tiny_4x"} <= {path.stem for path in FILES}
+    assert {*STEPS, "tiny_4x", "smollm2_gates"} <= {path.stem for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -109,6 +112,8 @@ def the_papers_recipe_takes_the_sizes_of_a_checkpoint_test(tmp_path, monkeypatch
         ("paper:tests,ratio=4", "no complete checkpoint in tests"),
         ("paper:7b,ratio=1", "a ratio above 1"),
         ("paper:7b,ratio=nan", "got '7b,ratio=nan'"),
+        ("gates", "gates.py needs arguments"),
+        ("gates:none", "no complete checkpoint in none"),
         ("tiny_4x:7b", "tiny_4x.py takes no arguments; got 'tiny_4x:7b'"),
     ],
 )
@@ -158,11 +163,18 @@ def every_stage_traces_abstractly_test(path):
     run = dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     mesh = make_mesh(run.mesh)
     optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
-    state = abstract_state(run.model, optimizer, mesh)
-    batch = abstract_batch(run.data.batch, run.data.length, mesh)
+    state, other = abstract_state(run.model, optimizer, mesh), None
+    batch = abstract_batch(max(4, run.data.batch), run.data.length, mesh)
     for stage in run.stage_names:
-        step = make_train_step(run, stage, mesh, optimizer)
-        after, metrics = jax.eval_shape(step, state, batch, None)
+        if stage == "closed_form":  # which is no step
+            continue
+        if stage == "distill":
+            other, optimizer = state.params, gated.make_optimizer(run)
+            state = jax.eval_shape(lambda o=optimizer: gated.state_of(gated.empty(run), o))
+            step = gated.make_distill_step(run, mesh, optimizer, np.zeros(run.model.vocab_size))
+        else:
+            step = make_train_step(run, stage, mesh, optimizer)
+        after, metrics = jax.eval_shape(step, state, batch, other)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
         assert metrics["loss"].shape == ()
         if stage in ("retrofit", "finetune"):

@@ -38,6 +38,8 @@ def the_installed_package_works_from_any_folder_test(tmp_path):
     source, site, folder = tmp_path / "source", tmp_path / "site", tmp_path / "folder"
     for name in PACKED:
         shutil.copytree(ROOT / name, source / name)
+    (source / "dmc_jax/gates").mkdir(exist_ok=True)
+    (source / "dmc_jax/gates/some_dms.safetensors").write_bytes(b"gates")
     for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
         shutil.copy(ROOT / name, source / name)
     pip = [
@@ -81,6 +83,11 @@ def the_installed_package_works_from_any_folder_test(tmp_path):
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: 7b_8x cannot start; what is missing")
     assert "data/llama2" in missing.stderr
+    # Gates come along, and are found by name.
+    decode = [dmc, "decode", "--checkpoint=runs/tiny_4x", "--prompt=a"]
+    named, unknown = (run(*decode, f"--gates={name}") for name in ("some_dms", "magic"))
+    assert f"{site}/dmc_jax/gates/some_dms.safetensors is not a file of gates" in named.stderr
+    assert "magic is no file" in unknown.stderr and "some_dms" in unknown.stderr
     code = "import dmc_jax as dmc; print(dmc.__file__, dmc.load('runs/tiny_4x').config.layers)"
     loaded = run("-c", code)
     assert loaded.stdout.startswith(str(site)), loaded

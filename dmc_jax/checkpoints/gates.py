@@ -12,6 +12,8 @@ import json
 import math
 import os
 import typing
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +33,7 @@ from dmc_jax.policies.delayed_dmc import DelayedDMC
 _NAME = "dmc_jax"
 _VERSION = 1
 _METHODS = {policy.name: policy for policy in typing.get_args(Gated)}
+SHIPPED = Path(__file__).parents[1] / "gates"  # files that are found by name
 _SAMPLED = 256  # numbers of every array that a model is recognised by
 
 
@@ -47,7 +50,7 @@ class Measured:
 class StoredGates:
     """A file of gates."""
 
-    policy: Gated  # its threshold is that of the first entry of the table
+    policy: Gated  # its threshold is that of the first entry of the table, unless one was chosen
     base_sha256: str  # of the model, by `model_hash`
     table: tuple[Measured, ...]  # ratios rise
     about: dict[str, Any]  # how they were made: command, text, tokens, machine, ...
@@ -64,7 +67,7 @@ class StoredGates:
                 share = (math.log(ratio) - math.log(low.ratio)) / (
                     math.log(high.ratio) - math.log(low.ratio)
                 )
-                threshold = low.threshold + share * (high.threshold - low.threshold)
+                threshold = (1 - share) * low.threshold + share * high.threshold
                 return dataclasses.replace(self.policy, threshold=threshold)
         raise UserError(
             f"ratio: these gates were measured from {self.table[0].ratio:g} to "
@@ -155,28 +158,51 @@ def _check_sizes(path, arrays, config: ModelConfig) -> None:
         raise UserError(f"{path} has gates of sizes {found}, the model needs {wanted}")
 
 
+def find_gates(name: str | os.PathLike, folder: Path = SHIPPED) -> Path:
+    """Find a file of gates.
+
+    Args:
+        name: a path, or where there is no such file, the name of one that comes along.
+        folder: that holds those.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = {file.stem: file for file in sorted(folder.glob("*.safetensors"))}
+    if str(name) not in known:
+        raise UserError(
+            f"{name} is no file, and no name of gates that come with dmc_jax, which are "
+            f"{', '.join(known) or 'none yet'}"
+        )
+    return known[str(name)]
+
+
 def gates_for(
-    path: str | os.PathLike | None,
+    name: str | os.PathLike | None,
     config: ModelConfig,
     ratio: float | None = None,
     threshold: float | None = None,
+    own: StoredGates | None = None,
 ) -> StoredGates | None:
-    """Read a file of gates, if there is one, and set its policy's threshold for a ratio.
+    """Read the gates that a model runs with, if any, and set their threshold for a ratio.
 
     Args:
-        path: of the file; None: there is none.
+        name: as in `find_gates`; None: no other than its own.
         config: sizes of the model that they shall serve.
-        ratio: tokens per slot; None: as stored.
+        ratio: tokens per slot; None: as stored. Without gates it is for others.
         threshold: given in its place; is only checked.
+        own: those that came along with the model.
 
     Raises:
-        UserError: both, a ratio without gates or outside of what was measured, or as `load_gates`.
+        UserError: both, a ratio outside of what was measured, or as `find_gates` and `load_gates`.
     """
-    if ratio is not None and (path is None or threshold is not None):
-        raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
-    if path is None:
+    gates = own if name is None else load_gates(find_gates(name), config)
+    if gates is None:
         return None
-    gates = load_gates(path, config)
+    if ratio is not None and threshold is not None:
+        raise UserError("ratio: it is looked up in a file of gates, in place of a threshold")
     return gates if ratio is None else dataclasses.replace(gates, policy=gates.at(ratio))
 
 
@@ -191,7 +217,15 @@ def check_base(gates: StoredGates, params: Any, config: ModelConfig) -> None:
     Raises:
         UserError: they were.
     """
-    found = model_hash(params, config)
+    check_hash(gates, model_hash(params, config))
+
+
+def check_hash(gates: StoredGates, found: str) -> None:
+    """Refuse gates that were made for another model than the one with this hash.
+
+    Raises:
+        UserError: they were.
+    """
     if found != gates.base_sha256:
         raise UserError(
             f"{gates.path} was made for another model (hash {gates.base_sha256[:12]}..., this one "
@@ -208,10 +242,32 @@ def model_hash(params: Any, config: ModelConfig) -> str:
         params: as `init_params` gives them.
         config: its sizes.
     """
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return hash_of_samples(
+        (
+            (jax.tree_util.keystr(path), leaf.shape, leaf.reshape(-1)[sampled(leaf.size)])
+            for path, leaf in leaves
+        ),
+        config,
+    )
+
+
+def sampled(size: int) -> np.ndarray:
+    """Index the numbers of a flat array that `model_hash` looks at."""
+    return np.linspace(0, size - 1, _SAMPLED).astype(np.int64)
+
+
+def hash_of_samples(
+    samples: Iterable[tuple[str, tuple[int, ...], Any]], config: ModelConfig
+) -> str:
+    """Hash what `model_hash` looks at.
+
+    Args:
+        samples: name and shape of every array, in order, and its numbers at `sampled`.
+        config: sizes of the model.
+    """
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}\n".encode())
-        flat = leaf.reshape(-1)
-        some = flat[np.linspace(0, flat.size - 1, _SAMPLED).astype(np.int64)]
-        digest.update(np.asarray(jnp.asarray(some, jnp.bfloat16)).tobytes())
+    for name, shape, numbers in samples:
+        digest.update(f"{name} {shape}\n".encode())
+        digest.update(np.asarray(jnp.asarray(numbers, jnp.bfloat16)).tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dmc_jax.checkpoints.gates import StoredGates
 from dmc_jax.checkpoints.metadata import FORMAT, Metadata, load_metadata
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import load_params
@@ -38,6 +39,7 @@ class StoredModel:
     tokenizer_sha256: frozenset[str]  # of its tokenizer, in each form that it has; empty: unknown
     read_params: Callable[[Any], Any]  # a tree of `jax.ShapeDtypeStruct` -> of arrays placed so
     notes: tuple[str, ...] = ()  # what the user should know, a sentence each
+    gates: StoredGates | None = None  # that came along, with which it compresses
 
     @property
     def config(self) -> ModelConfig:
@@ -48,6 +50,14 @@ class StoredModel:
     def policy(self) -> Trained:
         """What it was trained for."""
         return self.metadata.policy
+
+    def own_gates(self, policy: str | None) -> StoredGates | None:
+        """The gates that came along, unless it shall run with a policy that they are not for.
+
+        Args:
+            policy: its name; None: what the model is for.
+        """
+        return self.gates if self.gates and policy in (None, self.gates.policy.name) else None
 
     def accepts_tokenizer(self, sha256: str) -> bool:
         """Whether a tokenizer may be its own: False where that is known to be another."""

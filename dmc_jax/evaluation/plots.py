@@ -10,6 +10,7 @@ from dmc_jax.checkpoints.metadata import Metadata
 # Blue and orange of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _MEASURED, _TARGET = "#0072B2", "#D55E00"
 _QUIET = "#8A8A8A"
+_COLOURS = (_MEASURED, _TARGET, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _INCHES_PER_CELL = 0.62, 0.36
 
 
@@ -130,4 +131,35 @@ def heatmap(measured: dict, target: float, title: str) -> Figure:
     bar.ax.set_ylim(max(low, 0.0), high)
     bar.set_ticks(ticks, labels=[f"{2**t:g}" for t in ticks])
     bar.outline.set_visible(False)
+    return figure
+
+
+def quality_by_bytes(rows: list[dict]) -> Figure:
+    """Draw divergence over bytes of cache, a panel a length and a line a method.
+
+    Args:
+        rows: with "length", "method", "cache_bytes" and "divergence"; the method "dense" is a mark.
+    """
+    lengths = sorted({row["length"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
+    figure = Figure(figsize=(4.6 * len(lengths), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, length in zip(
+        figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
+    ):
+        here = [row for row in rows if row["length"] == length]
+        for method, colour in zip(methods, _COLOURS, strict=False):
+            points = [
+                (r["cache_bytes"] / 1e6, r["divergence"]) for r in here if r["method"] == method
+            ]
+            axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=method)
+        for row in here:
+            if row["method"] == "dense":
+                axes.plot(row["cache_bytes"] / 1e6, 0.0, "s", color=_QUIET, label="dense")
+        axes.set(xlabel="cache at the end (MB)", title=f"{length:,} tokens")
+        axes.set_ylim(bottom=0.0)
+        axes.grid(color="#E6E6E6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("divergence from dense (nats a token)")
+    figure.axes[0].legend(frameon=False)
     return figure

@@ -142,10 +142,12 @@ class Engine:
             dtype: of the forward pass and the cache; None: that of training, but float32 on a
                 CPU, where XLA copies the whole pool to write to a bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
-            budget: slots of a row, for "tova".
+            budget: slots of a row, for "tova", "h2o" and "window"; with a ratio, the least.
             threshold: logit above which "dmc" merges and "dms" drops; None: that of training.
-            gates: their file, made for this model; it says whether they drop or merge.
-            ratio: tokens per slot that these gates shall come to; None: as `threshold` says.
+            gates: their file, or the name of some that come with dmc_jax, made for this model; it
+                says whether they drop or merge. None: those that the checkpoint has.
+            ratio: tokens per slot that these gates shall come to, None: as `threshold` says; or
+                with which a budget grows.
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
             options: `page_size`, `max_length`, `chunk` of the engine.
 
@@ -154,12 +156,14 @@ class Engine:
                 engine.
         """
         model = path if isinstance(path, StoredModel) else find_model(path)
-        stored = gates_for(gates, model.config, ratio, threshold)
+        own = model.own_gates(policy)
+        stored = gates_for(gates, model.config, ratio, threshold, own)
         keeps = policy_for(
             model.policy,
             name=policy,
             window=window,
             budget=budget,
+            ratio=ratio,
             threshold=threshold,
             gates=stored and stored.policy,
         )

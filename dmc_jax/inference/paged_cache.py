@@ -81,12 +81,38 @@ def init(
         pages=pool,
         page_table=jnp.zeros((*rows, pages_of(longest, page_size)), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
-        state=policy.start(rows, config.head_dim, tokens),
+        state=policy.start(rows, config.head_dim, tokens, longest),
         position=jnp.zeros(seats, jnp.int32),
         free_pages=jnp.arange(pages, dtype=jnp.int32),
         free_count=jnp.int32(pages),
         failed=jnp.zeros(seats, bool),
     )
+
+
+def widen(cache: PagedCache, policy: Policy, max_length: int) -> PagedCache:
+    """Give page tables, and what rows remember of each slot, room for longer sequences.
+
+    Args:
+        cache: given up. Not under jit.
+        policy: that it was made for.
+        max_length: tokens that a sequence may come to, no fewer than before.
+    """
+    rows, longest = cache.lengths.shape, policy.most_slots(max_length)
+    table = *rows, pages_of(longest, cache.pages.page_size)
+    state = jax.eval_shape(
+        lambda: policy.start(rows, cache.pages.k.shape[-1], cache.pages.dtype, longest)
+    )
+    return dataclasses.replace(
+        cache,
+        page_table=fitted(cache.page_table, table),
+        state=jax.tree.map(lambda x, wide: fitted(x, wide.shape), cache.state, state),
+    )
+
+
+def fitted(x: Array, shape: tuple[int, ...]) -> Array:
+    """Cut every axis to a size, or fill it up with zeros."""
+    x = x[tuple(map(slice, shape))]
+    return jnp.pad(x, [(0, size - had) for size, had in zip(shape, x.shape, strict=True)])
 
 
 # ---- the rows of one layer --------------------------------------------------------------------

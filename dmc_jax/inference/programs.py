@@ -99,20 +99,17 @@ def init(
 
 
 def widen(batch: Batch, policy: Policy, room: int) -> Batch:
-    """Give the page tables room for longer sequences.
+    """Give the rows room for longer sequences.
 
-    Every step reads whole tables, so their width is that of the sequences that came, and not of
-    those that the model could read.
+    Every step reads whole page tables, so their width is that of the sequences that came, and not
+    of those that the model could read.
 
     Args:
         batch: given up.
         policy: of the cache.
         room: tokens of a sequence.
     """
-    table = batch.cache.page_table
-    wanted = pages_of(policy.most_slots(room), batch.cache.pages.page_size)
-    table = jnp.pad(table, [(0, 0), (0, 0), (0, max(0, wanted - table.shape[2]))])
-    return dataclasses.replace(batch, cache=dataclasses.replace(batch.cache, page_table=table))
+    return dataclasses.replace(batch, cache=paged_cache.widen(batch.cache, policy, room))
 
 
 def read_prompts(

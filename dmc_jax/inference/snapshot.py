@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from dmc_jax.errors import UserError
 from dmc_jax.files import appears_when_complete
-from dmc_jax.inference.paged_cache import PagedCache, pages_of, reserve
+from dmc_jax.inference.paged_cache import PagedCache, fitted, pages_of, reserve
 from dmc_jax.inference.pages import Pages
 from dmc_jax.inference.sampling import SamplingParams
 
@@ -161,7 +161,9 @@ def _reserve(cache: PagedCache, lengths: Array, seat: Array) -> PagedCache:
 @functools.partial(jax.jit, donate_argnames="cache")
 def _write(cache, ids, pages, state, position, seat) -> PagedCache:
     def row_written(path, x):
-        return x.at[seat].set(state[jax.tree_util.keystr(path)].astype(x.dtype))
+        # Where there is something for each slot, the other cache had room for more or fewer.
+        row = fitted(state[jax.tree_util.keystr(path)], x.shape[1:])
+        return x.at[seat].set(row.astype(x.dtype))
 
     return dataclasses.replace(
         cache,

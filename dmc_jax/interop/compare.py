@@ -48,13 +48,14 @@ def logits_of(source: Source, prompts: list[list[int]]) -> list[Float[np.ndarray
     for prompt in prompts:
         _check_prompt(source, prompt)
     params = read_params(source)
+    policy = source.policy if source.gates is None else source.gates.policy
     # Padded to one length, so that one program serves all: nothing looks at what comes later.
     tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     logits = []
     for row, prompt in zip(tokens, prompts, strict=True):
-        padded = _forward(source.config, params, source.policy, row[None])
+        padded = _forward(source.config, params, policy, row[None])
         logits.append(np.asarray(padded[0, : len(prompt)]))
     return logits
 

@@ -46,4 +46,5 @@ def find_foreign(path: Path) -> StoredModel | None:
         tokenizer_sha256=frozenset(map(fingerprint, source.tokenizer)),
         read_params=read,
         notes=tuple(notes),
+        gates=source.gates,
     )

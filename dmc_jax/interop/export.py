@@ -1,8 +1,9 @@
-"""Checkpoints for Hugging Face's transformers, of dense and of DMC models.
+"""Checkpoints for Hugging Face's transformers: dense models, with gates or without, and DMC models.
 
 Any Llama of ours loads in `LlamaForCausalLM.from_pretrained`. A DMC model's weights do so too, but
-the merging is not in them: its export says so and carries `modeling_llama_dmc.py`, which computes
-it, for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
+the merging is not in them, nor are gates in those of the model that they serve: such an export says
+so and carries `modeling_llama_dmc.py`, which computes it, for
+`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dmc_jax.checkpoints.gates import StoredGates
+from dmc_jax.interop.gates import GATES_FILE, gates_json
 from dmc_jax.interop.huggingface import DMC_CONFIG, dmc_config_json
 from dmc_jax.interop.huggingface_config import config_json
 from dmc_jax.interop.output import copy_tokenizer
@@ -32,6 +35,21 @@ _WARNING = (
     "dense model that this one is not. Load it with AutoModelForCausalLM.from_pretrained(PATH, "
     "trust_remote_code=True), or with dmc_jax."
 )
+
+_GATES_WARNING = (
+    "Any other implementation runs the model without its gates: dense, with all tokens in its "
+    "cache. Load it with AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True), or "
+    "with dmc_jax."
+)
+
+_USE = """
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+logits = model(input_ids).logits
+```
+"""
 
 
 def write_huggingface(
@@ -64,10 +82,14 @@ def write_huggingface(
         if special is not None:
             bos = special.bos_id if special.bos_id >= 0 else None
             ids = {"bos_token_id": bos, "eos_token_id": ids_of(special)}
-    config = config_json(source.config, written, source.policy, ids)
+    gated = source.gates is not None
+    config = config_json(source.config, written, source.policy, ids, gated=gated)
     if isinstance(source.policy, DMC):
         config["dmc"] = {"warning": _WARNING} | dmc_config_json(source.policy)
         _write_json(folder / DMC_CONFIG, dmc_config_json(source.policy))
+    if gated:
+        config["gates"] = {"warning": _GATES_WARNING} | gates_json(source.gates)
+        shutil.copyfile(source.gates.path, folder / GATES_FILE)
     if "auto_map" in config:
         shutil.copyfile(_REMOTE_CODE, folder / _REMOTE_CODE.name)
     _write_json(folder / "config.json", config)
@@ -100,6 +122,8 @@ def model_card(source: Source) -> str:
         f"heads of {c.head_dim}, written by dmc_jax.",
         "",
     ]
+    if source.gates is not None:
+        return "\n".join([*lines, *_about_gates(source.gates)])
     if not isinstance(source.policy, DMC):
         return "\n".join(lines)
     s = source.policy.settings
@@ -110,14 +134,7 @@ def model_card(source: Source) -> str:
             "## A model with Dynamic Memory Compression",
             "",
             f"**{_WARNING}**",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)',
-            "logits = model(input_ids).logits",
-            "```",
-            "",
+            _USE,
             "Every KV head merges a token into its newest slot where the last channel of the key, "
             f"less {s.offset:g}, exceeds {source.policy.threshold:g}, within {window} "
             "(Nawrot et al. 2024, arXiv 2403.09636). The remote code computes whole sequences "
@@ -127,6 +144,27 @@ def model_card(source: Source) -> str:
             "",
         ]
     )
+
+
+def _about_gates(gates: StoredGates) -> list[str]:
+    table = [f"| {entry.ratio:.2f} | {entry.threshold:g} |" for entry in gates.table]
+    return [
+        "## With gates that drop tokens from the cache",
+        "",
+        f"**{_GATES_WARNING}**",
+        _USE,
+        "Every KV head reads from the input of its attention whether it drops a token, "
+        f"{gates.policy.delay} tokens later: where the logit of its gate exceeds "
+        f"{gates.policy.threshold:g} (Lancucki et al. 2025, arXiv 2506.05345). The remote code "
+        "computes whole sequences without a cache: it is for evaluation. The weights are those of "
+        f"the pretrained model, to which `{GATES_FILE}` belongs. Another threshold in "
+        "`config.json` gives another number of tokens per slot; on held-out text",
+        "",
+        "| tokens per slot | threshold |",
+        "|---|---|",
+        *table,
+        "",
+    ]
 
 
 def _converted(name: str, tensor: Tensor, dtype: np.dtype | None) -> Tensor:

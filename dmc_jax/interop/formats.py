@@ -72,6 +72,9 @@ def describe(source: Source) -> str:
         s = source.policy.settings
         window = f"window {s.window}" if s.window else "unlimited window"
         kind = f"DMC, {window}, offset {s.offset:g}, merging above {source.policy.threshold:.4g}"
+    elif source.gates is not None:
+        dms = source.gates.policy
+        kind = f"with gates, dropping above {dms.threshold:.4g} after {dms.delay} tokens"
     alike = [name for name, preset in PRESETS.items() if preset == c]
     kv_heads = c.kv_heads if isinstance(c.kv_heads, int) else "/".join(map(str, c.kv_heads))
     lines = [

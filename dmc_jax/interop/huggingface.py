@@ -2,7 +2,7 @@
 
 Weights are one safetensors file or several with an index, or the same with PyTorch's `.bin`, for
 which torch is not needed either. A folder that this project exported from a DMC model also holds
-`dmc_config.json`, and comes back as that model.
+`dmc_config.json`, and comes back as that model; one exported with gates comes back with them.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import TOKENIZER_NAMES
 from dmc_jax.data.tokenizer_files import COMPANIONS
 from dmc_jax.errors import UserError
+from dmc_jax.interop.gates import gates_of
 from dmc_jax.interop.huggingface_config import model_config
 from dmc_jax.interop.parameters import (
     canonical_name,
@@ -88,6 +89,7 @@ def open_huggingface(path: str | os.PathLike) -> Source:
         tensors=tensors,
         tokenizer=tokenizer_files(path),
         notes=(*notes, *found, *settled, *disagreeing),
+        gates=gates_of(path, raw, config),
     )
 
 

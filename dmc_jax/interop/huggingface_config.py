@@ -81,7 +81,12 @@ def model_config(where: str, raw: Mapping[str, Any]) -> tuple[ModelConfig, tuple
 
 
 def config_json(
-    config: ModelConfig, dtype: str, policy: Trained, special: Mapping[str, Any]
+    config: ModelConfig,
+    dtype: str,
+    policy: Trained,
+    special: Mapping[str, Any],
+    *,
+    gated: bool = False,
 ) -> dict[str, Any]:
     """`config.json` for a model, in the spelling of transformers 4, which 5 reads too.
 
@@ -92,6 +97,7 @@ def config_json(
         dtype: of the weights.
         policy: that it was trained for.
         special: ids of special tokens, such as `bos_token_id`.
+        gated: whether gates go along.
 
     Returns:
         What to write as JSON.
@@ -130,7 +136,7 @@ def config_json(
     }
     if not equal_layers:
         written["num_key_value_heads_per_layer"] = list(kv_heads)
-    if isinstance(policy, DMC) or not equal_layers:
+    if isinstance(policy, DMC) or gated or not equal_layers:
         written["auto_map"] = {"AutoModelForCausalLM": "modeling_llama_dmc.LlamaDMCForCausalLM"}
     return written
 

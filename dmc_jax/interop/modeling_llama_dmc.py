@@ -1,19 +1,31 @@
-"""Llama with Dynamic Memory Compression for transformers, in one file of plain PyTorch.
+"""Llama with a compressed cache for transformers, in one file of plain PyTorch.
 
 Computes whole sequences with the decisions of inference, for evaluation; there is no cache, so
-nothing is saved here. Nawrot et al. 2024, arXiv 2403.09636: the last channel of every key decides
-whether its token joins the slot of the token before it, the last channel of the queries how much it
-weighs there, and neither takes part in attention. Without settings (`config.dmc`) it is a dense
-Llama, whose layers may differ in their number of KV heads (`num_key_value_heads_per_layer`).
+nothing is saved here. Either of two methods, or neither:
+
+`config.dmc`: tokens are merged (Nawrot et al. 2024, arXiv 2403.09636). The last channel of every
+key decides whether its token joins the slot of the token before it, the last channel of the queries
+how much it weighs there, and neither takes part in attention.
+
+`config.gates`: tokens are dropped some time after they came (Lancucki et al. 2025, arXiv
+2506.05345), from a model that stays as it was pretrained. A gate for every KV head, a linear
+read-out of the input of its attention, decides; the gates are in a file of their own.
+
+Without both it is a dense Llama, whose layers may differ in their number of KV heads
+(`num_key_value_heads_per_layer`).
 """
 
 import math
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import cached_file
+
+GATES_FILE = "gates.safetensors"  # beside the weights
 
 
 def rotary_angles(config, length, device):
@@ -63,13 +75,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention, over merged slots where there are DMC settings."""
+    """Causal attention, over merged slots, or without dropped tokens, as the config says."""
 
     def __init__(self, config, kv_heads):
         super().__init__()
         width, head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, kv_heads, head_dim
         self.dmc = getattr(config, "dmc", None)
+        self.gates = getattr(config, "gates", None)
+        if self.gates is not None and self.gates["method"] != "dms":
+            raise ValueError(f"gates for {self.gates['method']!r}: this file computes dms alone")
         self.q_proj = nn.Linear(width, self.heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
@@ -87,6 +102,8 @@ class Attention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         else:
             q, k, v, visible = self.merge(q, k, v, angles, visible)
+        if self.gates is not None:
+            visible = visible & self.held(x)
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() * self.head_dim**-0.5
@@ -95,6 +112,15 @@ class Attention(nn.Module):
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         out = weights.to(v.dtype) @ v
         return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def held(self, x):
+        """Which tokens a query finds in the cache [B, K, T, T]: those that stay, and the newest."""
+        standard = (x.float() - self.gate_mean) / self.gate_deviation
+        logits = F.linear(standard, self.gate_weight.float(), self.gate_bias.float())
+        dropped = (logits > self.gates["threshold"]).transpose(1, 2)  # [B, K, T]
+        position = torch.arange(x.shape[1], device=x.device)
+        age = position[:, None] - position
+        return ~dropped[:, :, None] | (age < self.gates["delay"])
 
     def merge(self, q, k, v, angles, visible):
         """Queries and pooled states, ready for attention, and which states a query sees.
@@ -182,6 +208,33 @@ class LlamaDMCForCausalLM(PreTrainedModel):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **options):
+        """Load the model, and its gates if it has any."""
+        loaded = super().from_pretrained(name, *args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if getattr(model.config, "gates", None) is not None:
+            where = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+            where = {option: options[option] for option in where if option in options}
+            model.set_gates(load_file(cached_file(name, GATES_FILE, **where)))
+        return loaded
+
+    def set_gates(self, gates):
+        """Give every layer its part of the gates, of which the file has all rows in order."""
+        first = 0
+        for index, layer in enumerate(self.model.layers):
+            attention = layer.self_attn
+            rows = slice(first, first + attention.kv_heads)
+            for part, of in (
+                ("mean", index),
+                ("deviation", index),
+                ("weight", rows),
+                ("bias", rows),
+            ):
+                own = gates[part][of].to(attention.k_proj.weight.device)
+                attention.register_buffer(f"gate_{part}", own, persistent=False)
+            first = rows.stop
 
     def forward(self, input_ids, attention_mask=None, labels=None, return_dict=True, **unused):
         """Logits of whole sequences, each starting at position 0.

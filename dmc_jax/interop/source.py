@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dmc_jax.checkpoints.gates import StoredGates
 from dmc_jax.config import ModelConfig
 from dmc_jax.data.tokenizer_files import SpecialTokens
 from dmc_jax.policies.choice import Trained
@@ -43,3 +44,4 @@ class Source:
     tokenizer: tuple[Path, ...]  # files to go along with the weights; the one to load comes first
     special: SpecialTokens | None = None  # how texts are marked; None: as the tokenizer's files say
     notes: tuple[str, ...] = ()  # what the user should know, a sentence each
+    gates: StoredGates | None = None  # with which a dense model compresses

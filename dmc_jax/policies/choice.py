@@ -11,15 +11,18 @@ import numpy as np
 from dmc_jax.config import from_dict, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
+from dmc_jax.policies.budget import LEAST, Budgeted
 from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
+from dmc_jax.policies.h2o import H2O
 from dmc_jax.policies.policy import Policy
 from dmc_jax.policies.tova import TOVA
+from dmc_jax.policies.window import Window
 
-POLICIES = {policy.name: policy for policy in (Dense, DMC, DMS, TOVA)}
-
+POLICIES = {policy.name: policy for policy in (Dense, DMC, DMS, TOVA, H2O, Window)}
+BUDGETED = tuple(name for name, policy in POLICIES.items() if issubclass(policy, Budgeted))
 
 Trained = Dense | DMC  # what a model can be trained for
 Gated = DMS | DelayedDMC  # what gates make of a model as it is
@@ -31,6 +34,7 @@ def policy_for(
     name: str | None = None,
     window: int | None = None,
     budget: int | None = None,
+    ratio: float | None = None,
     threshold: float | None = None,
     gates: Gated | None = None,
 ) -> Policy:
@@ -40,19 +44,21 @@ def policy_for(
         trained: what it was trained for.
         name: in `POLICIES`; None: what it was trained for.
         window: merge window in tokens instead of the trained one, 0 for an unlimited one.
-        budget: slots of a row, where the policy has one.
+        budget: slots of a row, where the policy has one; with a ratio, the least that it has.
+        ratio: tokens for a slot of a budget that grows with the text, never below `budget` or, if
+            there is none, `LEAST`. With gates it was looked up in their file.
         threshold: logit above which a token merges or is dropped, instead of the trained one.
         gates: the policy of a file of gates, made for this model.
 
     Raises:
-        UserError: an unknown policy, one that the model was not trained for, or a window, budget or
-            threshold that is none or that the policy does not have.
+        UserError: an unknown policy, one that the model was not trained for, or a window, budget,
+            ratio or threshold that is none or that the policy does not have.
     """
     name = name or (trained if gates is None else gates).name
     if name not in POLICIES:
         raise UserError(f"policy: expected {' or '.join(POLICIES)}, got {name!r}")
     if window is not None and name != DMC.name:
-        raise UserError(f"window: it is that of merging, which {name} does not")
+        raise UserError(f"window: it is that of merging, which policy {name} does not")
     if threshold is not None and name not in (DMC.name, DMS.name):
         raise UserError(f"threshold: it decides what merges or is dropped, {name} has none")
     if threshold is not None and math.isnan(threshold):
@@ -61,16 +67,23 @@ def policy_for(
         raise UserError("gates: give their file with dms, which decides by them")
     if gates is not None and gates.name != name:
         raise UserError(f"gates: these are for {gates.name}: give them with no other policy")
-    if (budget is None) == (name == TOVA.name):
-        raise UserError("budget: give the slots of a row with tova, and with no other policy")
+    budgeted = f"{', '.join(BUDGETED[:-1])} or {BUDGETED[-1]}"
+    if name in BUDGETED and budget is None and ratio is None:
+        raise UserError(f"budget: give the slots of a row with {budgeted}, or a ratio")
+    if name not in BUDGETED and budget is not None:
+        raise UserError(f"budget: give the slots of a row with {budgeted}, not with {name}")
+    if name not in BUDGETED and gates is None and ratio is not None:
+        those = ", ".join(BUDGETED)
+        raise UserError(f"ratio: give it with {those} or a file of gates, not with {name}")
     if gates is not None and isinstance(trained, DMC):
         raise UserError("gates: they are for models as they were pretrained, this one merges")
     # A DMC model's attention knows no decision channel, whether it merges or not.
     channel_scale = 0.0 if isinstance(trained, DMC) else None
     if name == Dense.name:
         return Dense(channel_scale)
-    if name == TOVA.name:
-        return TOVA(budget, channel_scale)
+    if name in BUDGETED:
+        budget = LEAST if budget is None else budget
+        return POLICIES[name](budget, ratio=ratio, channel_scale=channel_scale)
     if gates is None and not isinstance(trained, DMC):
         raise UserError(
             "policy: dmc needs a model that was trained for it, or gates; this one is dense"
@@ -92,6 +105,8 @@ def to_json(policy: Policy) -> dict[str, Any]:
     if isinstance(policy, Gated):
         arrays = [np.asarray(x).tobytes() for x in fields["gates"].values() if x is not None]
         fields["gates"] = hashlib.sha256(b"".join(arrays)).hexdigest()
+    if isinstance(policy, Budgeted) and policy.ratio is None:
+        del fields["ratio"]  # snapshots from before there was one do not have it
     fields = {name: x.item() if hasattr(x, "item") else x for name, x in fields.items()}
     return {"name": policy.name, **fields.pop("settings", {}), **fields}
 

@@ -113,7 +113,7 @@ class DelayedDMC(Policy):
         inherits = before * (where.positions >= self.delay)[..., None]
         return Attended(out, Record(1.0 - inherits, decisions))
 
-    def start(self, rows, head_dim, dtype):
+    def start(self, rows, head_dim, dtype, slots):
         """Remember the tokens of the tail, and those of the open segment."""
         ring = (*rows, self.delay)
         tokens = (jnp.zeros((*ring, head_dim), dtype) for _ in range(2))

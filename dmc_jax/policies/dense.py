@@ -46,7 +46,7 @@ class Dense(Policy):
         )
         return Attended(out, Record(appends=jnp.ones(k.shape[:3]), decisions=None))
 
-    def start(self, rows, head_dim, dtype):
+    def start(self, rows, head_dim, dtype, slots):
         """Remember nothing."""
         return ()
 

@@ -60,7 +60,7 @@ class DMC(Policy):
         )
         return Attended(result.out, Record(1.0 - result.merged, result.decisions))
 
-    def start(self, rows, head_dim, dtype):
+    def start(self, rows, head_dim, dtype, slots):
         """Remember the tokens of the open segment."""
         return empty_segment(rows, head_dim, self.settings.window, dtype)
 

@@ -86,7 +86,7 @@ class DMS(Policy):
         inherits = before * (where.positions >= self.delay)[..., None]
         return Attended(out, Record(1.0 - inherits, decisions))
 
-    def start(self, rows, head_dim, dtype):
+    def start(self, rows, head_dim, dtype, slots):
         """Remember of the last `delay` tokens those to be dropped: one more than their slot."""
         return jnp.zeros((*rows, self.delay), jnp.int32)
 

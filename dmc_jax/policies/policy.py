@@ -173,13 +173,15 @@ class Policy(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self, rows: tuple[int, ...], head_dim: int, dtype: DTypeLike) -> State:
+    def start(self, rows: tuple[int, ...], head_dim: int, dtype: DTypeLike, slots: int) -> State:
         """Make what empty rows remember: arrays [*rows, ...] of zeros.
 
         Args:
             rows: shape of all rows.
             head_dim: H.
             dtype: of the keys and values that they will read.
+            slots: that a row may come to. An axis of so many grows with them, and what is there of
+                slots that a row does not have yet means nothing.
         """
 
     @abc.abstractmethod
@@ -270,14 +272,14 @@ def whole_by_steps(
     """Attend over whole sequences by a policy's steps: `Policy.whole` of one with no other form.
 
     Args:
-        policy: one that `watches`.
+        policy: any.
         q, k, v, where, x: as for `Policy.whole`.
     """
     B, T, K, H = k.shape
     G, slots = q.shape[2] // K, policy.most_slots(T)
     frequencies = rotary_frequencies(H, where.rope_theta, where.rope_scaling)
     begins = jnp.broadcast_to(segment_starts(B, T, where.segment_ids), (B, T, K)) > 0
-    nothing = policy.start((B, K), H, k.dtype)
+    nothing = policy.start((B, K), H, k.dtype, slots)
 
     def read(carry, now):
         keys, values, lengths, state = carry
@@ -301,7 +303,8 @@ def whole_by_steps(
         out = jnp.einsum(
             "BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32
         ).astype(q.dtype)
-        state = policy.observe(state, weights, grown)
+        if policy.watches:
+            state = policy.observe(state, weights, grown)
         appends = (grown > lengths).astype(jnp.float32)
         return (keys, values, grown, state), (out.reshape(B, K * G, H), appends)
 

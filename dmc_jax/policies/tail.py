@@ -25,11 +25,22 @@ def inherited_slots(
     before = jnp.pad(before, [(0, 0), (0, 0), (0, max(0, T - delay))])[..., :T]
     new = lengths[..., None] - 1 + jnp.cumsum(~vacated, axis=2)
     slot = jnp.where(vacated, before, new)
-    # Of a chain of tokens that inherit one, the first has got it.
-    source = jnp.where(vacated & (t >= delay), t - delay, t)
-    for _ in range(math.ceil(math.log2(max(2, T / delay)))):
-        source = jnp.take_along_axis(source, source, axis=2)
-    return jnp.take_along_axis(slot, source, axis=2)
+    return inherited(slot, jnp.where(vacated & (t >= delay), t - delay, t), delay)
+
+
+def inherited(
+    slots: Int[Array, "*any T"], source: Int[Array, "*any T"], apart: int
+) -> Int[Array, "*any T"]:
+    """Give a slot that goes from token to token of a chunk to all of them.
+
+    Args:
+        slots: right of tokens that have theirs from none of the chunk.
+        source: whose slot each token takes; of those, itself.
+        apart: tokens from one to the next in a slot, at least.
+    """
+    for _ in range(math.ceil(math.log2(max(2, slots.shape[-1] / apart)))):
+        source = jnp.take_along_axis(source, source, axis=-1)
+    return jnp.take_along_axis(slots, source, axis=-1)
 
 
 def oldest_first(

@@ -1,20 +1,18 @@
-"""TOVA: a row of at most `budget` slots, of which the least attended makes room for a new token."""
+"""TOVA: a row of so many slots, of which the least attended makes room for a new token."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from dmc_jax.core.attention import causal_attention
-from dmc_jax.errors import UserError
-from dmc_jax.policies.dense import rotate_scaled
-from dmc_jax.policies.policy import Edit, Policy, whole_by_steps
+from dmc_jax.policies.budget import Budgeted
+from dmc_jax.policies.policy import whole_by_steps
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TOVA(Policy):
+class TOVA(Budgeted):
     """Token omission via attention (Oren et al. 2024, arXiv 2401.06104); needs no training.
 
     Once a row is full, the slot that the newest query attended to least, on average over the heads
@@ -23,45 +21,22 @@ class TOVA(Policy):
     the paper's state of `budget - 1` has one token more while it attends. The rule holds from the
     first token on, prompts included: the paper's code attends to the whole prompt and cuts then,
     whose memory is not bounded and whose result depends on where a prompt ends.
-
-    Attributes:
-        budget: slots of a row, 1 or more.
-        channel_scale: as in `Dense`.
-
-    Raises:
-        UserError: no slot.
     """
-
-    budget: int = dataclasses.field(metadata={"static": True})
-    channel_scale: float | Array | None = None
 
     name = "tova"
     watches = True
-
-    def __post_init__(self):
-        if self.budget < 1:
-            raise UserError(f"budget: expected a slot or more for a row, got {self.budget}")
-
-    def most_slots(self, tokens):
-        """Say how many slots a row may come to: the budget."""
-        return min(tokens, self.budget)
-
-    def rotate(self, x, positions, frequencies):
-        """Rotate as `Dense` does."""
-        return rotate_scaled(x, positions, frequencies, self.channel_scale)
 
     def whole(self, q, k, v, where, *, x, noise=None, attention=causal_attention):
         """Attend token by token; `noise` and `attention` have no meaning."""
         return whole_by_steps(self, q, k, v, where, x)
 
-    def start(self, rows, head_dim, dtype):
+    def start(self, rows, head_dim, dtype, slots):
         """Remember which slot was attended to least."""
         return jnp.zeros(rows, jnp.int32)
 
     def step(self, state, token, lengths):
         """Append the token, or write it over the least attended slot."""
-        key = self.rotate(token.k[:, None], token.positions[:, None], token.frequencies)[:, 0]
-        return state, Edit(jnp.where(lengths < self.budget, lengths, state), key, token.v)
+        return state, self.place(token, lengths, state)
 
     def observe(self, state, weights, lengths):
         """Find the least attended slot; the first of equals."""

@@ -6,6 +6,9 @@ step's decisions come to, and the wanted c = 1 - 1 / ratio, a step's loss is
 
     KL(the model, dense || the model with the policy) + price (c - s)
 
+with predictions among the most frequent ids and those of the step's text, which are renormalised:
+the whole vocabulary would be a third of the work.
+
 The ratio's threshold keeps s at c by Newton's method. The price is the marginal divergence of a
 drop, -(dKL / dthreshold) / (-ds / dthreshold), as the ratio's steps so far have measured it: so the
 logits do not move together, but apart, where one drop costs more than another.
@@ -26,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from dmc_jax.checkpoints.gates import Measured, StoredGates, model_hash
 from dmc_jax.checkpoints.models import LoadedModel
@@ -33,12 +37,14 @@ from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import load_params, load_state
 from dmc_jax.config import STAGES, RunConfig
 from dmc_jax.core.gates import Gates
-from dmc_jax.core.losses import token_losses
+from dmc_jax.core.losses import Prediction, token_losses
 from dmc_jax.data.loader import evaluation_batches, training_batches
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.model.sharding import leaf_path, shardings, with_shardings
+from dmc_jax.policies.choice import Gated
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import attend_whole
@@ -62,8 +68,11 @@ FILE = "gates.safetensors"  # in the run's directory
 
 _TOWARDS = 0.3  # share of the way to the wanted fraction that a threshold goes in a step
 _RENEWED = 0.2  # of a price in a step
+_COUNTED = 2**24  # tokens of a text
 _TRIED = 2  # windows of a dry run
 READ = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+_GAMMA = 0.5  # to begin with: a slot of n tokens weighs like something between one and n
+_OFFSETS = ("bias", "importance_bias", "gamma")
 _FROZEN = ("mean", "deviation", "threshold")  # leaves of a policy that no gradient moves
 
 
@@ -122,7 +131,8 @@ def begin(
     if stage == "closed_form":
         return state, own, solve_all
     state = state or state_of(load_params(before, wanted.params), optimizer)
-    step = make_distill_step(run, mesh, optimizer)
+    counts = count_ids(datas, run.model.vocab_size)
+    step = make_distill_step(run, mesh, optimizer, counts)
     return state, own, lambda state, batch: step(state, batch, model.params)
 
 
@@ -138,13 +148,25 @@ def empty(run: RunConfig) -> Trained:
     return _trained(run, Gates(**{n: jnp.zeros(s) for n, s in shapes.items()}), jnp.zeros(R))
 
 
+def _policy(run: RunConfig, gates: Gates) -> Gated:
+    config = run.gates
+    if config.method == DMS.name:
+        return DMS(gates, jnp.zeros(()), config.delay, config.temperature)
+    more = {"gamma": jnp.full_like(gates.bias, _GAMMA)}
+    if config.importance:
+        names = "importance_weight", "importance_bias"
+        more |= zip(names, map(jnp.zeros_like, (gates.weight, gates.bias)), strict=True)
+    settings = dataclasses.replace(run.dmc, temperature=config.temperature, offset=0.0)
+    gates = dataclasses.replace(gates, **more)
+    return DelayedDMC(gates, jnp.zeros(()), config.delay, settings)
+
+
 def _trained(run: RunConfig, gates: Gates, r2: Any) -> Trained:
     # Were the logits normally distributed, this would come to the ratios.
     normal = statistics.NormalDist(sigma=SPREAD)
     thresholds = [normal.inv_cdf(1 / ratio) for ratio in run.gates.ratios]
-    settings = {"delay": run.gates.delay, "temperature": run.gates.temperature}
     return {
-        "policy": DMS(gates, jnp.zeros(()), **settings),
+        "policy": _policy(run, gates),
         "thresholds": jnp.asarray(thresholds),
         "prices": jnp.zeros(len(thresholds)),
         "r2": jnp.asarray(r2, jnp.float32),
@@ -156,8 +178,9 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 
     def scale(path, update):
         name = leaf_path(path).split("/")[-1]
-        factor = 0.0 if name in _FROZEN else run.gates.bias_multiplier if name == "bias" else 1.0
-        return factor * update
+        if name in _FROZEN:
+            return 0.0 * update
+        return (run.gates.bias_multiplier if name in _OFFSETS else 1.0) * update
 
     config = run.optimizer
     return optax.chain(
@@ -168,7 +191,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 
 
 def make_distill_step(
-    run: RunConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+    run: RunConfig, mesh: Mesh, optimizer: optax.GradientTransformation, counts: np.ndarray
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Make the jitted step `(state, batch, the model's parameters) -> (state, metrics)`.
 
@@ -178,6 +201,7 @@ def make_distill_step(
         run: the whole configuration.
         mesh: devices.
         optimizer: from `make_optimizer`; its state is of the policy alone.
+        counts: how often every id is in the text, from `count_ids`.
     """
     ratios = jnp.asarray(run.gates.ratios)
     stage_key = jax.random.fold_in(key_of(run.seed), STAGES.index("distill"))
@@ -191,7 +215,7 @@ def make_distill_step(
 
         def loss(policy, part, number):
             drawn_from = Noise(noise, (number, run.accumulation))
-            metrics = _distill(run, mesh, model_params, policy, part, batch, drawn_from)
+            metrics = _distill(run, mesh, model_params, policy, part, batch, drawn_from, counts)
             return metrics["distillation"] - price * metrics["dropped"], metrics
 
         gradient = functools.partial(jax.grad(loss, has_aux=True), policy)
@@ -218,7 +242,18 @@ def make_distill_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _distill(run, mesh, model_params, policy, part, batch, noise) -> Metrics:
+def count_ids(datas: Datas, vocab_size: int) -> np.ndarray:
+    """Count how often every id is in training text, float32 [V]; of a large text in a part."""
+    parts = (data.tokens["train"][:_COUNTED] for data, _ in datas)
+    return sum(np.bincount(part, minlength=vocab_size) for part in parts).astype(np.float32)
+
+
+def _among(prediction: Prediction, ids: Array) -> Prediction:
+    axis = 0 if prediction.tied else 1
+    return dataclasses.replace(prediction, head=jnp.take(prediction.head, ids, axis=axis))
+
+
+def _distill(run, mesh, model_params, policy, part, batch, noise, counts) -> Metrics:
     """Losses and drops of a part of a batch, which add up over the parts.
 
     `slope` is how fast the drops grow as the threshold falls.
@@ -232,7 +267,10 @@ def _distill(run, mesh, model_params, policy, part, batch, noise) -> Metrics:
 
     output = predict(policy, noise_key=noise.key, noise_part=noise.part)
     dense = predict(Dense()).prediction
-    nats, apart = token_losses(output.prediction, part["targets"], dense)
+    most = min(run.model.vocab_size, run.gates.vocabulary + batch["tokens"].size)
+    ids = jax.lax.top_k(jnp.asarray(counts).at[batch["tokens"]].set(jnp.inf), most)[1]
+    models = (_among(each, ids) for each in (output.prediction, dense))
+    _, apart = token_losses(next(models), jnp.zeros_like(part["targets"]), next(models))
     real, all_real = (x["segment_ids"] > 0 for x in (part, batch))
     rows = run.model.kv_rows * jnp.maximum(all_real.sum(), 1)
     tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
@@ -242,7 +280,6 @@ def _distill(run, mesh, model_params, policy, part, batch, noise) -> Metrics:
 
     appended = [record.appends.mean(axis=(1, 2, 3)) for record in output.records]
     return {
-        "loss": jnp.sum(part["loss_mask"] * nats) / tokens,
         "distillation": jnp.sum(part["loss_mask"] * apart) / tokens,
         "dropped": mean(r.decisions for r in output.records),
         "slope": mean(r.decisions * (1.0 - r.decisions) for r in output.records),

@@ -177,7 +177,7 @@ def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
     values = jax.device_get(take_step(state, next(batches))[1])
     if not stages.finite(values):
         raise RunFailure(f"dry run, stage {stage}: {_not_finite(values)} after one step")
-    name = "r2" if stage == "closed_form" else "loss"
+    name = {"closed_form": "r2", "distill": "distillation"}.get(stage, "loss")
     logging.info("dry run: one step of %s, %s %.4f", stage, name, values[name])
 
 

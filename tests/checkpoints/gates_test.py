@@ -13,8 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from dmc_jax.checkpoints import models
 from dmc_jax.checkpoints.gates import (
+    SHIPPED,
     Measured,
     StoredGates,
+    find_gates,
+    gates_for,
     load_gates,
     model_hash,
     save_gates,
@@ -34,6 +37,7 @@ from tests.tiny_llama import build
 
 PARAMS, CONFIG = build(kv_heads=(4, 2))
 ROWS = 6
+SHIPPED_NAMES = sorted(file.stem for file in SHIPPED.glob("*.safetensors")) or ["none yet"]
 TABLE = tuple(Measured(*entry) for entry in ((2.0, 1.0), (0.5, 1.5), (-1.0, 3.0)))
 
 
@@ -181,7 +185,7 @@ def gates_of_another_model_are_refused_test(file, without_tokenizer, tmp_path):
         engine_of(model_of(policy=DMC(DMCSettings())), gates=file)
     with pytest.raises(UserError, match=r"sizes .*'bias': \(6,\).* needs .*'bias': \(4,\)"):
         load_gates(file, build()[1])
-    with pytest.raises(UserError, match="ratio: it is looked up in a file of gates"):
+    with pytest.raises(UserError, match="ratio: .* or a file of gates, not with dense"):
         engine_of(ratio=2.0)
     with pytest.raises(UserError, match="ratio: it is looked up in a file of gates"):
         engine_of(gates=file, ratio=2.0, threshold=0.0)
@@ -235,3 +239,23 @@ def what_is_no_file_of_gates_is_named_test(file):
         load_gates(file, CONFIG)
     with pytest.raises(UserError, match="absent is not a file of gates"):
         load_gates(file.with_name("absent"), CONFIG)
+
+
+def gates_that_come_along_are_found_by_name_and_a_file_of_that_name_wins_test(
+    file, tmp_path, monkeypatch
+):
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    for name in ("small_dms", "large_dms"):
+        (folder / f"{name}.safetensors").write_bytes(file.read_bytes())
+    assert find_gates("small_dms", folder) == folder / "small_dms.safetensors"
+    assert find_gates(file, folder) == file
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "large_dms").mkdir()  # is no file of gates
+    assert find_gates("large_dms", folder) == folder / "large_dms.safetensors"
+    (tmp_path / "small_dms").write_bytes(file.read_bytes())
+    assert find_gates("small_dms", folder) == Path("small_dms")
+    with pytest.raises(UserError, match="^huge is no file, .* are large_dms, small_dms$"):
+        find_gates("huge", folder)
+    with pytest.raises(UserError, match=f"come with dmc_jax, which are {', '.join(SHIPPED_NAMES)}"):
+        gates_for("huge", CONFIG)

@@ -73,13 +73,32 @@ def evaluate_says_so_where_the_dense_model_is_gone_test(finished_run, tmp_path):
 
 
 def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(finished_run):
-    arguments = f"--checkpoint={finished_run}/pretrain", "--policy=tova", "--budget=8", "--json"
-    result = door("evaluate", *arguments)
+    dense = f"--checkpoint={finished_run}/pretrain"
+    arguments = "--policy=window", "--budget=6", "--ratio=2.5", "--windows=8"
+    result, shown, *refused = runs_of(
+        "evaluate",
+        [dense, *arguments, "--json"],
+        [dense, *arguments],
+        [dense, "--policy=h2o"],
+        [dense, "--ratio=2"],
+        [dense, "--policy=tova", "--ratio=0.5"],
+        [dense, "--budget=8"],
+    )
     assert (result.returncode, result.stderr) == (0, "")
     about = json.loads(result.stdout)
-    assert about["mode"] == "tova" and about["evaluation"]["ratio"] > 1.5
+    policy = {"name": "window", "budget": 6, "ratio": 2.5, "sinks": 4, "channel_scale": None}
+    assert about["policy"] == policy and 1.5 < about["evaluation"]["ratio"] <= 2.7
+    assert ", step 2, window, budget 6, ratio 2.5)" in shown.stdout
     assert about["dense"]["evaluation"]["ratio"] == 1
     assert about["dense"]["checkpoint"] == about["checkpoint"]
+    complaints = (
+        "budget: give the slots of a row with tova, h2o or window, or a ratio",
+        "ratio: give it with tova, h2o, window or a file of gates, not with dense",
+        "ratio: expected 1 to 1,000,000 tokens for a slot, got 0.5",
+        "budget: give the slots of a row with tova, h2o or window, not with dense",
+    )
+    for run, complaint in zip(refused, complaints, strict=True):
+        assert complaint in one_line_of_error(run) and run.stdout == ""
 
 
 def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_path):
@@ -181,7 +200,7 @@ def decode_refuses_bad_flags_before_it_loads_anything_test(tmp_path):
     cases = [
         (["--prompt=a", "--prompts=b"], "give one of --prompt, --prompt_file and --prompts"),
         (["--prompts=-"], "- has no prompt"),
-        (["--prompt=a"], "`make demo` makes one"),
+        (["--prompt=a"], "`make demo-train` makes one"),
         (["--prompt=a", "--output=nowhere/x"], "cannot write --output=nowhere/x"),
         (["--prompt=x", "--checkpoint=nowhere"], "no complete checkpoint"),
     ]

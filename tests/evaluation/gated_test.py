@@ -15,6 +15,7 @@ from dmc_jax.checkpoints.models import find_model, open_model
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import load_state
 from dmc_jax.config import GatesConfig, MeshConfig, RunConfig, StageConfig
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.loader import training_batches
 from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import UserError
@@ -83,7 +84,7 @@ def the_file_serves_the_model_it_was_made_for_test(run, directory):
     found = json.loads(measured.stdout)["evaluation"]
     assert found["ratio"] == pytest.approx(wanted, rel=0.15)
     assert refused.returncode == 2 and "these gates were measured from 1 to" in refused.stderr
-    assert alone.returncode == 2 and "ratio: it is looked up in a file of gates" in alone.stderr
+    assert alone.returncode == 2 and "or a file of gates, not with dense" in alone.stderr
     assert own.returncode == 2 and f"({run.init_from})" in own.stderr
     with pytest.raises(UserError, match="holds gates, and no model"):
         find_model(directory)
@@ -115,11 +116,12 @@ def a_batch_in_parts_is_the_batch_test(run, directory):
     batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
     batch = {name: batch[name] for name in gated.READ}
     mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
+    counts = gated.count_ids([(data, 1.0)], 320)
     states, metrics = zip(
         *(
-            gated.make_distill_step(dataclasses.replace(run, accumulation=parts), mesh, optimizer)(
-                state_at(run, 4), batch, model.params
-            )
+            gated.make_distill_step(
+                dataclasses.replace(run, accumulation=parts), mesh, optimizer, counts
+            )(state_at(run, 4), batch, model.params)
             for parts in (1, 2)
         ),
         strict=True,
@@ -135,7 +137,7 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
     params = jax.tree.map(lambda x: 4.0 * x if x.ndim > 2 else x, model.params)
     run = dataclasses.replace(run, distill=StageConfig(steps=240, learning_rate=1e-2))
     mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
-    step = gated.make_distill_step(run, mesh, optimizer)
+    step = gated.make_distill_step(run, mesh, optimizer, gated.count_ids([(data, 1.0)], 320))
     batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
     batch = {name: batch[name] for name in gated.READ}
     state = gated.state_of(state_at(run, 4).params, optimizer)
@@ -151,8 +153,23 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
         )
         assert last < 0.9 * first, (ratio, first, last)
     assert (np.diff(state.params["thresholds"]) < 0).all()
-    assert (np.asarray(state.params["prices"]) > 0).all()
+    assert (np.diff(state.params["prices"]) > 0).all() and state.params["prices"][0] >= 0
     np.testing.assert_array_equal(frozen, state.params["policy"].gates.mean)
+
+
+@pytest.mark.parametrize("importance", [False, True])
+def gates_that_merge_are_made_the_same_way_test(run, importance):
+    gates = dataclasses.replace(run.gates, method="dmc", importance=importance)
+    run = dataclasses.replace(
+        run, name=f"merging_{importance}", gates=gates, dmc=DMCSettings(window=5)
+    )
+    directory = train(run, quiet=True)
+    stored = load_gates(directory / gated.FILE, run.model)
+    assert stored.policy.name == "dmc" and stored.policy.settings.window == 5
+    assert (np.asarray(stored.policy.gamma) != 0.5).all()
+    assert (stored.policy.gates.importance_weight is not None) == importance
+    figures = load_metadata(latest(directory)).validation
+    assert figures["ratio"] > 1.5 and stored.table[-1].ratio > 1.8
 
 
 def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp_path):
@@ -164,6 +181,7 @@ def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp
         (dense, [f"--config.data.path={other_data.path}"], "another tokenizer"),
         (dense, [texts, short], "windows of more than 48 tokens; got 30"),
         (dense, [texts, one], "gates.delay must be at least 1"),
+        (dense, [texts, "--config.gates.method=tova"], "expected dms or dmc"),
         (dense, [texts, "--config.gates.ratios=(2.0,1.5)"], "above 1 that rise"),
         (dense, [texts, "--config.stages=distill"], "closed_form, which must stand before it"),
         (dense, [texts, "--config.stages=pretrain,distill"], "no other stage beside"),

@@ -14,12 +14,14 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.interop.compare import logits_of
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source
+from dmc_jax.interop.gates import with_gates
 from dmc_jax.policies.dmc import DMC
 from tests.interop.checkpoint_files import (
     assert_same_bits,
     read_safetensors,
     write_checkpoint,
 )
+from tests.interop.gates_files import write_gates
 from tests.interop.reference_llama import Sizes, random_weights, with_decisions
 
 torch = pytest.importorskip("torch")
@@ -98,6 +100,20 @@ def loaded(cls, folder, **options):
     return model
 
 
+def of_unequal_layers(weights, sizes, kv_heads):
+    """Weights with these numbers of KV heads in their layers, and how a config says so."""
+    rng = np.random.default_rng(0)
+    for layer, count in enumerate(kv_heads):
+        for name in "kv":
+            rows = rng.normal(size=(count * sizes.H, sizes.D)).astype(np.float32) / 4
+            weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = rows
+    heads = list(kv_heads)
+    return weights, {
+        "architectures": ["DeciLMForCausalLM"],
+        "num_key_value_heads_per_layer": heads,
+    }
+
+
 @pytest.mark.parametrize("change", LLAMAS.values(), ids=LLAMAS)
 def llamas_of_transformers_give_the_same_logits_here_and_go_back_test(change, tmp_path):
     torch.manual_seed(1)
@@ -149,6 +165,37 @@ def remote_code_computes_the_logits_of_a_dmc_model_test(window, tied, kv_heads, 
     assert np.abs(vanilla - expected).max() > 0.1
 
 
+@pytest.mark.parametrize("kv_heads", [2, (4, 1, 2)], ids=str)
+@pytest.mark.parametrize("delay", [1, 4, 40])
+def remote_code_drops_tokens_by_the_gates_of_an_export_test(delay, kv_heads, tmp_path):
+    sizes = Sizes(V=40, L=3)
+    weights, changes = random_weights(sizes, np.float32), {}
+    if kv_heads != 2:
+        weights, changes = of_unequal_layers(weights, sizes, kv_heads)
+    write_checkpoint(tmp_path / "hf", sizes, weights, rope_scaling=SCALING, **changes)
+    dense = open_source(tmp_path / "hf")
+    gates = write_gates(tmp_path / "some.safetensors", dense, delay)
+    folder = exported(with_gates(dense, gates, 1.5), tmp_path / "gated")
+    expected = ours(folder)
+    model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
+    np.testing.assert_allclose(computed(model), expected, atol=TOLERANCE, rtol=0)
+    apart = np.abs(expected - ours(tmp_path / "hf")).max(axis=-1)
+    assert (apart[:delay] < TOLERANCE).all() and (delay == 40) == (apart.max() < TOLERANCE)
+    model = model.to(torch.bfloat16)
+    assert np.abs(computed(model) - expected).mean() < 0.2
+
+
+def gates_of_another_method_are_refused_by_the_remote_code_test(tmp_path):
+    write_checkpoint(tmp_path / "hf", Sizes(V=40))
+    dense = open_source(tmp_path / "hf")
+    gates = write_gates(tmp_path / "some.safetensors", dense)
+    folder = exported(with_gates(dense, gates), tmp_path / "gated")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"dms"', '"magic"'))
+    with pytest.raises(ValueError, match="gates for 'magic': this file computes dms alone"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
 def remote_code_pads_on_the_right_and_scores_what_it_is_given_test(tmp_path):
     sizes = Sizes(V=40)
     write_checkpoint(
@@ -173,19 +220,8 @@ def remote_code_pads_on_the_right_and_scores_what_it_is_given_test(tmp_path):
 
 def remote_code_computes_dense_models_of_unequal_layers_test(tmp_path):
     sizes = Sizes(V=40, L=3)
-    weights = random_weights(sizes, np.float32)
-    rng = np.random.default_rng(0)
-    for layer, kv_heads in enumerate((4, 1, 2)):
-        for name in "kv":
-            rows = rng.normal(size=(kv_heads * sizes.H, sizes.D)).astype(np.float32) / 4
-            weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = rows
-    write_checkpoint(
-        tmp_path / "hf",
-        sizes,
-        weights,
-        architectures=["DeciLMForCausalLM"],
-        num_key_value_heads_per_layer=[4, 1, 2],
-    )
+    weights, changes = of_unequal_layers(random_weights(sizes, np.float32), sizes, (4, 1, 2))
+    write_checkpoint(tmp_path / "hf", sizes, weights, **changes)
     folder = exported(open_source(tmp_path / "hf"), tmp_path / "back")
     model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
     np.testing.assert_allclose(computed(model), ours(folder), atol=TOLERANCE, rtol=0)

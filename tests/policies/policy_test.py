@@ -24,8 +24,10 @@ from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
+from dmc_jax.policies.h2o import H2O
 from dmc_jax.policies.policy import attend_whole
 from dmc_jax.policies.tova import TOVA
+from dmc_jax.policies.window import Window
 from tests.inference import chunks
 from tests.tiny_llama import build
 
@@ -58,26 +60,41 @@ TABLE = {
         some_gates(importance=True), -0.5, settings=DMCSettings(None, offset=0.0)
     ),
     "tova, 11 slots": TOVA(11),
-    "tova, 8 slots, without the channel": TOVA(8, 0.0),
+    "tova, 8 slots, without the channel": TOVA(8, channel_scale=0.0),
+    "tova, 5 slots, 2.5 tokens for one": TOVA(5, ratio=2.5),
+    "h2o, 11 slots, without the channel": H2O(11, channel_scale=0.0),
+    "h2o, 3 slots, 2 tokens for one": H2O(3, ratio=2.0, recent=0.3),
+    "window, 11 slots, without the channel": Window(11, channel_scale=0.0),
+    "window, 3 slots": Window(3, sinks=1),
+    "window, 40 slots": Window(40),
+    "window, 6 slots, 3 tokens for one": Window(6, ratio=3.0, sinks=2),
+    "window, 1 slot, 1.2 tokens for one": Window(1, ratio=1.2, sinks=0),
 }
 T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
-# Of each method one in `make test`.
-QUICK = (
+# Of each method one in `make test`; in the engine, which takes longest, of each kind of method.
+IN_ENGINE = (
     "dense",
     "dmc, window 3",
     "dms, delay 5",
     "dmc by gates, delay 5",
-    "tova, 8 slots, without the channel",
+    "window, 6 slots, 3 tokens for one",
 )
-every_policy = pytest.mark.parametrize(
-    "policy",
-    [
-        pytest.param(policy, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name, policy in TABLE.items()
-    ],
-)
+QUICK = (*IN_ENGINE, "tova, 8 slots, without the channel", "h2o, 3 slots, 2 tokens for one")
+
+
+def policies(quick):
+    return pytest.mark.parametrize(
+        "policy",
+        [
+            pytest.param(policy, id=name, marks=[] if name in quick else pytest.mark.slow)
+            for name, policy in TABLE.items()
+        ],
+    )
+
+
+every_policy = policies(QUICK)
 
 
 def every_method_is_in_the_table_test():
@@ -229,7 +246,7 @@ class Ids(Tokenizer):
         return " ".join(map(str, ids))
 
 
-@every_policy
+@policies(IN_ENGINE)
 def what_a_sequence_gets_in_the_engine_does_not_depend_on_who_is_there_test(policy):
     """With pages for a few: sequences wait, and give theirs back to go on later."""
     engine = Engine(
@@ -273,17 +290,21 @@ def thresholds_of_many_values_are_one_program_test():
         (
             DMC(DMCSettings()),
             {"name": "none"},
-            "policy: expected dense or dmc or dms or tova, got 'none'",
+            "policy: expected dense or dmc or dms or tova or h2o or window, got 'none'",
         ),
         (Dense(), {"name": "dmc"}, "dmc needs a model that was trained for it"),
         (DMC(DMCSettings()), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
-        (Dense(), {"name": "tova"}, "budget: give the slots of a row with tova"),
-        (DMC(DMCSettings()), {"budget": 9}, "budget: .* with no other policy"),
-        (
-            Dense(),
-            {"name": "tova", "budget": 0},
-            "budget: expected a slot or more",
-        ),
+        *[
+            (Dense(), {"name": name}, "budget: .* with tova, h2o or window, or a ratio")
+            for name in ("tova", "h2o", "window")
+        ],
+        (DMC(DMCSettings()), {"budget": 9}, "budget: .* with tova, h2o or window, not with dmc"),
+        (Dense(), {"ratio": 2.0}, "ratio: .* h2o, window or a file of gates, not with dense"),
+        (Dense(), {"name": "tova", "budget": 0}, "budget: expected a slot or more"),
+        (Dense(), {"name": "window", "budget": 4}, "more slots than the 4 of the first tokens"),
+        (Dense(), {"name": "h2o", "ratio": 0.5}, "ratio: expected 1 to 1,000,000 tokens"),
+        (Dense(), {"name": "h2o", "ratio": float("nan")}, "ratio: expected 1 to 1,000,000 tokens"),
+        (Dense(), {"gates": DMS(some_gates()), "budget": 9}, "budget: .* not with dms"),
         (Dense(), {"name": "dms"}, "gates: give their file with dms"),
         (
             Dense(),
@@ -296,7 +317,7 @@ def thresholds_of_many_values_are_one_program_test():
         (Dense(), {"gates": DMS(some_gates()), "window": 3}, "window: .* dms does not"),
         (Dense(), {"threshold": 1.0}, "threshold: .* dense has none"),
         (Dense(), {"gates": DMS(some_gates()), "threshold": float("nan")}, "expected a logit"),
-        (DMC(DMCSettings()), {"name": "dense", "window": 3}, "window: .* dense does not"),
+        (DMC(DMCSettings()), {"name": "dense", "window": 3}, "window: .* policy dense does not"),
     ],
 )
 def a_policy_that_cannot_be_is_refused_test(trained, options, complaint):
@@ -310,9 +331,11 @@ def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
     assert policy_for(Dense()) == Dense()
     assert policy_for(trained) == trained
     assert policy_for(trained, name="dense") == Dense(0.0)
-    assert policy_for(trained, name="tova", budget=9) == TOVA(9, 0.0)
+    assert policy_for(trained, name="tova", budget=9) == TOVA(9, channel_scale=0.0)
+    assert policy_for(trained, name="h2o", ratio=4) == H2O(16, ratio=4, channel_scale=0.0)
+    assert policy_for(Dense(), name="window", budget=9, ratio=2.5) == Window(9, ratio=2.5)
     gates = DMS(some_gates(), 0.3)
-    assert policy_for(Dense(), gates=gates) is gates
+    assert policy_for(Dense(), gates=gates, ratio=2.0) is gates  # which were looked up for it
     assert policy_for(Dense(), gates=gates, threshold=2.0).threshold == 2.0
     merging = DelayedDMC(some_gates(gamma=True), 0.3)
     assert policy_for(Dense(), gates=merging) is merging
@@ -339,6 +362,10 @@ def a_policy_is_what_json_says_of_it_test(policy):
     assert values["name"] == policy.name
     if isinstance(policy, Trained):
         assert from_json(values) == policy
+
+
+def json_of_a_fixed_budget_is_as_in_snapshots_from_before_there_were_others_test():
+    assert to_json(TOVA(9)) == {"name": "tova", "budget": 9, "channel_scale": None}
 
 
 def gates_that_merge_learn_all_that_they_read_test():

@@ -363,7 +363,7 @@ def tiny_model():
 
 def logits_of_steps(update):
     config, params = tiny_model()
-    policy = DMC(DMCSettings(window=3, offset=0.0))
+    policy = DMC(DMCSettings(window=3, offset=0.0), jnp.array([-0.1, 0.1, 9.0]))  # one a seat
     cache = paged_cache.init(
         *(config, policy), seats=3, pages=40, page_size=8, max_length=32, dtype=jnp.float32
     )

@@ -1,0 +1,139 @@
+"""Methods beside the dense model on the same windows: how far off, and how many slots.
+
+Every window is one sequence, alone in a cache. Slots are counted after every token, over all rows
+on average: what a row holds on average over a window (a dense one: half the window and a half) and
+what it holds at the end, which is the most where rows only grow.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from dmc_jax.config import ModelConfig
+from dmc_jax.core.losses import token_losses
+from dmc_jax.data.loader import windows
+from dmc_jax.data.prepared import PreparedData
+from dmc_jax.errors import UserError
+from dmc_jax.model.llama import Llama
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.policy import Policy, attend_whole
+
+_READ = ("tokens", "targets", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A policy over W windows of T tokens."""
+
+    nats: Float[np.ndarray, "W T"]  # of every token that came
+    apart: Float[np.ndarray, "W T"]  # KL(dense || policy) of every prediction, in nats
+    slots: Float[np.ndarray, "W T"]  # of a row after every token, on average
+
+    def figures(self, dense: "Measured") -> dict[str, float]:
+        """Sum it up against the dense model, window by window.
+
+        Args:
+            dense: the same windows by `Dense`.
+
+        Returns:
+            Means over windows, and 95 % intervals of the mean as 1.96 standard errors.
+        """
+        T = self.nats.shape[1]
+        rise, apart = (self.nats - dense.nats).mean(axis=1), self.apart.mean(axis=1)
+        error = 1.96 / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
+        spread = functools.partial(np.std, ddof=1) if len(rise) > 1 else np.std
+        mean, end = self.slots.mean(), self.slots[:, -1].mean()
+        found = {
+            "mean_slots": mean,
+            "end_slots": end,
+            "ratio_of_means": (T + 1) / 2 / mean,
+            "ratio_at_end": T / end,
+            "perplexity_percent": 100 * math.expm1(rise.mean()),
+            "perplexity_percent_interval": 100 * error * spread(rise),
+            "divergence": apart.mean(),
+            "divergence_interval": error * spread(apart),
+        }
+        return {name: round(float(x), 4) for name, x in found.items()}
+
+
+def single_windows(
+    data: PreparedData, split: str, length: int, count: int
+) -> dict[str, Int[np.ndarray, "W T"]]:
+    """Take windows that lie in one document each, from all over a split.
+
+    Args:
+        data: from `open_data`.
+        split: of it.
+        length: tokens a window.
+        count: windows at most.
+
+    Raises:
+        UserError: no document has so many tokens.
+    """
+    found = windows(data, split, length)
+    whole = [w for w in map(found.__getitem__, range(len(found))) if w["segment_ids"].max() == 1]
+    if not whole:
+        raise UserError(f"{data.path}: no document of {split} fills a window of {length} tokens")
+    at = np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int))
+    return {name: np.stack([whole[i][name] for i in at]) for name in _READ}
+
+
+def measure(
+    params: Any,
+    config: ModelConfig,
+    some: dict[str, Int[np.ndarray, "W T"]],
+    policy: Policy,
+    *,
+    batch: int = 1,
+) -> Measured:
+    """Run a model over windows with a policy.
+
+    Args:
+        params: of the model, in float32.
+        config: its sizes.
+        some: from `single_windows`.
+        policy: what its rows keep.
+        batch: windows at a time.
+    """
+    parts = range(0, len(some["tokens"]), batch)
+    batches = [{name: x[at : at + batch] for name, x in some.items()} for at in parts]
+    got = [jax.device_get(_measure(params, config, each, policy)) for each in batches]
+    nats, apart, slots = (np.concatenate(x) for x in zip(*got, strict=True))
+    return Measured(nats, apart, slots / config.kv_rows)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _measure(params, config, batch, policy):
+    def run(policy):
+        attend = attend_whole(policy, config, batch["positions"])
+        return Llama(config).apply({"params": params}, batch["tokens"], attend=attend)
+
+    output, dense = run(policy), run(Dense())
+    nats, apart = token_losses(output.prediction, batch["targets"], dense.prediction)
+    taken = sum(record.appends.sum(axis=(0, 3)) for record in output.records)  # [B, T]
+    return nats, apart, jnp.cumsum(taken, axis=1)
+
+
+def budget_of_mean(slots: float, length: int) -> int:
+    """Find the fixed budget of which a row holds so many slots on average over a window.
+
+    The mean of min(t, b) over t = 1 .. T is b - b (b - 1) / 2T.
+
+    Args:
+        slots: on average.
+        length: T.
+    """
+    half = length + 0.5
+    return max(1, round(half - math.sqrt(max(half**2 - 2 * length * slots, 0.0))))
+
+
+def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Put windows of several texts together."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in _READ}

@@ -1,0 +1,87 @@
+"""Methods on single windows: against a dense model, at slots that were counted otherwise."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dmc_jax.checkpoints.models import open_model
+from dmc_jax.data.prepared import open_data
+from dmc_jax.errors import UserError
+from dmc_jax.evaluation.plots import quality_by_bytes
+from dmc_jax.evaluation.side_by_side import budget_of_mean, joined, measure, single_windows
+from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.window import Window
+
+T = 32
+
+
+@pytest.fixture(scope="module")
+def model(finished_run):
+    return open_model(finished_run / "pretrain")
+
+
+@pytest.fixture(scope="module")
+def some(data):
+    return single_windows(open_data(data.path), "train", T, 6)
+
+
+def windows_lie_in_one_document_each_test(data, some):
+    assert some["tokens"].shape == (6, T)
+    np.testing.assert_array_equal(some["targets"][:, :-1], some["tokens"][:, 1:])
+    np.testing.assert_array_equal(np.diff(some["positions"], axis=1), 1)
+    assert joined([some, some])["tokens"].shape == (12, T)
+    with pytest.raises(UserError, match="fills a window of 300 tokens"):
+        single_windows(data, "train", 300, 1)
+
+
+def the_dense_model_is_itself_and_a_budget_is_kept_test(model, some):
+    run = {"params": model.params, "config": model.config, "some": some}
+    dense = measure(**run, policy=Dense())
+    np.testing.assert_allclose(dense.apart, 0.0, atol=1e-6)
+    np.testing.assert_array_equal(dense.slots, np.broadcast_to(np.arange(1, T + 1), (6, T)))
+    figures = dense.figures(dense)
+    assert figures["ratio_of_means"] == figures["ratio_at_end"] == 1.0
+    assert figures["perplexity_percent"] == figures["perplexity_percent_interval"] == 0.0
+
+    few = measure(**run, policy=Window(8, sinks=2))
+    np.testing.assert_array_equal(few.slots, np.minimum(dense.slots, 8))
+    np.testing.assert_allclose(few.apart[:, :8], 0.0, atol=1e-6)
+    assert (few.apart[:, 8:].mean(axis=1) > 0).all()
+    grows = measure(**run, policy=Window(4, ratio=2.0, sinks=2)).figures(dense)
+    assert grows["ratio_at_end"] == pytest.approx(2.0)
+    by_four = measure(**run, policy=Window(8, sinks=2), batch=4)
+    for name in ("nats", "apart", "slots"):
+        np.testing.assert_allclose(getattr(by_four, name), getattr(few, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 31, 32])
+def a_budget_is_found_by_its_mean_test(budget):
+    assert budget_of_mean(np.minimum(np.arange(1, T + 1), budget).mean(), T) == budget
+
+
+def intervals_are_those_of_the_mean_over_windows_test(model, some):
+    run = {"params": model.params, "config": model.config, "some": some}
+    dense, few = measure(**run, policy=Dense()), measure(**run, policy=Window(8, sinks=2))
+    apart = few.apart.mean(axis=1)
+    figures = few.figures(dense)
+    assert figures["divergence"] == pytest.approx(apart.mean(), abs=1e-4)
+    error = 1.96 * apart.std(ddof=1) / 6**0.5
+    assert figures["divergence_interval"] == pytest.approx(error, abs=1e-4)
+    alone = dataclasses.replace(few, **{n: getattr(few, n)[:1] for n in ("nats", "apart", "slots")})
+    assert np.isnan(alone.figures(alone)["divergence_interval"])
+
+
+def a_picture_has_a_line_a_method_in_every_panel_test():
+    rows = [
+        {"length": n, "method": method, "cache_bytes": size, "divergence": 1 / size}
+        for n in (512, 2048)
+        for method, sizes in (("dense", [8]), ("ours", [4, 2]), ("TOVA", [2, 4]))
+        for size in sizes
+    ]
+    panels = quality_by_bytes(rows).axes
+    assert [axes.get_title() for axes in panels] == ["512 tokens", "2,048 tokens"]
+    for axes in panels:
+        assert [line.get_label() for line in axes.lines] == ["ours", "TOVA", "dense"]
+        x = axes.lines[1].get_xdata()
+        assert list(x) == sorted(x)
