@@ -23,6 +23,7 @@ from dmc_jax.interop.fields import Fields
 from dmc_jax.interop.parameters import leaf_shapes, places, to_ours, unflatten
 from dmc_jax.interop.source import Source
 from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.dms import DMS
 
 GATES_FILE = "gates.safetensors"  # in the export's folder; the remote code knows the name
 
@@ -38,13 +39,19 @@ def with_gates(
         ratio: tokens per slot that they shall come to; None: as stored.
 
     Raises:
-        UserError: a model that merges, gates that were made for another one, or as in `gates_for`.
+        UserError: a model that merges, gates that were made for another one or that merge, or as in
+            `gates_for`.
     """
     gates = gates_for(name, source.config, ratio, own=source.gates)
     if gates is not None:
         if not isinstance(source.policy, Dense):
             raise UserError(
                 f"gates: they are for models as they were pretrained, {source.path} merges"
+            )
+        if not isinstance(gates.policy, DMS):
+            raise UserError(
+                f"gates: those of {gates.path} merge tokens, and the code that goes along with an "
+                "export only drops them: run them here, with --gates"
             )
         check_hash(gates, source_hash(source))
     return dataclasses.replace(source, gates=gates)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmc_jax.checkpoints.gates import load_gates, model_hash
+from dmc_jax.checkpoints.gates import load_gates, model_hash, save_gates
 from dmc_jax.checkpoints.models import find_model
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import train_sentencepiece
@@ -18,6 +18,7 @@ from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import describe, open_source
 from dmc_jax.interop.gates import source_hash, with_gates
 from dmc_jax.interop.parameters import read_params
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from tests.doors import runs_of
@@ -142,6 +143,14 @@ def gates_are_for_a_model_that_does_not_merge_already_test(base, gates):
     merging = dataclasses.replace(open_source(base), policy=DMC(DMCSettings()))
     with pytest.raises(UserError, match="gates: .* as they were pretrained, .* merges"):
         with_gates(merging, gates)
+
+
+def gates_that_merge_do_not_go_along_test(base, gates, tmp_path):
+    stored = load_gates(gates, open_source(base).config)
+    policy = DelayedDMC(stored.policy.gates, 9.0, delay=4)
+    save_gates(tmp_path / "merge.safetensors", dataclasses.replace(stored, policy=policy))
+    with pytest.raises(UserError, match=r"merge.safetensors merge tokens, .* only drops them"):
+        with_gates(open_source(base), tmp_path / "merge.safetensors")
 
 
 @pytest.mark.slow
