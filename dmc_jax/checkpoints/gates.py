@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dmc_jax.config import ModelConfig, from_dict, to_dict
 from dmc_jax.core.dmc import DMCSettings
@@ -99,7 +99,7 @@ def save_gates(path: str | os.PathLike, gates: StoredGates) -> None:
         if x is not None
     }
     with appears_when_complete(path) as partial:
-        save_file(arrays, partial, {_NAME: json.dumps(about)})
+        partial.write_bytes(save(arrays, {_NAME: json.dumps(about)}))
 
 
 def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:

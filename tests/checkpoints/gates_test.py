@@ -69,6 +69,8 @@ def a_file_gives_back_what_was_stored_test(file):
         TABLE,
         stored().about,
     )
+    (file.parent / "other").touch()
+    assert file.stat().st_mode == (file.parent / "other").stat().st_mode  # for whom umask says
 
 
 def merging(**changes):
