@@ -11,9 +11,10 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dmc_jax import commands
-from dmc_jax.config import RunConfig, describe_fields, from_dict, load_config, named_configs
+from dmc_jax.config import RunConfig, load_config, named_configs
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.report import write_report
+from dmc_jax.fields import describe_fields, from_dict
 from dmc_jax.training.loop import train
 
 
@@ -28,7 +29,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     f"Python file with a function get_config(), or a name: {', '.join(named_configs())}. Some take "
-    "arguments: paper:7b,ratio=8. Flags after it set its fields:\n" + "\n".join(describe_fields()),
+    "arguments: paper:7b,ratio=8. Flags after it set its fields:\n"
+    + "\n".join(describe_fields(RunConfig)),
 )
 flags.FLAGS["config"].parser = _ConfigParser()
 

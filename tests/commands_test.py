@@ -68,7 +68,7 @@ def what_must_be_given_is_named_test():
         required = re.findall(r'PATH,\s*"(\w+)",[^()]*?required=True', source)
         if required:
             found[command] = set(required), start(command)
-    assert len(found) >= 4
+    assert len(found) >= 3
     for required, process in found.values():
         code, out, err = outcome(process)
         assert (code, out) == (2, "") and err.count("\n") == 1

@@ -3,9 +3,10 @@
     doors -> {training, inference, interop, evaluation, baselines}
           -> checkpoints -> policies -> {model, data, pallas_kernels} -> core
 
-`config`, `errors`, `files` and `commands` serve every layer but `core` and `pallas_kernels`, which
-know no other. A module reaches all that importing it loads: what it imports, and what that imports
-in turn. Imports inside functions load later; they keep the same rules, but for those in `LAZY`.
+`config`, `errors`, `fields`, `files` and `commands` serve every layer but `core` and
+`pallas_kernels`, which know no other. A module reaches all that importing it loads: what it
+imports, and what that imports in turn. Imports inside functions load later; they keep the same
+rules, but for those in `LAZY`.
 """
 
 import ast
@@ -23,7 +24,7 @@ SOURCES = (*PRODUCT, "tests")
 MAX_LINES = 420
 
 FLOWS = {"training", "inference", "interop", "evaluation", "baselines"}
-COMMON = {"package", "config", "errors", "files", "commands"}
+COMMON = {"package", "config", "errors", "fields", "files", "commands"}
 MODEL = COMMON | {"model", "pallas_kernels", "core"}
 DATA = COMMON | {"data", "core"}
 POLICIES = MODEL | DATA | {"policies"}
@@ -41,7 +42,8 @@ MAY_REACH = {
     "data": DATA,
     "pallas_kernels": {"pallas_kernels"},
     "core": {"package", "core"},
-    "config": {"package", "config", "core", "errors"},
+    "config": {"package", "config", "core", "errors", "fields"},
+    "fields": {"package", "fields", "errors"},
     "files": {"package", "files"},
     "commands": {"package", "commands", "errors"},
     "errors": {"package"},

@@ -22,10 +22,11 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
-from dmc_jax.config import ModelConfig, from_dict, to_dict
+from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.gates import Gates
 from dmc_jax.errors import UserError
+from dmc_jax.fields import from_dict
 from dmc_jax.files import appears_when_complete
 from dmc_jax.policies.choice import Gated
 from dmc_jax.policies.delayed_dmc import DelayedDMC

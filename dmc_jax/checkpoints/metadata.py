@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmc_jax.checkpoints.run_directory import CheckpointRef, free_space, read_json
-from dmc_jax.config import ModelConfig, RunConfig, from_dict
+from dmc_jax.config import ModelConfig, RunConfig
 from dmc_jax.data.tokenizer_files import SpecialTokens
 from dmc_jax.errors import UserError
+from dmc_jax.fields import from_dict
 from dmc_jax.files import write_text
 from dmc_jax.policies import choice as policies
 from dmc_jax.policies.choice import Trained

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from dmc_jax.config import ModelConfig, from_dict
+from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import TOKENIZER_NAMES
 from dmc_jax.data.tokenizer_files import COMPANIONS
 from dmc_jax.errors import UserError
+from dmc_jax.fields import from_dict
 from dmc_jax.interop.gates import gates_of
 from dmc_jax.interop.huggingface_config import model_config
 from dmc_jax.interop.parameters import (

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dmc_jax.config import from_dict, to_dict
+from dmc_jax.config import to_dict
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
+from dmc_jax.fields import from_dict
 from dmc_jax.policies.budget import LEAST, Budgeted
 from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense

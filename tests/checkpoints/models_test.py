@@ -17,10 +17,11 @@ from dmc_jax.checkpoints.metadata import Metadata, load_metadata
 from dmc_jax.checkpoints.models import find_model, load_tokenizer_of, open_model
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import open_for_saving
-from dmc_jax.config import MeshConfig, ModelConfig, from_dict
+from dmc_jax.config import MeshConfig, ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import fingerprint, train_sentencepiece
 from dmc_jax.errors import UserError
+from dmc_jax.fields import from_dict
 from dmc_jax.interop.dmc_jax import open_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.model.llama import init_params

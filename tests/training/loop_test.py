@@ -21,11 +21,11 @@ from dmc_jax.config import (
     OptimizerConfig,
     RunConfig,
     StageConfig,
-    from_dict,
     to_dict,
 )
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import RunFailure, UserError
+from dmc_jax.fields import from_dict
 from dmc_jax.policies.dense import Dense
 from dmc_jax.training import checks, loop, ownership, starts
 from dmc_jax.training.loop import train

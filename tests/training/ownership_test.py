@@ -13,9 +13,10 @@ import pytest
 
 from dmc_jax.checkpoints.models import find_model
 from dmc_jax.checkpoints.run_directory import latest
-from dmc_jax.config import MeshConfig, StageConfig, from_dict, to_dict
+from dmc_jax.config import MeshConfig, StageConfig, to_dict
 from dmc_jax.data.prepare import prepare
 from dmc_jax.errors import UserError
+from dmc_jax.fields import from_dict
 from dmc_jax.training import checks, loop, ownership
 from dmc_jax.training.loop import train
 
