@@ -188,7 +188,7 @@ def difference(cache: PagedCache, expected: PagedCache) -> dict[str, Array]:
         return (
             parts
             | vars(cache.state)
-            | {f"{name}_pages": x for name, x in vars(cache.pages).items()}
+            | {f"{name}_pages": x for name, x in vars(cache.pages).items() if x is not None}
         )
 
     others = fields_of(expected)

@@ -21,7 +21,7 @@ def of_all_that_a_chunk_writes_each_slot_has_one_in_the_end_test(delay):
     policy = DelayedDMC(some_gates(gamma=True), -0.5, delay, DMCSettings(5, offset=0.0))
     policy = policy.of_layer(0, 0, 4)
     rng, (B, T, K, H) = np.random.default_rng(delay), (2, 16, 4, 16)
-    state = policy.start((B, K), H, jnp.float32)
+    state = policy.start((B, K), H, jnp.float32, 3 * T)
     lengths, read = jnp.zeros((B, K), jnp.int32), np.zeros(B, np.int32)
     held = {}  # tokens of every slot
     for counts in ([16, 3], [16, 0], [5, 16]):
