@@ -10,10 +10,8 @@ from jaxtyping import Array, Float, Int
 from dmc_jax.core.projection import project
 
 # Logits are held for so many ids at a time. In float32 that is 32 KiB a token, no more than what
-# the MLP of a large model's layer takes, and products so wide keep any device busy. Where they are
-# few in all they are held at once: to multiply again would cost more than it saves.
+# the MLP of a large model's layer takes, and products so wide keep any device busy.
 _IDS_AT_A_TIME = 8192
-_LOGITS_AT_A_TIME = 2**26
 
 # A finite stand-in for minus infinity: two of them have a difference.
 _MASKED = -1e30
@@ -74,7 +72,7 @@ def token_losses(
     """Measure every prediction by the token that came, and by what a teacher predicts.
 
     The vocabulary is read a block at a time into running sums, and the backward pass multiplies
-    again, so that not all logits [B, T, V] are held where they are many. Masking is the caller's.
+    again, so that a large one's logits [B, T, V] are never held. Masking is the caller's.
 
     Args:
         prediction: of a model.
@@ -86,8 +84,7 @@ def token_losses(
         teacher's next token to the model's, 0 without a teacher.
     """
     models = (prediction,) if teacher is None else (prediction, jax.lax.stop_gradient(teacher))
-    most = max(_IDS_AT_A_TIME, _LOGITS_AT_A_TIME // targets.size)
-    blocks = 1 << (-(-prediction.ids // most) - 1).bit_length()
+    blocks = 1 << (-(-prediction.ids // _IDS_AT_A_TIME) - 1).bit_length()
     # Their gradients add up over the blocks: in float32.
     hidden = [model.hidden.astype(jnp.float32) for model in models]
 

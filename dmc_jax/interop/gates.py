@@ -43,6 +43,8 @@ def with_gates(
             `gates_for`.
     """
     gates = gates_for(name, source.config, ratio, own=source.gates)
+    if gates is None and ratio is not None:
+        raise UserError("ratio: it is looked up in a file of gates; name one")
     if gates is not None:
         if not isinstance(source.policy, Dense):
             raise UserError(

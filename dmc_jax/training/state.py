@@ -49,9 +49,9 @@ def key_of(seed: int) -> Array:
 
 
 def order_seed(run: RunConfig, stage: str) -> int:
-    """Seed the order in which a stage reads its text: no two seeds of a run share one.
+    """Seed the order in which a stage reads its text: runs of other seeds have other orders.
 
-    Of seed 0 it is as it was when they did.
+    Of seed 0 it is as it was when they shared some.
     """
     return (run.seed if run.draws == 1 else 4 * run.seed) + STAGES.index(stage)
 

@@ -193,7 +193,7 @@ def what_cannot_go_along_is_refused_in_a_line_test(base, other, gates, tmp_path)
     cases = [
         ([f"--input={other}", f"--gates={gates}"], "made for another model"),
         ([ours, f"--gates={gates}", "--ratio=7"], "ratio: these gates were measured from 1 to 2.5"),
-        ([ours, "--ratio=2"], "ratio: it is looked up in a file of gates"),
+        ([ours, "--ratio=2"], "ratio: it is looked up in a file of gates; name one"),
         ([ours, f"--gates={cut}"], "cut.safetensors is not a file of gates"),
         ([ours, "--gates=magic"], "magic is no file, and no name of gates that come with dmc_jax"),
         ([ours, f"--gates={gates}", "--to=dmc_jax"], "--gates: dmc_jax has no place for gates"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from dmc_jax.training import checks, loop, stages
 from dmc_jax.training.loop import train
 from tests.doors import runs_of
 
-LARGE = sorted(name for name in named_configs() if name not in ("paper", "tiny_4x"))
+LARGE = sorted(name for name in named_configs() if re.match(r"\d+b_|llama3", name))
 LARGE += ["paper:70b,ratio=2"]
 
 
