@@ -169,7 +169,14 @@ def relaxed_decisions_are_the_sums_of_the_formula_test(delay, window):
     np.testing.assert_array_equal(merges, (alpha > 0.5) & ~first)
 
 
-@pytest.mark.parametrize("delay, window", [(0, 3), (4, None), (3, 3)])
+@pytest.mark.parametrize(
+    "delay, window",
+    [
+        pytest.param(0, 3, marks=pytest.mark.slow),
+        pytest.param(4, None, marks=pytest.mark.slow),
+        (3, 3),
+    ],
+)
 def gradients_are_finite_differences_test(delay, window):
     """With respect to what gates give: logits, importance and gamma."""
     q, k, v, logits, omega, gamma, noise = draw(3)

@@ -157,7 +157,8 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
     np.testing.assert_array_equal(frozen, state.params["policy"].gates.mean)
 
 
-@pytest.mark.parametrize("importance", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("importance", [False, True])
 def gates_that_merge_are_made_the_same_way_test(run, importance):
     gates = dataclasses.replace(run.gates, method="dmc", importance=importance)
     run = dataclasses.replace(

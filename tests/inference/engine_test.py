@@ -187,6 +187,7 @@ def a_sequence_that_gave_up_its_pages_goes_on_as_if_nothing_was_test(tiny_model,
     assert engine.free_pages == TINY and not engine.unfinished
 
 
+@pytest.mark.slow
 def two_hundred_random_requests_with_cancels_get_what_they_would_get_alone_test(
     tiny_model, alone, departures
 ):

@@ -67,7 +67,11 @@ POLICIES = {
 each = pytest.mark.parametrize("policy, gates, asked", POLICIES.values(), ids=POLICIES)
 
 
-@each
+@pytest.mark.parametrize(
+    "policy, gates, asked",
+    [pytest.param(*POLICIES["dmc"], marks=pytest.mark.slow), POLICIES["dms"]],
+    ids=POLICIES,
+)
 def sequences_of_many_ratios_get_what_each_gets_alone_test(tiny_model, policy, gates, asked):
     prompts = [[1, *range(3 + i, 22 + 4 * i)] for i in range(5)]
     own = [{}, {"threshold": 9.0}, {"threshold": -9.0}, {"threshold": 0.2}, asked]

@@ -53,7 +53,7 @@ def of_all_that_a_chunk_writes_each_slot_has_one_in_the_end_test(delay):
     assert min(map(min, counted)) == 1 and 2 < max(map(max, counted)) <= 5
 
 
-@pytest.mark.parametrize("gamma", [True, False])
+@pytest.mark.parametrize("gamma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(gamma, tmp_path):
     policy = DelayedDMC(some_gates(importance=True, gamma=gamma), -0.5, delay=5)
 

@@ -74,14 +74,13 @@ T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
 # Of each method one in `make test`; in the engine, which takes longest, of each kind of method.
-IN_ENGINE = (
+IN_ENGINE = ("dmc, window 3", "dms, delay 5", "dmc by gates, delay 5")
+QUICK = (
+    *IN_ENGINE,
     "dense",
-    "dmc, window 3",
-    "dms, delay 5",
-    "dmc by gates, delay 5",
+    "tova, 8 slots, without the channel",
     "window, 6 slots, 3 tokens for one",
 )
-QUICK = (*IN_ENGINE, "tova, 8 slots, without the channel", "h2o, 3 slots, 2 tokens for one")
 
 
 def policies(quick):
@@ -205,7 +204,13 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
     any_chunks()
 
 
-@pytest.mark.parametrize("name", ["dmc, window 3", "dms, delay 5", "dmc by gates, delay 5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dms, delay 5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dmc, window 3", IN_ENGINE[-1])),
+    ],
+)
 def every_seat_of_a_cache_has_a_threshold_of_its_own_test(name):
     params, config = model()
     policy, tokens = TABLE[name], some_tokens()
