@@ -128,7 +128,7 @@ answers = {}
 for name, options in {"dense": {}, "4x": {"gates": GATES, "ratio": 4.0}}.items():
     print(f"answering ({name}) ...", flush=True)
     engine = dmc.Engine.from_checkpoint(model, kv_bytes=2**26, max_sequences=1, **options)
-    [answers[name]] = engine.generate(prompt, sampling)
+    [answers[name]] = engine.generate([prompt], sampling)
 
 # %%
 report = Path("runs/demo")
