@@ -4,7 +4,7 @@ Data      python -m dmc_jax.prepare_data --output=data/stdlib
 Command   python -m dmc_jax.train --config=configs/tiny_4x.py
 Hardware  two CPU cores.
 Time      about seven minutes.
-Expected  the table in README.md, from benchmarks/demo_cpu.json.
+Expected  the table in README.md, from benchmarks/demo_train_cpu.json.
 
 The schedule is 20 times shorter than the paper's, so the settings differ: see "Settings beyond the
 paper" in README.md. They were chosen by the validation split; the demo reports the test split.
