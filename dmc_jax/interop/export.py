@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dmc_jax.checkpoints.gates import StoredGates
-from dmc_jax.interop.gates import GATES_FILE, gates_json
+from dmc_jax.checkpoints.gates import FILE, StoredGates
+from dmc_jax.interop.gates import gates_json
 from dmc_jax.interop.huggingface import DMC_CONFIG, dmc_config_json
 from dmc_jax.interop.huggingface_config import config_json
 from dmc_jax.interop.output import copy_tokenizer
@@ -89,7 +89,7 @@ def write_huggingface(
         _write_json(folder / DMC_CONFIG, dmc_config_json(source.policy))
     if gated:
         config["gates"] = {"warning": _GATES_WARNING} | gates_json(source.gates)
-        shutil.copyfile(source.gates.path, folder / GATES_FILE)
+        shutil.copyfile(source.gates.path, folder / FILE)
     if "auto_map" in config:
         shutil.copyfile(_REMOTE_CODE, folder / _REMOTE_CODE.name)
     _write_json(folder / "config.json", config)
@@ -157,7 +157,7 @@ def _about_gates(gates: StoredGates) -> list[str]:
         f"{gates.policy.delay} tokens later: where the logit of its gate exceeds "
         f"{gates.policy.threshold:g} (Lancucki et al. 2025, arXiv 2506.05345). The remote code "
         "computes whole sequences without a cache: it is for evaluation. The weights are those of "
-        f"the pretrained model, to which `{GATES_FILE}` belongs. Another threshold in "
+        f"the pretrained model, to which `{FILE}` belongs. Another threshold in "
         "`config.json` gives another number of tokens per slot; on held-out text",
         "",
         "| tokens per slot | threshold |",

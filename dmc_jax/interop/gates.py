@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dmc_jax.checkpoints.gates import (
+    FILE,
     StoredGates,
     check_hash,
     gates_for,
@@ -24,8 +25,6 @@ from dmc_jax.interop.parameters import leaf_shapes, places, to_ours, unflatten
 from dmc_jax.interop.source import Source
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
-
-GATES_FILE = "gates.safetensors"  # in the export's folder; the remote code knows the name
 
 
 def with_gates(
@@ -108,11 +107,11 @@ def gates_of(folder: Path, raw: dict[str, Any], config: ModelConfig) -> StoredGa
     where, said = f"{folder / 'config.json'}, gates", raw["gates"]
     if not isinstance(said, dict):
         raise UserError(f"{where} is no object")
-    gates = load_gates(folder / GATES_FILE, config)
+    gates = load_gates(folder / FILE, config)
     for name in ("method", "delay"):
         if said.get(name) != gates_json(gates)[name]:
             raise UserError(
-                f"{where} says {name} {said.get(name)!r:.60}, {GATES_FILE} beside it "
+                f"{where} says {name} {said.get(name)!r:.60}, {FILE} beside it "
                 f"{gates_json(gates)[name]!r}: take the config and the gates of one export"
             )
     threshold = Fields(where, said).number("threshold", least=-math.inf)

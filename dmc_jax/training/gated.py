@@ -49,6 +49,7 @@ from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import attend_whole
 from dmc_jax.training.closed_form import SPREAD, fit_gates
+from dmc_jax.training.optimizer import clipped_adam
 from dmc_jax.training.stages import evaluation_options
 from dmc_jax.training.state import TrainState, key_of, order_seed
 from dmc_jax.training.step import (
@@ -63,8 +64,6 @@ from dmc_jax.training.step import (
 
 Datas = list[tuple[PreparedData, float]]
 Trained = dict[str, Any]  # "policy", and of every ratio "thresholds" and "prices"; "r2" of the fit
-
-FILE = "gates.safetensors"  # in the run's directory
 
 _TOWARDS = 0.3  # share of the way to the wanted fraction that a threshold goes in a step
 _RENEWED = 0.2  # of a price in a step
@@ -182,10 +181,8 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
             return 0.0 * update
         return (run.gates.bias_multiplier if name in _OFFSETS else 1.0) * update
 
-    config = run.optimizer
     return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        *clipped_adam(run.optimizer),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)),
     )
 
@@ -234,7 +231,7 @@ def make_distill_step(
         metrics |= {
             "learning_rate": rate,
             "gradient_norm": optax.tree.norm(grads),
-            "target_ratio": ratios[which],
+            "drawn_ratio": ratios[which],
         }
         state = TrainState(state.step + 1, params, optimizer_state)
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
@@ -254,7 +251,7 @@ def _among(prediction: Prediction, ids: Array) -> Prediction:
 
 
 def _distill(run, mesh, model_params, policy, part, batch, noise, counts) -> Metrics:
-    """Losses and drops of a part of a batch, which add up over the parts.
+    """Divergence and drops of a part of a batch, which add up over the parts.
 
     `slope` is how fast the drops grow as the threshold falls.
     """

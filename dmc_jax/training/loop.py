@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dmc_jax.checkpoints.gates import model_hash, save_gates
+from dmc_jax.checkpoints.gates import FILE, model_hash, save_gates
 from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
@@ -121,7 +121,7 @@ def _assess(
         run, params, ready.start, ready.datas, ready.mesh, tokens=tokens
     )
     if jax.process_index() == 0:
-        save_gates(Path(run.output, run.name, gated.FILE), gates)
+        save_gates(Path(run.output, run.name, FILE), gates)
     return {"validation": dataclasses.asdict(measured)}
 
 

@@ -41,6 +41,14 @@ def zero_decision_rows(tree: Any) -> Any:
     return map_decision_rows(lambda rows: 0.0 * rows, tree)
 
 
+def clipped_adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    """What a chain begins with: Adam on clipped gradients, without rate and weight decay."""
+    return [
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+    ]
+
+
 def make_optimizer(
     config: OptimizerConfig, decision_multiplier: float
 ) -> optax.GradientTransformation:
@@ -58,8 +66,7 @@ def make_optimizer(
         return map_decision_rows(lambda rows: decision_multiplier * rows, updates)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        *clipped_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.stateless(scale_decision_rows),
     )

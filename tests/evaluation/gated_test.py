@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmc_jax.checkpoints.gates import load_gates
+from dmc_jax.checkpoints.gates import FILE, load_gates
 from dmc_jax.checkpoints.metadata import load_metadata
 from dmc_jax.checkpoints.models import find_model, open_model
 from dmc_jax.checkpoints.run_directory import latest
@@ -65,8 +65,8 @@ def state_at(run, step):
 
 
 def the_file_serves_the_model_it_was_made_for_test(run, directory):
-    file = f"--gates={directory}/{gated.FILE}"
-    gates = load_gates(directory / gated.FILE, run.model)
+    file = f"--gates={directory}/{FILE}"
+    gates = load_gates(directory / FILE, run.model)
     assert gates.policy.delay == 3
     assert gates.table[0].ratio == pytest.approx(1.0)
     ratios = [entry.ratio for entry in gates.table]
@@ -145,7 +145,7 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
     seen = []
     for _ in range(run.distill.steps):
         state, metrics = step(state, batch, params)
-        seen.append(jax.device_get((metrics["target_ratio"], metrics["distillation"])))
+        seen.append(jax.device_get((metrics["drawn_ratio"], metrics["distillation"])))
     seen, third = np.asarray(seen), run.distill.steps // 3
     for ratio in run.gates.ratios:
         first, last = (
@@ -165,7 +165,7 @@ def gates_that_merge_are_made_the_same_way_test(run, importance):
         run, name=f"merging_{importance}", gates=gates, dmc=DMCSettings(window=5)
     )
     directory = train(run, quiet=True)
-    stored = load_gates(directory / gated.FILE, run.model)
+    stored = load_gates(directory / FILE, run.model)
     assert stored.policy.name == "dmc" and stored.policy.settings.window == 5
     assert (np.asarray(stored.policy.gamma) != 0.5).all()
     assert (stored.policy.gates.importance_weight is not None) == importance
