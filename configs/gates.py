@@ -38,11 +38,12 @@ def get_config(checkpoint: str):
             stages="closed_form,distill",
             gates=GatesConfig(delay=16, windows=24),
             distill=StageConfig(
-                steps=240, learning_rate=1e-3, final_learning_rate=1e-5, shape="cosine", warmup=20
+                steps=600, learning_rate=1e-3, final_learning_rate=1e-5, shape="cosine", warmup=20
             ),
             data=DataConfig(path=f"data/{name}", length=1024, batch=1),
             optimizer=OptimizerConfig(beta2=0.98, eps=1e-8, weight_decay=0.0),
             compute_dtype="float32",
+            products="bfloat16",
             remat="none",
             log_every=10,
             eval_windows=16,

@@ -231,6 +231,7 @@ class RunConfig:
     seed: int = 0  # 0 or more
     draws: int = 2  # how the seed is drawn from; a run begun before this was written down keeps 1
     compute_dtype: str = "bfloat16"  # float32 | bfloat16; parameters are always float32
+    products: str = ""  # dtype of what products and attention multiply; empty: compute_dtype
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
     attention: str = "auto"  # auto | xla | triton: what computes it; auto: the fastest here
     attention_block: int = 256  # tokens per block of xla's
@@ -272,6 +273,10 @@ class RunConfig:
         _require(
             self.compute_dtype in ("float32", "bfloat16"),
             f"compute_dtype is {self.compute_dtype!r}; expected float32 or bfloat16",
+        )
+        _require(
+            self.products in ("", "float32", "bfloat16"),
+            f"products is {self.products!r}; expected float32, bfloat16, or nothing",
         )
         _require(
             self.remat in ("none", "full", "dots"),

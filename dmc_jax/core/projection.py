@@ -4,11 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: Array, kernel: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project(equation: str, x: Array, kernel: Array, products: DTypeLike | None = None) -> Array:
     """Compute `einsum(equation, x, kernel)` in the dtype of `x`.
 
     Its gradient for the kernel is accumulated and kept in float32, and asked for as
@@ -18,27 +19,34 @@ def project(equation: str, x: Array, kernel: Array) -> Array:
         equation: of two operands, such as "BTD,DF->BTF".
         x: activations.
         kernel: the matrix, of any dtype.
+        products: dtype of what is multiplied, here and for the gradients, where it is another than
+            that of `x`; sums keep the latter.
     """
     x_axes, kernel_axes = equation.split("->")[0].split(",")
     # `einsum` sums over several axes in an order of its own, for which XLA transposes the kernel.
     summed = [axis for axis in x_axes if axis in kernel_axes]
     axes = [x_axes.index(a) for a in summed], [kernel_axes.index(a) for a in summed]
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+    operands = _narrowed(x, products, x, kernel)
+    return jax.lax.dot_general(*operands, (axes, ((), ())), preferred_element_type=x.dtype)
 
 
-def _project_forward(equation, x, kernel):
-    return project(equation, x, kernel), (x, kernel)
+def _narrowed(x, products, *operands):
+    return [operand.astype(products or x.dtype) for operand in operands]
 
 
-def _project_backward(equation, residuals, dy):
+def _project_forward(equation, x, kernel, products):
+    return project(equation, x, kernel, products), (x, kernel)
+
+
+def _project_backward(equation, products, residuals, dy):
     x, kernel = residuals
     (x_axes, kernel_axes), y_axes = equation.split("->")[0].split(","), equation.split("->")[1]
-    dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy.astype(x.dtype), kernel.astype(x.dtype))
+    narrow_x, narrow_kernel, dy = _narrowed(x, products, x, kernel, dy)
+    dx = jnp.einsum(
+        f"{y_axes},{kernel_axes}->{x_axes}", dy, narrow_kernel, preferred_element_type=x.dtype
+    )
     dkernel = jnp.einsum(
-        f"{x_axes},{y_axes}->{kernel_axes}",
-        x,
-        dy.astype(x.dtype),
-        preferred_element_type=jnp.float32,
+        f"{x_axes},{y_axes}->{kernel_axes}", narrow_x, dy, preferred_element_type=jnp.float32
     )
     return dx, dkernel.astype(kernel.dtype)
 

@@ -89,12 +89,13 @@ class Projection(nn.Module):
     equation: str
     shape: tuple[int, ...]
     std: float = _INIT_STD
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Multiply `x` by the kernel."""
         kernel = self.param("kernel", _init(self.std), self.shape)
-        return project(self.equation, x, kernel)
+        return project(self.equation, x, kernel, self.products)
 
 
 class Block(nn.Module):
@@ -105,6 +106,7 @@ class Block(nn.Module):
     attend: Attend
     sharding: jax.sharding.Sharding | None
     stacked: bool
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Any], layer: Int[Array, ""] | int) -> tuple[tuple, Any]:
@@ -116,11 +118,11 @@ class Block(nn.Module):
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
         q, k, v = self._multiply(y, "BTD,DNH->BTNH", "qkv", (N, K, K), H)
         out, state, record = self.attend(q, k, v, y, layer, state)
-        x += Projection("BTNH,NHD->BTD", (N, H, D), out_std, name="o")(out.astype(x.dtype))
+        x += self._by("BTNH,NHD->BTD", (N, H, D), "o", out_std)(out.astype(x.dtype))
 
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
         gate, up = self._multiply(y, "BTD,DF->BTF", "gate_up", (F, F))
-        x += Projection("BTF,FD->BTD", (F, D), out_std, name="down")(nn.silu(gate) * up)
+        x += self._by("BTF,FD->BTD", (F, D), "down", out_std)(nn.silu(gate) * up)
         if self.sharding is not None:
             x = jax.lax.with_sharding_constraint(x, self.sharding)
         return (x, state), record
@@ -132,9 +134,12 @@ class Block(nn.Module):
         D = x.shape[-1]
         if self.stacked:
             parts = zip(_SIDE_BY_SIDE[name], sizes, strict=True)
-            return [Projection(equation, (D, size, *rest), name=part)(x) for part, size in parts]
-        y = Projection(equation, (D, sum(sizes), *rest), name=name)(x)
+            return [self._by(equation, (D, size, *rest), part)(x) for part, size in parts]
+        y = self._by(equation, (D, sum(sizes), *rest), name)(x)
         return jnp.split(y, np.cumsum(sizes)[:-1], axis=2)
+
+    def _by(self, equation: str, shape: tuple[int, ...], name: str, std: float = _INIT_STD):
+        return Projection(equation, shape, std, self.products, name=name)
 
 
 _REMAT_POLICIES = {
@@ -153,6 +158,7 @@ class Llama(nn.Module):
         sharding: of the residual stream [B, T, D], where several devices share the work.
         stacked: whether the parameters are those of `init_params`, which a scan runs through, or
             those of `unstack_layers`.
+        products: dtype of the operands of the layers' products, where it is not `dtype`.
     """
 
     config: ModelConfig
@@ -160,6 +166,7 @@ class Llama(nn.Module):
     remat: str = "none"
     sharding: jax.sharding.Sharding | None = None
     stacked: bool = True
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -194,12 +201,13 @@ class Llama(nn.Module):
                 # The names of the parameters are those of checkpoints, from before "stack".
                 scanned = nn.scan(
                     block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
-                )(c, kv_heads, attend, self.sharding, True, name=f"run_{index}")
+                )(c, kv_heads, attend, self.sharding, True, self.products, name=f"run_{index}")
                 (x, state), record = scanned((x, state), first + jnp.arange(length))
                 records.append(record)
         else:
             for layer, kv_heads in enumerate(c.kv_heads_by_layer):
-                one = block(c, kv_heads, attend, self.sharding, False, name=f"layer_{layer}")
+                name = f"layer_{layer}"
+                one = block(c, kv_heads, attend, self.sharding, False, self.products, name=name)
                 (x, state), record = one((x, state), layer)
                 records.append(record)
         if only is not None:

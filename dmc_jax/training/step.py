@@ -206,8 +206,15 @@ def attention_of(
 
 
 def attention_for(run: RunConfig, mesh: Mesh) -> CausalAttention:
-    """Choose what computes a run's attention."""
-    return choose_attention(run.attention, block=run.attention_block, mesh=mesh)
+    """Choose what computes a run's attention, with operands as those of all products."""
+    attention = choose_attention(run.attention, block=run.attention_block, mesh=mesh)
+    if not run.products:
+        return attention
+
+    def narrowed(q, k, v, *biases, **how):
+        return attention(*(x.astype(run.products) for x in (q, k, v)), *biases, **how)
+
+    return narrowed
 
 
 def apply_model(run: RunConfig, config: ModelConfig, mesh: Mesh, params, tokens, attend: Attend):
@@ -217,5 +224,6 @@ def apply_model(run: RunConfig, config: ModelConfig, mesh: Mesh, params, tokens,
         dtype=jnp.dtype(run.compute_dtype),
         remat=run.remat,
         sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp"))),
+        products=jnp.dtype(run.products) if run.products else None,
     )
     return model.apply({"params": params}, tokens, attend=attend)

@@ -38,6 +38,7 @@ def run(finished_run, data, tmp_path_factory):
         gates=GatesConfig(delay=3, windows=6, ratios=(1.5, 2.0, 3.0)),
         distill=StageConfig(steps=4, learning_rate=1e-2),
         mesh=MeshConfig(data=1),
+        products="",
         eval_windows=4,
         save_every=2,
         log_every=1,
@@ -129,6 +130,20 @@ def a_batch_in_parts_is_the_batch_test(run, directory):
     for a, b in zip(*map(jax.tree.leaves, (states[0].params, states[1].params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert metrics[0]["distillation"] == pytest.approx(float(metrics[1]["distillation"]), rel=1e-4)
+
+
+def products_of_half_the_bits_change_little_test(run, directory):
+    data, model = open_data(run.data.path), open_model(run.init_from)
+    batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
+    batch = {name: batch[name] for name in gated.READ}
+    mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
+    counts, found = gated.count_ids([(data, 1.0)], 320), []
+    for products in ("", "bfloat16"):
+        other = dataclasses.replace(run, products=products)
+        step = gated.make_distill_step(other, mesh, optimizer, counts)
+        found.append(step(state_at(run, 4), batch, model.params)[1])
+    wide, narrow = (float(metrics["distillation"]) for metrics in found)
+    assert narrow != wide and narrow == pytest.approx(wide, rel=0.1)
 
 
 def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, directory):
