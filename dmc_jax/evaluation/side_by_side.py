@@ -43,6 +43,10 @@ class Measured:
     apart: Float[np.ndarray, "W T"]  # KL(dense || policy) of every prediction, in nats
     slots: Float[np.ndarray, "W T"]  # of a row after every token, on average
 
+    def rises(self, dense: "Measured") -> Float[np.ndarray, "W"]:
+        """Say how many nats a token it loses to the dense model, window by window."""
+        return (self.nats - dense.nats).mean(axis=1)
+
     def figures(self, dense: "Measured") -> dict[str, float]:
         """Sum it up against the dense model, window by window.
 
@@ -50,24 +54,28 @@ class Measured:
             dense: the same windows by `Dense`.
 
         Returns:
-            Means over windows, and 95 % intervals of the mean as 1.96 standard errors.
+            Means over windows, and their `interval`.
         """
         T = self.nats.shape[1]
-        rise, apart = (self.nats - dense.nats).mean(axis=1), self.apart.mean(axis=1)
-        error = 1.96 / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
-        spread = functools.partial(np.std, ddof=1) if len(rise) > 1 else np.std
+        rises, apart = self.rises(dense), self.apart.mean(axis=1)
         mean, end = self.slots.mean(), self.slots[:, -1].mean()
         found = {
             "mean_slots": mean,
             "end_slots": end,
             "ratio_of_means": (T + 1) / 2 / mean,
             "ratio_at_end": T / end,
-            "perplexity_percent": 100 * math.expm1(rise.mean()),
-            "perplexity_percent_interval": 100 * error * spread(rise),
+            "perplexity_percent": 100 * math.expm1(rises.mean()),
+            "perplexity_percent_interval": 100 * interval(rises),
             "divergence": apart.mean(),
-            "divergence_interval": error * spread(apart),
+            "divergence_interval": interval(apart),
         }
         return {name: round(float(x), 4) for name, x in found.items()}
+
+
+def interval(values: Float[np.ndarray, "W"]) -> float:
+    """Say how far a mean over windows may be off: 1.96 standard errors; of one window, NaN."""
+    W = len(values)
+    return 1.96 * float(np.std(values, ddof=1)) / math.sqrt(W) if W > 1 else math.nan
 
 
 def single_windows(
