@@ -172,7 +172,7 @@ def _policy(run: RunConfig, gates: Gates) -> Gated:
         more |= zip(names, map(jnp.zeros_like, (gates.weight, gates.bias)), strict=True)
     settings = dataclasses.replace(run.dmc, temperature=config.temperature, offset=0.0)
     gates = dataclasses.replace(gates, **more)
-    return DelayedDMC(gates, jnp.zeros(()), config.delay, settings)
+    return DelayedDMC(gates, jnp.zeros(()), config.delay, settings, config.margin)
 
 
 def _trained(run: RunConfig, gates: Gates, r2: Any, params: Any) -> Trained:
