@@ -57,8 +57,10 @@ def name_of(gates: StoredGates) -> str:
 
 def kind_of(gates: StoredGates) -> str:
     """Say what files have in common that differ by their seeds."""
-    tokens = gates.about.get("distilled_tokens", 0)
-    return f"{gates.policy.name}, delay {gates.policy.delay}, {tokens:,} tokens"
+    policy, tokens = gates.policy, gates.about.get("distilled_tokens", 0)
+    margin = getattr(policy, "margin", None)
+    also = "" if margin is None else f", margin {margin:g}"
+    return f"{policy.name}, delay {policy.delay}{also}, {tokens:,} tokens"
 
 
 def compare(model, files, some, options, record) -> None:

@@ -1,5 +1,6 @@
 """The benchmark of gates on a tiny model: what it measures, against whom, and how often."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gates as benchmark
-from dmc_jax.checkpoints.gates import load_gates
+from dmc_jax.checkpoints.gates import load_gates, save_gates
 from dmc_jax.checkpoints.models import open_model
 from dmc_jax.evaluation.side_by_side import budget_of_mean, single_windows
 from dmc_jax.interop.formats import open_source
@@ -42,11 +43,14 @@ def model(folder, data):
 @pytest.fixture(scope="module")
 def files(folder, model):
     """Of two seeds, in the directories of their runs, under one name."""
-    runs = [folder / f"seed{seed}" for seed in (5, 6)]
-    for run in runs:
-        run.mkdir()
-        write_gates(run / "gates.safetensors", open_source(model.path), seed=int(run.name[-1]))
-    return [run / "gates.safetensors" for run in runs]
+    first, second = (folder / name / "gates.safetensors" for name in ("seed5", "seed6"))
+    for file in (first, second):
+        file.parent.mkdir()
+    stored = load_gates(write_gates(first, open_source(model.path)), model.config)
+    gates = dataclasses.replace(stored.policy.gates, weight=-stored.policy.gates.weight)
+    policy = dataclasses.replace(stored.policy, gates=gates)
+    save_gates(second, dataclasses.replace(stored, policy=policy))
+    return [first, second]
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from dmc_jax.policies.dms import DMS
 TABLE = (Measured(9.0, 1.0), Measured(0.3, 1.5), Measured(-0.5, 2.5))
 
 
-def write_gates(file, source, delay=4, seed=5):
+def write_gates(file, source, delay=4):
     """Random ones, with which a threshold of 0.3 drops some two of five tokens."""
-    rng, config = np.random.default_rng(seed), source.config
+    rng, config = np.random.default_rng(5), source.config
     layers, rows = (config.layers, config.width), (config.kv_rows, config.width)
     arrays = rng.normal(size=layers), rng.uniform(0.5, 2, layers), 0.3 * rng.normal(size=rows)
     gates = Gates(*(jnp.asarray(x, jnp.float32) for x in (*arrays, rng.normal(size=rows[0]))))
