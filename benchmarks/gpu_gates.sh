@@ -34,11 +34,11 @@ source benchmarks/gpu_parts.sh gpu_gates
 
 SIZES=(1024 16 200 16 12) # tokens a window, windows a step, in closed form, of validation; steps timed
 MEASURED=(--split=test --lengths 512 1024 2048 --ratios 2 4 8 --windows=32 --batch=8)
-DISTILL_SECONDS=${DISTILL_SECONDS:-150}
+DISTILL_SECONDS=${DISTILL_SECONDS:-150} SLOW=1
 if [ -n "${QUICK:-}" ]; then
   SIZES=(128 2 2 2 2)
   MEASURED=(--split=test --lengths 64 --ratios 2 --windows=2 --batch=2 --others TOVA --budgets grows)
-  DISTILL_SECONDS=10
+  DISTILL_SECONDS=10 SLOW=6
 fi
 read -r LENGTH BATCH WINDOWS VALIDATION TIMED <<<"${SIZES[*]}"
 
@@ -73,14 +73,18 @@ train() {
 
 # As many steps as fit, at the speed of the last that were timed; asked once: a run keeps its number.
 steps_of() {
-  [ -s "$OUT/steps_$1" ] || $PYTHON - "$OUT/runs/speed_$1/metrics.jsonl" \
-    "$DISTILL_SECONDS" $((BATCH * LENGTH)) >"$OUT/steps_$1" <<'END'
+  local file=$OUT/steps_$1
+  [ -s "$file" ] || $PYTHON - "$OUT/runs/speed_$1/metrics.jsonl" "$DISTILL_SECONDS" \
+    $((BATCH * LENGTH)) >"$file" <<'END' || { rm -f "$file"; return 1; }
 import json, sys
 file, seconds, tokens = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-*_, last = map(json.loads, open(file))
-print(max(2, round(last["tokens_per_second"] * seconds / tokens)))
+try:
+    last = [json.loads(line) for line in open(file)][-1]["tokens_per_second"]
+except (OSError, IndexError, KeyError):
+    sys.exit("no step was timed")
+print(max(2, round(last * seconds / tokens)))
 END
-  cat "$OUT/steps_$1"
+  cat "$file"
 }
 
 export -f join prepare_all train
@@ -91,17 +95,18 @@ for part in $PARTS; do
   rate=$([ "$method" = dmc ] && echo 3e-3 || echo 1e-3)
   case $part in
     environment) environment ;;
-    model) limited 30 model bash -c join ;;
-    data) limited 60 data bash -c prepare_all ;;
+    model) limited $((30 * SLOW)) model bash -c join ;;
+    data) limited $((60 * SLOW)) data bash -c prepare_all ;;
     speed_dms | speed_dmc)
-      limited 120 "$part" bash -c "train $part $method 2 $TIMED --config.log_every=$((TIMED / 2))" ;;
+      limited $((120 * SLOW)) "$part" bash -c "train $part $method 2 $TIMED --config.log_every=$((TIMED / 2))" ;;
     dms | dmc)
-      steps=$(steps_of "$part") || { echo "== $part: no speed was measured, speed_$part first" >&2; continue; }
-      limited $((DISTILL_SECONDS + 150)) "$part" bash -c \
-        "train $part $part $WINDOWS $steps --config.distill.learning_rate=$rate"
-      cp "$OUT/runs/$part/gates.safetensors" "$OUT/smollm2_135m_$part.safetensors" ;;
+      steps=$(steps_of "$part") || { echo "== $part: speed_$part comes first" >&2; continue; }
+      limited $(((DISTILL_SECONDS + 150) * SLOW)) "$part" bash -c \
+        "train $part $part $WINDOWS $steps --config.distill.learning_rate=$rate" &&
+        cp "$OUT/runs/$part/gates.safetensors" "$OUT/smollm2_135m_$part.safetensors" ;;
     measure)
-      limited 120 measure $PYTHON -m benchmarks.gates --checkpoint="$MODEL" --data="$DATA" \
+      ls "$OUT"/smollm2_135m_d*.safetensors >/dev/null || continue
+      limited $((120 * SLOW)) measure $PYTHON -m benchmarks.gates --checkpoint="$MODEL" --data="$DATA" \
         --gates "$OUT"/smollm2_135m_d*.safetensors "${MEASURED[@]}" --output="$OUT/gates.json" ;;
     *) echo "no part '$part'" >&2; exit 2 ;;
   esac

@@ -204,10 +204,19 @@ try:
 except UserError as error:
     print(f"not exported: {error}")
 minutes = (time.perf_counter() - started) / 60
-about = {"machine": machine(" ".join(["retrofit_on_a_laptop", *sys.argv[1:]])), "minutes": minutes}
-about |= {"went_on_from_an_earlier_run": goes_on, "steps": steps, "method": method}
+about = {
+    "machine": machine("experiments/retrofit_on_a_laptop.py"),
+    "minutes": minutes,
+    "went_on_from_an_earlier_run": goes_on,
+    "model": Path(checkpoint).name,
+    "text": Path(data.manifest["source"]).name,
+    "method": method,
+    "steps": steps,
+    "length": length,
+    "rows": figures,
+}
 (report / "comparison.md").write_text(comparison + "\n")
-(report / "comparison.json").write_text(json.dumps(about | {"rows": figures}, indent=1) + "\n")
+(report / "comparison.json").write_text(json.dumps(about, indent=1) + "\n")
 print(
     f"""
 The gates: {gates.path} ({Path(gates.path).stat().st_size / 1e3:.0f} kB), for this model only
