@@ -4,7 +4,7 @@
 #   benchmarks/gpu_gates.sh OUT MODEL [PART ...]      PARTs in order; without any: all of them
 #
 # MODEL is a GGUF file, a checkpoint's folder, or the two of a GGUF file that was cut for a transfer:
-# MODEL.part0 and MODEL.part1 (`split -b 60M -d -a 1 FILE MODEL.part`) are joined. PYTHON is the
+# MODEL.part0 and MODEL.part1 (`split -n 2 -d -a 1 FILE MODEL.part`) are joined. PYTHON is the
 # interpreter, PYTHONPATH may name a folder of what it lacks (docs/gpu.md; for a GGUF file also gguf,
 # tokenizers and jinja2). Nothing is downloaded: the text is Python's own library, and if TEXT names
 # a folder of prose, half of it.
