@@ -52,7 +52,7 @@ def compare(model, files, some, options, record) -> None:
         there = next((row for row in record["rows"] if row.items() >= about.items()), None)
         if there is not None:
             return there
-        row = about | measure(**run, policy=policy).figures(dense)
+        row = about | measure(**run, policy=policy, dense=dense).figures(dense)
         print(json.dumps(row), flush=True)
         record["rows"].append(row)
         options.output.write_text(json.dumps(record, indent=1) + "\n")

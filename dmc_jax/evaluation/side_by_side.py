@@ -35,6 +35,7 @@ class Measured:
     nats: Float[np.ndarray, "W T"]  # of every token that came
     apart: Float[np.ndarray, "W T"]  # KL(dense || policy) of every prediction, in nats
     slots: Float[np.ndarray, "W T"]  # of a row after every token, on average
+    hidden: Float[np.ndarray, "W T D"]  # what predictions are made of
 
     def figures(self, dense: "Measured") -> dict[str, float]:
         """Sum it up against the dense model, window by window.
@@ -92,6 +93,7 @@ def measure(
     policy: Policy,
     *,
     batch: int = 1,
+    dense: Measured | None = None,
 ) -> Measured:
     """Run a model over windows with a policy.
 
@@ -101,24 +103,28 @@ def measure(
         some: from `single_windows`.
         policy: what its rows keep.
         batch: windows at a time.
+        dense: what this gave for the same windows by `Dense`; None: that is run first.
     """
-    parts = range(0, len(some["tokens"]), batch)
-    batches = [{name: x[at : at + batch] for name, x in some.items()} for at in parts]
-    got = [jax.device_get(_measure(params, config, each, policy)) for each in batches]
-    nats, apart, slots = (np.concatenate(x) for x in zip(*got, strict=True))
-    return Measured(nats, apart, slots / config.kv_rows)
+    if dense is None and not isinstance(policy, Dense):
+        dense = measure(params, config, some, Dense(), batch=batch)
+    got = []
+    for at in range(0, len(some["tokens"]), batch):
+        part = {name: x[at : at + batch] for name, x in some.items()}
+        taught = None if dense is None else dense.hidden[at : at + batch]
+        got.append(jax.device_get(_measure(params, config, part, policy, taught)))
+    nats, apart, slots, hidden = (np.concatenate(x) for x in zip(*got, strict=True))
+    return Measured(nats, apart, slots / config.kv_rows, hidden)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _measure(params, config, batch, policy):
-    def run(policy):
-        attend = attend_whole(policy, config, batch["positions"])
-        return Llama(config).apply({"params": params}, batch["tokens"], attend=attend)
-
-    output, dense = run(policy), run(Dense())
-    nats, apart = token_losses(output.prediction, batch["targets"], dense.prediction)
+def _measure(params, config, batch, policy, taught):
+    attend = attend_whole(policy, config, batch["positions"])
+    output = Llama(config).apply({"params": params}, batch["tokens"], attend=attend)
+    prediction = output.prediction
+    teacher = None if taught is None else dataclasses.replace(prediction, hidden=taught)
+    nats, apart = token_losses(prediction, batch["targets"], teacher)
     taken = sum(record.appends.sum(axis=(0, 3)) for record in output.records)  # [B, T]
-    return nats, apart, jnp.cumsum(taken, axis=1)
+    return nats, apart, jnp.cumsum(taken, axis=1), prediction.hidden
 
 
 def budget_of_mean(slots: float, length: int) -> int:

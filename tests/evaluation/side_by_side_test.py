@@ -45,6 +45,9 @@ def the_dense_model_is_itself_and_a_budget_is_kept_test(model, some):
     assert figures["perplexity_percent"] == figures["perplexity_percent_interval"] == 0.0
 
     few = measure(**run, policy=Window(8, sinks=2))
+    np.testing.assert_array_equal(
+        few.apart, measure(**run, policy=Window(8, sinks=2), dense=dense).apart
+    )
     np.testing.assert_array_equal(few.slots, np.minimum(dense.slots, 8))
     np.testing.assert_allclose(few.apart[:, :8], 0.0, atol=1e-6)
     assert (few.apart[:, 8:].mean(axis=1) > 0).all()
