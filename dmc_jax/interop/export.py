@@ -155,6 +155,8 @@ def _about_gates(gates: StoredGates) -> list[str]:
     if isinstance(policy, DelayedDMC):
         title, does = "merge tokens in the cache", "merges a token into the slot of the one before"
         more, by = f", within {_window(policy.settings)}", "Nawrot et al. 2024, arXiv 2403.09636"
+        if policy.margin is not None:
+            more += f", and with next to no weight where by more than {policy.margin:g}"
     when = f"{policy.delay} tokens later" if policy.delay else "at once"
     return [
         f"## With gates that {title}",
@@ -164,8 +166,8 @@ def _about_gates(gates: StoredGates) -> list[str]:
         f"Every KV head reads from the input of its attention whether it {does}, {when}: where the "
         f"logit of its gate exceeds {policy.threshold:g}{more} ({by}). The remote code "
         "computes whole sequences without a cache: it is for evaluation. The weights are those of "
-        f"the pretrained model, to which `{FILE}` belongs. Another threshold in "
-        "`config.json` gives another number of tokens per slot; on held-out text",
+        f"the model that `{FILE}` was made for. Another threshold in `config.json` gives another "
+        "number of tokens per slot; on held-out text",
         "",
         "| tokens per slot | threshold |",
         "|---|---|",

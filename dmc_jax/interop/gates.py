@@ -81,7 +81,8 @@ def gates_json(gates: StoredGates) -> dict[str, Any]:
     policy = gates.policy
     said = {"method": policy.name, "delay": policy.delay, "threshold": float(policy.threshold)}
     if isinstance(policy, DelayedDMC):
-        said |= {"window": policy.settings.window, "eps": policy.settings.eps}
+        settings = policy.settings
+        said |= {"window": settings.window, "eps": settings.eps, "margin": policy.margin}
     return said
 
 

@@ -7,9 +7,9 @@ nothing is saved here. What decides on a token, and what becomes of it, the conf
 key decides whether its token joins the slot of the token before it, the last channel of the queries
 how much it weighs there, and neither takes part in attention.
 
-`config.gates`: the model stays as it was pretrained, and gates decide: for every KV head a linear
-read-out of the input of its attention, from a file of their own. Some time after it came, a token
-is dropped (method "dms": Lancucki et al. 2025, arXiv 2506.05345) or merged ("dmc").
+`config.gates`: gates decide, for every KV head a linear read-out of the input of its attention, from
+a file of their own, and no channel is taken from the model. Some time after it came, a token is
+dropped (method "dms": Lancucki et al. 2025, arXiv 2506.05345) or merged ("dmc").
 
 Without both it is a dense Llama, whose layers may differ in their number of KV heads
 (`num_key_value_heads_per_layer`).
@@ -29,6 +29,7 @@ GATES_FILE = "gates.safetensors"  # beside the weights
 OF_LAYERS = ("mean", "deviation")  # what is in it: of every layer, and of every KV head of all
 OF_ROWS = ("weight", "bias", "importance_weight", "importance_bias", "gamma")  # some may be missing
 MOST_TOKENS = 65_535  # that a slot counts
+NEXT_TO_NOTHING = 2**-10  # weight of a token that is dropped in the slot that it joins
 
 
 def rotary_angles(config, length, device):
@@ -177,16 +178,19 @@ class Attention(nn.Module):
 
     def by_gates(self, x, k, v):
         """Keys and values that gates leave, unrotated, and what to add to scores."""
-        decisions = self.read_out(x, self.gate_weight, self.gate_bias) > self.gates["threshold"]
+        logits = self.read_out(x, self.gate_weight, self.gate_bias) - self.gates["threshold"]
         if self.gates["method"] == "dms":
             age = ages(k)
-            stays = ~decisions[..., None, :] | (age < self.gates["delay"])
+            stays = (logits <= 0)[..., None, :] | (age < self.gates["delay"])
             return k, v, bias_of((age >= 0) & stays)
-        importance = torch.ones_like(decisions, dtype=torch.float32)
+        importance = torch.ones_like(logits)
         if self.gate_importance_weight is not None:
             u = self.read_out(x, self.gate_importance_weight, self.gate_importance_bias)
             importance = torch.sigmoid(u) + self.gates["eps"]
-        return merged(k, v, decisions, importance, self.gates, self.gate_gamma)
+        if self.gates.get("margin") is not None:
+            dropped = logits > self.gates["margin"]
+            importance = torch.where(dropped, NEXT_TO_NOTHING * importance, importance)
+        return merged(k, v, logits > 0, importance, self.gates, self.gate_gamma)
 
     def read_out(self, x, weight, bias):
         """Read a number for every KV head and token [B, K, T] from x [B, T, D]."""

@@ -12,12 +12,13 @@ from dmc_jax.policies.dms import DMS
 TABLE = (Measured(9.0, 1.0), Measured(0.3, 1.5), Measured(-0.5, 2.5))
 
 
-def write_gates(file, source, delay=4, *, merging=None, parts=()):
+def write_gates(file, source, delay=4, *, merging=None, parts=(), margin=None):
     """Random ones, with which a threshold of 0.3 drops or merges some two of five tokens.
 
     Args:
         merging: settings of those that merge; None: they drop.
         parts: what they have beside logits: "importance", "gamma".
+        margin: of those that merge.
     """
     rng, config = np.random.default_rng(5), source.config
     layers, rows = (config.layers, config.width), (config.kv_rows, config.width)
@@ -32,7 +33,10 @@ def write_gates(file, source, delay=4, *, merging=None, parts=()):
     if "gamma" in parts:
         arrays["gamma"] = rng.normal(size=rows[0])
     gates = Gates(**{name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()})
-    policy = DMS(gates, 9.0, delay) if merging is None else DelayedDMC(gates, 9.0, delay, merging)
+    if merging is None:
+        policy = DMS(gates, 9.0, delay)
+    else:
+        policy = DelayedDMC(gates, 9.0, delay, merging, margin)
     base = model_hash(read_params(source), config)
     save_gates(file, StoredGates(policy, base, TABLE, {"by": "a test"}))
     return file

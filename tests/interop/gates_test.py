@@ -53,7 +53,8 @@ def gates(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def merging_gates(base, tmp_path_factory):
     file, settings = tmp_path_factory.mktemp("gates") / "merging.safetensors", MERGING
-    return write_gates(file, open_source(base), merging=settings, parts=("importance", "gamma"))
+    how = {"merging": settings, "parts": ("importance", "gamma"), "margin": 0.7}
+    return write_gates(file, open_source(base), **how)
 
 
 def written(base, gates, folder):
@@ -95,10 +96,11 @@ def a_checkpoint_is_known_by_the_hash_of_its_parameters_test(tied, tmp_path):
         ),
         (
             "merging_gates",
-            {"method": "dmc", "window": 5, "eps": 0.01},
+            {"method": "dmc", "window": 5, "eps": 0.01, "margin": 0.7},
             "with gates, window 5, merging above 0.3 after 4 tokens",
             "whether it merges a token into the slot of the one before, 4 tokens later: where the "
-            "logit of its gate exceeds 0.3, within a window of 5 tokens (Nawrot",
+            "logit of its gate exceeds 0.3, within a window of 5 tokens, and with next to no "
+            "weight where by more than 0.7 (Nawrot",
         ),
     ],
 )

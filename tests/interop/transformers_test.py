@@ -188,12 +188,16 @@ def remote_code_drops_tokens_by_the_gates_of_an_export_test(delay, kv_heads, tmp
 MERGING = DMCSettings(window=3, offset=0.0, eps=0.01)
 
 
-@pytest.mark.parametrize("parts", [(), ("importance",), ("gamma",), ("importance", "gamma")])
+@pytest.mark.parametrize(
+    "parts, margin",
+    [((), None), (("importance",), 0.7), (("gamma",), None), (("importance", "gamma"), None)],
+)
 @pytest.mark.parametrize("delay", [0, 1, 4, 40])
-def remote_code_merges_tokens_by_the_gates_of_an_export_test(delay, parts, tmp_path):
+def remote_code_merges_tokens_by_the_gates_of_an_export_test(delay, parts, margin, tmp_path):
     write_checkpoint(tmp_path / "hf", Sizes(V=40), random_weights(Sizes(V=40), np.float32))
     dense = open_source(tmp_path / "hf")
-    gates = write_gates(tmp_path / "some", dense, delay, merging=MERGING, parts=parts)
+    how = {"merging": MERGING, "parts": parts, "margin": margin}
+    gates = write_gates(tmp_path / "some", dense, delay, **how)
     folder = exported(with_gates(dense, gates, 1.5), tmp_path / "gated")
     expected = ours(folder)
     model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
@@ -218,13 +222,15 @@ def remote_code_merges_within_an_unlimited_window_in_layers_of_unequal_heads_tes
 
 def all_that_merging_gates_have_counts_in_the_remote_code_test(tmp_path):
     write_checkpoint(tmp_path / "hf", Sizes(V=40), random_weights(Sizes(V=40), np.float32))
-    dense, parts = open_source(tmp_path / "hf"), ("importance", "gamma")
-    gates = write_gates(tmp_path / "some", dense, merging=MERGING, parts=parts)
+    dense = open_source(tmp_path / "hf")
+    how = {"merging": MERGING, "parts": ("importance", "gamma"), "margin": 0.7}
+    gates = write_gates(tmp_path / "some", dense, **how)
     source = with_gates(dense, gates, 1.5)
     folder = exported(source, tmp_path / "gated")
     theirs = computed(loaded(AutoModelForCausalLM, folder, trust_remote_code=True))
     policy = source.gates.policy
     for change in (
+        {"margin": None},
         {"settings": dataclasses.replace(MERGING, window=None)},
         {"settings": dataclasses.replace(MERGING, eps=1.0)},
         {"gates": dataclasses.replace(policy.gates, importance_weight=None)},
