@@ -7,9 +7,9 @@ nothing is saved here. What decides on a token, and what becomes of it, the conf
 key decides whether its token joins the slot of the token before it, the last channel of the queries
 how much it weighs there, and neither takes part in attention.
 
-`config.gates`: gates decide, for every KV head a linear read-out of the input of its attention, from
-a file of their own, and no channel is taken from the model. Some time after it came, a token is
-dropped (method "dms": Lancucki et al. 2025, arXiv 2506.05345) or merged ("dmc").
+`config.gates`: gates decide, for every KV head a linear read-out of the input of its attention,
+which is in a file of its own; no channel is taken from the model. Some time after it came, a token
+is dropped (method "dms": Lancucki et al. 2025, arXiv 2506.05345) or merged ("dmc").
 
 Without both it is a dense Llama, whose layers may differ in their number of KV heads
 (`num_key_value_heads_per_layer`).
