@@ -147,7 +147,8 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
 
 def _settings(policy: Gated) -> dict[str, Any]:
     """What a policy has beside its gates and threshold."""
-    return {name: x for name, x in to_dict(policy).items() if name not in ("gates", "threshold")}
+    fields = {name: x for name, x in to_dict(policy).items() if name not in ("gates", "threshold")}
+    return {name: x.item() if hasattr(x, "item") else x for name, x in fields.items()}
 
 
 def _check_sizes(path, arrays, config: ModelConfig) -> None:

@@ -82,7 +82,14 @@ def merging(**changes):
     return DelayedDMC(**{"gates": gates, "threshold": 2.0, "settings": settings, **changes})
 
 
-@pytest.mark.parametrize("policy", [merging(), merging(gates=some_gates(), delay=0)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        merging(),
+        merging(gates=some_gates(), delay=0),
+        merging(margin=np.asarray(0.7)),  # as training leaves it
+    ],
+)
 def a_file_of_gates_that_merge_gives_back_what_was_stored_test(policy, tmp_path):
     save_gates(tmp_path / "merge", stored(policy=policy))
     got = load_gates(tmp_path / "merge", CONFIG).policy
