@@ -137,6 +137,8 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
         if about["method"] == DelayedDMC.name:
             settings["settings"] = from_dict(DMCSettings, about["settings"])
             settings["margin"] = about.get("margin")
+            if not isinstance(settings["margin"], float | int | None):
+                raise ValueError("its margin is no number")
         policy = _METHODS[about["method"]](Gates(**arrays), table[0].threshold, **settings)
         stored = StoredGates(policy, about["base_sha256"], table, about["about"], path=str(path))
     except (ValueError, KeyError, TypeError, IndexError) as error:

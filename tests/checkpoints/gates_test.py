@@ -218,6 +218,7 @@ def changed(file, change):
         ({"table": [{"threshold": "high", "ratio": 1.0}]}, "threshold or ratio .* no number"),
         ({"delay": 0}, "delay: expected a token or more"),
         ({"method": "dmc"}, "is damaged: 'settings'"),
+        ({"method": "dmc", "settings": {"offset": 0.0}, "margin": "wide"}, "margin is no number"),
         ({"method": "dmc", "settings": {"window": -1}}, "window must be >= 1, .* got -1"),
     ],
 )
