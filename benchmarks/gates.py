@@ -75,7 +75,7 @@ def compare(model, files, some, options, record) -> None:
         there = next((row for row in record["rows"] if row.items() >= about.items()), None)
         if there is not None:
             return there
-        measured = measure(**run, policy=policy)
+        measured = measure(**run, policy=policy, dense=dense)
         row = about | measured.figures(dense)
         print(json.dumps(row), flush=True)
         row["rises"] = [round(float(x), 5) for x in measured.rises(dense)]

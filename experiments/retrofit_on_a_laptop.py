@@ -46,7 +46,12 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.plots import quality_by_bytes
 from dmc_jax.evaluation.report import write_report
-from dmc_jax.evaluation.side_by_side import beside_others, side_by_side_table, single_windows
+from dmc_jax.evaluation.side_by_side import (
+    beside_others,
+    growing,
+    side_by_side_table,
+    single_windows,
+)
 from dmc_jax.evaluation.tables import table
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source
@@ -158,7 +163,8 @@ print(table(("tokens per slot", "perplexity", "threshold"), entries))
 # %% [markdown]
 # ## Beside methods that need no gates
 # TOVA, H2O and StreamingLLM get a budget that grows with the text to as many slots as the gates
-# come to. Divergence is that of the next token's distribution from the dense model's.
+# come to; in the last two columns, as many from the first token on. Divergence is that of the next
+# token's distribution from the dense model's.
 
 # %%
 most = gates.table[-1].ratio
@@ -166,7 +172,7 @@ asked = [each for each in (2.0, 4.0, 8.0) if each <= most] or [most]
 figures = beside_others(model.params, model.config, held_out, gates, asked)
 comparison = side_by_side_table(figures)
 report = write_report(directory)
-quality_by_bytes(figures).savefig(report / "quality.png")
+quality_by_bytes(growing(figures)).savefig(report / "quality.png")
 print(comparison)
 if "get_ipython" in globals():  # in a notebook
     from IPython.display import Image, display

@@ -137,6 +137,8 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
         if about["method"] == DelayedDMC.name:
             settings["settings"] = from_dict(DMCSettings, about["settings"])
             settings["margin"] = about.get("margin")
+            if not isinstance(settings["margin"], float | int | None):
+                raise ValueError("its margin is no number")
         policy = _METHODS[about["method"]](Gates(**arrays), table[0].threshold, **settings)
         stored = StoredGates(policy, about["base_sha256"], table, about["about"], path=str(path))
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -147,7 +149,8 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
 
 def _settings(policy: Gated) -> dict[str, Any]:
     """What a policy has beside its gates and threshold."""
-    return {name: x for name, x in to_dict(policy).items() if name not in ("gates", "threshold")}
+    fields = {name: x for name, x in to_dict(policy).items() if name not in ("gates", "threshold")}
+    return {name: x.item() if hasattr(x, "item") else x for name, x in fields.items()}
 
 
 def _check_sizes(path, arrays, config: ModelConfig) -> None:

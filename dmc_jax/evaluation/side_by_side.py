@@ -42,6 +42,7 @@ class Measured:
     nats: Float[np.ndarray, "W T"]  # of every token that came
     apart: Float[np.ndarray, "W T"]  # KL(dense || policy) of every prediction, in nats
     slots: Float[np.ndarray, "W T"]  # of a row after every token, on average
+    hidden: Float[np.ndarray, "W T D"]  # what predictions are made of
 
     def rises(self, dense: "Measured") -> Float[np.ndarray, "W"]:
         """Say how many nats a token it loses to the dense model, window by window."""
@@ -107,6 +108,7 @@ def measure(
     policy: Policy,
     *,
     batch: int = 1,
+    dense: Measured | None = None,
 ) -> Measured:
     """Run a model over windows with a policy.
 
@@ -116,24 +118,28 @@ def measure(
         some: from `single_windows`.
         policy: what its rows keep.
         batch: windows at a time.
+        dense: what this gave for the same windows by `Dense`; None: that is run first.
     """
-    parts = range(0, len(some["tokens"]), batch)
-    batches = [{name: x[at : at + batch] for name, x in some.items()} for at in parts]
-    got = [jax.device_get(_measure(params, config, each, policy)) for each in batches]
-    nats, apart, slots = (np.concatenate(x) for x in zip(*got, strict=True))
-    return Measured(nats, apart, slots / config.kv_rows)
+    if dense is None and not isinstance(policy, Dense):
+        dense = measure(params, config, some, Dense(), batch=batch)
+    got = []
+    for at in range(0, len(some["tokens"]), batch):
+        part = {name: x[at : at + batch] for name, x in some.items()}
+        taught = None if dense is None else dense.hidden[at : at + batch]
+        got.append(jax.device_get(_measure(params, config, part, policy, taught)))
+    nats, apart, slots, hidden = (np.concatenate(x) for x in zip(*got, strict=True))
+    return Measured(nats, apart, slots / config.kv_rows, hidden)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _measure(params, config, batch, policy):
-    def run(policy):
-        attend = attend_whole(policy, config, batch["positions"])
-        return Llama(config).apply({"params": params}, batch["tokens"], attend=attend)
-
-    output, dense = run(policy), run(Dense())
-    nats, apart = token_losses(output.prediction, batch["targets"], dense.prediction)
+def _measure(params, config, batch, policy, taught):
+    attend = attend_whole(policy, config, batch["positions"])
+    output = Llama(config).apply({"params": params}, batch["tokens"], attend=attend)
+    prediction = output.prediction
+    teacher = None if taught is None else dataclasses.replace(prediction, hidden=taught)
+    nats, apart = token_losses(prediction, batch["targets"], teacher)
     taken = sum(record.appends.sum(axis=(0, 3)) for record in output.records)  # [B, T]
-    return nats, apart, jnp.cumsum(taken, axis=1)
+    return nats, apart, jnp.cumsum(taken, axis=1), prediction.hidden
 
 
 def budget_of_mean(slots: float, length: int) -> int:
@@ -164,7 +170,7 @@ def beside_others(
     batch: int = 1,
     report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Measure gates, and what needs none, with rows that grow to as many slots.
+    """Measure gates, and what needs none at as many slots.
 
     Args:
         params: as in `measure`.
@@ -177,8 +183,9 @@ def beside_others(
 
     Returns:
         For the dense model, and for each ratio and method: its name ("ours": with the gates),
-        `length`, what was `asked`, `Measured.figures`, and the float32 `cache_bytes` at the end of
-        a window.
+        `length`, what was `asked`, the others' `budget` ("grows": after every token as many as
+        tokens over the ratio that the gates came to; "fixed": as many as they hold at the end),
+        `Measured.figures`, and the float32 `cache_bytes` at the end of a window.
 
     Raises:
         UserError: a ratio that the gates were not measured at.
@@ -188,32 +195,50 @@ def beside_others(
     dense = measure(**run, policy=Dense())
     rows = [{"length": length, "method": "dense"} | dense.figures(dense)]
 
-    def add(name: str, asked: float, policy: Policy) -> None:
-        report(f"{length:,} tokens, {asked:g}x: {name} ...")
-        figures = measure(**run, policy=policy).figures(dense)
-        rows.append({"length": length, "method": name, "asked": asked} | figures)
+    def add(policy: Policy, **about) -> None:
+        figures = measure(**run, policy=policy, dense=dense).figures(dense)
+        rows.append({"length": length} | about | figures)
 
     for ratio in ratios:
-        add("ours", ratio, gates.at(ratio))
-        at_end = rows[-1]["ratio_at_end"]
+        report(f"{length:,} tokens, {ratio:g}x: ours ...")
+        add(gates.at(ratio), method="ours", asked=ratio)
+        ours = rows[-1]
         for name, method in OTHERS.items():
-            add(name, ratio, method(LEAST_BUDGET, ratio=at_end))
+            report(f"{length:,} tokens, {ratio:g}x: {name} ...")
+            about = {"method": name, "asked": ratio}
+            add(method(LEAST_BUDGET, ratio=ours["ratio_at_end"]), **about, budget="grows")
+            add(method(round(ours["end_slots"])), **about, budget="fixed")
     slot_bytes = 2 * config.head_dim * 4 * config.kv_rows
     return [row | {"cache_bytes": round(row["end_slots"] * slot_bytes)} for row in rows]
 
 
+def growing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take those of `beside_others` whose slots grow with the text: a method once a ratio."""
+    return [row for row in rows if row.get("budget") != "fixed"]
+
+
 def side_by_side_table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay out what `beside_others` measured, as a Markdown table."""
-    header = "tokens", "method", "tokens per slot", "cache", "divergence (nats)", "perplexity"
+    fixed = {_case(row): row for row in rows if row.get("budget") == "fixed"}
     lines = [
         (
             f"{row['length']:,}",
             row["method"],
             f"{row['ratio_at_end']:.2f}x",
             f"{row['cache_bytes'] / 1e6:.1f} MB",
-            f"{row['divergence']:.3f}",
-            f"{row['perplexity_percent']:+.1f} %",
+            *_quality(row),
+            *_quality(fixed.get(_case(row))),
         )
-        for row in rows
+        for row in growing(rows)
     ]
+    header = ["tokens", "method", "tokens per slot", "cache", "divergence (nats)", "perplexity"]
+    header += ["divergence, fixed budget", "perplexity, fixed budget"]
     return table(header, lines, left=("method",))
+
+
+def _case(row: dict[str, Any]) -> tuple:
+    return row["length"], row.get("asked"), row["method"]
+
+
+def _quality(row: dict[str, Any] | None) -> tuple[str, str]:
+    return (f"{row['divergence']:.3f}", f"{row['perplexity_percent']:+.1f} %") if row else ("", "")

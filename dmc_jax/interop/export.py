@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dmc_jax.checkpoints.gates import FILE, StoredGates
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.interop.gates import gates_json
 from dmc_jax.interop.huggingface import DMC_CONFIG, dmc_config_json
 from dmc_jax.interop.huggingface_config import config_json
@@ -23,6 +24,7 @@ from dmc_jax.interop.parameters import cast
 from dmc_jax.interop.safetensors_files import shard_names, split_into_shards, write_safetensors
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.interop.tokenizer_export import ids_of, write_tokenizer_files
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dmc import DMC
 
 SHARD_BYTES = 5_000_000_000
@@ -127,7 +129,6 @@ def model_card(source: Source) -> str:
     if not isinstance(source.policy, DMC):
         return "\n".join(lines)
     s = source.policy.settings
-    window = f"a window of {s.window} tokens" if s.window else "an unlimited window"
     return "\n".join(
         [
             *lines,
@@ -136,7 +137,7 @@ def model_card(source: Source) -> str:
             f"**{_WARNING}**",
             _USE,
             "Every KV head merges a token into its newest slot where the last channel of the key, "
-            f"less {s.offset:g}, exceeds {source.policy.threshold:g}, within {window} "
+            f"less {s.offset:g}, exceeds {source.policy.threshold:g}, within {_window(s)} "
             "(Nawrot et al. 2024, arXiv 2403.09636). The remote code computes whole sequences "
             "without a cache: it is for evaluation. "
             f"`{DMC_CONFIG}` holds the settings, with which dmc_jax reads this folder back as the "
@@ -147,24 +148,36 @@ def model_card(source: Source) -> str:
 
 
 def _about_gates(gates: StoredGates) -> list[str]:
+    policy = gates.policy
     table = [f"| {entry.ratio:.2f} | {entry.threshold:g} |" for entry in gates.table]
+    title, does, more = "drop tokens from the cache", "drops a token", ""
+    by = "Lancucki et al. 2025, arXiv 2506.05345"
+    if isinstance(policy, DelayedDMC):
+        title, does = "merge tokens in the cache", "merges a token into the slot of the one before"
+        more, by = f", within {_window(policy.settings)}", "Nawrot et al. 2024, arXiv 2403.09636"
+        if policy.margin is not None:
+            more += f", and with next to no weight where by more than {policy.margin:g}"
+    when = f"{policy.delay} tokens later" if policy.delay else "at once"
     return [
-        "## With gates that drop tokens from the cache",
+        f"## With gates that {title}",
         "",
         f"**{_GATES_WARNING}**",
         _USE,
-        "Every KV head reads from the input of its attention whether it drops a token, "
-        f"{gates.policy.delay} tokens later: where the logit of its gate exceeds "
-        f"{gates.policy.threshold:g} (Lancucki et al. 2025, arXiv 2506.05345). The remote code "
+        f"Every KV head reads from the input of its attention whether it {does}, {when}: where the "
+        f"logit of its gate exceeds {policy.threshold:g}{more} ({by}). The remote code "
         "computes whole sequences without a cache: it is for evaluation. The weights are those of "
-        f"the pretrained model, to which `{FILE}` belongs. Another threshold in "
-        "`config.json` gives another number of tokens per slot; on held-out text",
+        f"the model that `{FILE}` was made for. Another threshold in `config.json` gives another "
+        "number of tokens per slot; on held-out text",
         "",
         "| tokens per slot | threshold |",
         "|---|---|",
         *table,
         "",
     ]
+
+
+def _window(settings: DMCSettings) -> str:
+    return f"a window of {settings.window} tokens" if settings.window else "an unlimited window"
 
 
 def _converted(name: str, tensor: Tensor, dtype: np.dtype | None) -> Tensor:

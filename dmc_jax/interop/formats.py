@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dmc_jax.checkpoints.metadata import FORMAT
 from dmc_jax.checkpoints.run_directory import latest
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import TOKENIZER_NAMES, load_tokenizer
 from dmc_jax.data.tokenizer_files import COMPANIONS
 from dmc_jax.data.tokenizer_formats import LibraryMissing
@@ -17,6 +18,7 @@ from dmc_jax.interop.megatron import is_megatron, open_megatron
 from dmc_jax.interop.meta import is_meta, open_meta
 from dmc_jax.interop.source import Source
 from dmc_jax.model.presets import PRESETS
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dmc import DMC
 
 _READERS = {
@@ -70,11 +72,13 @@ def describe(source: Source) -> str:
     kind = "dense"
     if isinstance(source.policy, DMC):
         s = source.policy.settings
-        window = f"window {s.window}" if s.window else "unlimited window"
-        kind = f"DMC, {window}, offset {s.offset:g}, merging above {source.policy.threshold:.4g}"
+        above = source.policy.threshold
+        kind = f"DMC, {_window(s)}, offset {s.offset:g}, merging above {above:.4g}"
     elif source.gates is not None:
-        dms = source.gates.policy
-        kind = f"with gates, dropping above {dms.threshold:.4g} after {dms.delay} tokens"
+        gated, does = source.gates.policy, "dropping"
+        if isinstance(gated, DelayedDMC):
+            does = f"{_window(gated.settings)}, merging"
+        kind = f"with gates, {does} above {gated.threshold:.4g} after {gated.delay} tokens"
     alike = [name for name, preset in PRESETS.items() if preset == c]
     kv_heads = c.kv_heads if isinstance(c.kv_heads, int) else "/".join(map(str, c.kv_heads))
     lines = [
@@ -134,6 +138,10 @@ def with_tokenizer(
             "nothing in text"
         )
     return dataclasses.replace(source, special=found.special, notes=tuple(notes))
+
+
+def _window(settings: DMCSettings) -> str:
+    return f"window {settings.window}" if settings.window else "unlimited window"
 
 
 def _marks(source: Source) -> str:

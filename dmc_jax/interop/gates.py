@@ -23,8 +23,8 @@ from dmc_jax.errors import UserError
 from dmc_jax.interop.fields import Fields
 from dmc_jax.interop.parameters import leaf_shapes, places, to_ours, unflatten
 from dmc_jax.interop.source import Source
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
-from dmc_jax.policies.dms import DMS
 
 
 def with_gates(
@@ -38,8 +38,7 @@ def with_gates(
         ratio: tokens per slot that they shall come to; None: as stored.
 
     Raises:
-        UserError: a model that merges, gates that were made for another one or that merge, or as in
-            `gates_for`.
+        UserError: a model that merges, gates that were made for another one, or as in `gates_for`.
     """
     gates = gates_for(name, source.config, ratio, own=source.gates)
     if gates is None and ratio is not None:
@@ -48,11 +47,6 @@ def with_gates(
         if not isinstance(source.policy, Dense):
             raise UserError(
                 f"gates: they are for models as they were pretrained, {source.path} merges"
-            )
-        if not isinstance(gates.policy, DMS):
-            raise UserError(
-                f"gates: those of {gates.path} merge tokens, and the code that goes along with an "
-                "export only drops them: run them here, with --gates"
             )
         check_hash(gates, source_hash(source))
     return dataclasses.replace(source, gates=gates)
@@ -85,7 +79,11 @@ def source_hash(source: Source) -> str:
 def gates_json(gates: StoredGates) -> dict[str, Any]:
     """Say in `config.json` what the remote code computes by, beside the file of gates."""
     policy = gates.policy
-    return {"method": policy.name, "delay": policy.delay, "threshold": float(policy.threshold)}
+    said = {"method": policy.name, "delay": policy.delay, "threshold": float(policy.threshold)}
+    if isinstance(policy, DelayedDMC):
+        settings = policy.settings
+        said |= {"window": settings.window, "eps": settings.eps, "margin": policy.margin}
+    return said
 
 
 def gates_of(folder: Path, raw: dict[str, Any], config: ModelConfig) -> StoredGates | None:
@@ -108,11 +106,11 @@ def gates_of(folder: Path, raw: dict[str, Any], config: ModelConfig) -> StoredGa
     if not isinstance(said, dict):
         raise UserError(f"{where} is no object")
     gates = load_gates(folder / FILE, config)
-    for name in ("method", "delay"):
-        if said.get(name) != gates_json(gates)[name]:
+    for name, ours in gates_json(gates).items():
+        if name != "threshold" and said.get(name) != ours:
             raise UserError(
-                f"{where} says {name} {said.get(name)!r:.60}, {FILE} beside it "
-                f"{gates_json(gates)[name]!r}: take the config and the gates of one export"
+                f"{where} says {name} {said.get(name)!r:.60}, {FILE} beside it {ours!r}: take the "
+                "config and the gates of one export"
             )
     threshold = Fields(where, said).number("threshold", least=-math.inf)
     return dataclasses.replace(gates, policy=dataclasses.replace(gates.policy, threshold=threshold))

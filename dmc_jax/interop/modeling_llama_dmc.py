@@ -1,15 +1,15 @@
 """Llama with a compressed cache for transformers, in one file of plain PyTorch.
 
 Computes whole sequences with the decisions of inference, for evaluation; there is no cache, so
-nothing is saved here. Either of two methods, or neither:
+nothing is saved here. What decides on a token, and what becomes of it, the config says:
 
 `config.dmc`: tokens are merged (Nawrot et al. 2024, arXiv 2403.09636). The last channel of every
 key decides whether its token joins the slot of the token before it, the last channel of the queries
 how much it weighs there, and neither takes part in attention.
 
-`config.gates`: tokens are dropped some time after they came (Lancucki et al. 2025, arXiv
-2506.05345), from a model that stays as it was pretrained. A gate for every KV head, a linear
-read-out of the input of its attention, decides; the gates are in a file of their own.
+`config.gates`: gates decide, for every KV head a linear read-out of the input of its attention,
+which is in a file of its own; no channel is taken from the model. Some time after it came, a token
+is dropped (method "dms": Lancucki et al. 2025, arXiv 2506.05345) or merged ("dmc").
 
 Without both it is a dense Llama, whose layers may differ in their number of KV heads
 (`num_key_value_heads_per_layer`).
@@ -26,6 +26,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
 GATES_FILE = "gates.safetensors"  # beside the weights
+OF_LAYERS = ("mean", "deviation")  # what is in it: of every layer, and of every KV head of all
+OF_ROWS = ("weight", "bias", "importance_weight", "importance_bias", "gamma")  # some may be missing
+MOST_TOKENS = 65_535  # that a slot counts
+NEXT_TO_NOTHING = 2**-10  # weight of a token that is dropped in the slot that it joins
 
 
 def rotary_angles(config, length, device):
@@ -59,6 +63,58 @@ def without_last_channel(x):
     return torch.cat([x[..., :-1], torch.zeros_like(x[..., -1:])], dim=-1)
 
 
+def ages(x):
+    """How old every key's token is when a query comes [T, T], in tokens, of x [..., T, H]."""
+    position = torch.arange(x.shape[-2], device=x.device)
+    return position[:, None] - position
+
+
+def bias_of(visible):
+    """What to add to scores so that only what is visible counts."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)
+
+
+def merged(k, v, merges, importance, settings, gamma=None):
+    """Merge tokens into slots, every one as soon as it is `delay` tokens old.
+
+    Args:
+        k, v: of tokens [B, K, T, H], before rotation.
+        merges: whether a token joins the slot of the token before it [B, K, T].
+        importance: its weight in the average that is the slot's state [B, K, T].
+        settings: `window` and `delay`; either may be missing.
+        gamma: [K]; times the logarithm of the tokens in a slot it is added to the slot's scores.
+
+    Returns:
+        k and v [B, K, S, H]: after every token, the state of its slot (S = T), and where there is a
+        delay the tokens before all that (S = 2 T); and what to add to the scores [B, K, T, S].
+    """
+    delay, window = settings.get("delay", 0), settings.get("window")
+    age = ages(k)
+    position = age[:, 0]
+    merges = merges & (position > 0)  # the first has nothing to merge into
+
+    # Token i's slot holds the tokens since its segment began, the last `window` of them.
+    began = torch.where(merges, 0, position).cummax(dim=-1).values  # [B, K, T]
+    inside = (age >= 0) & (position >= began[..., None])
+    if window:
+        inside = inside & (age < window)
+    weights = inside * importance[..., None, :]
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    states = [(weights @ x.float()).to(x.dtype) for x in (k, v)]
+
+    # A state is there once its token has settled, until the next one settles and joins its slot.
+    joined = torch.cat([merges[..., 1:], torch.zeros_like(merges[..., :1])], dim=-1)
+    bias = bias_of((age == delay) | ((age > delay) & ~joined[..., None, :]))
+    if gamma is not None:
+        tokens = inside.sum(dim=-1).clamp(max=MOST_TOKENS).float()
+        bias = bias + (gamma.float()[:, None] * tokens.log())[..., None, :]
+    if not delay:
+        return *states, bias
+    unsettled = bias_of((age >= 0) & (age < delay)).expand_as(bias)
+    k, v = (torch.cat([x, state], dim=-2) for x, state in zip((k, v), states, strict=True))
+    return k, v, torch.cat([unsettled, bias], dim=-1)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation, in float32."""
 
@@ -75,7 +131,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention, over merged slots, or without dropped tokens, as the config says."""
+    """Causal attention over tokens, or what the config leaves of them."""
 
     def __init__(self, config, kv_heads):
         super().__init__()
@@ -83,8 +139,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, kv_heads, head_dim
         self.dmc = getattr(config, "dmc", None)
         self.gates = getattr(config, "gates", None)
-        if self.gates is not None and self.gates["method"] != "dms":
-            raise ValueError(f"gates for {self.gates['method']!r}: this file computes dms alone")
+        if self.gates is not None and self.gates["method"] not in ("dms", "dmc"):
+            raise ValueError(f"gates for {self.gates['method']!r}: this file computes dms and dmc")
         self.q_proj = nn.Linear(width, self.heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
@@ -96,62 +152,50 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, heads, T, H]
-        length = x.shape[1]
-        visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        if self.dmc is None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if self.dmc is not None:
+            q, k, v, bias = self.by_channel(q, k, v, angles)
         else:
-            q, k, v, visible = self.merge(q, k, v, angles, visible)
-        if self.gates is not None:
-            visible = visible & self.held(x)
-        groups = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        scores = (q @ k.transpose(-1, -2)).float() * self.head_dim**-0.5
-        if visible.ndim == 4:
-            visible = visible.repeat_interleave(groups, dim=1)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        out = weights.to(v.dtype) @ v
+            bias = bias_of(ages(k) >= 0)
+            if self.gates is not None:
+                k, v, bias = self.by_gates(x, k, v)
+            q, k = rotate(q, angles), rotate(k, angles.repeat(k.shape[2] // q.shape[2], 1))
+        q = q.unflatten(1, (self.kv_heads, -1))  # [B, K, G, T, H]
+        scores = (q @ k[:, :, None].transpose(-1, -2)).float() * self.head_dim**-0.5
+        weights = (scores + bias.unsqueeze(-3)).softmax(dim=-1)
+        out = (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
-    def held(self, x):
-        """Which tokens a query finds in the cache [B, K, T, T]: those that stay, and the newest."""
-        standard = (x.float() - self.gate_mean) / self.gate_deviation
-        logits = F.linear(standard, self.gate_weight.float(), self.gate_bias.float())
-        dropped = (logits > self.gates["threshold"]).transpose(1, 2)  # [B, K, T]
-        position = torch.arange(x.shape[1], device=x.device)
-        age = position[:, None] - position
-        return ~dropped[:, :, None] | (age < self.gates["delay"])
-
-    def merge(self, q, k, v, angles, visible):
-        """Queries and pooled states, ready for attention, and which states a query sees.
-
-        Returns:
-            q [B, N, T, H], k and v [B, K, T, H], visible [B, K, T, T].
-        """
-        settings, length = self.dmc, q.shape[2]
-        decisions = k[..., -1].float() - settings["offset"] > settings["threshold"]  # [B, K, T]
-        decisions[..., 0] = False  # there is nothing to merge into
+    def by_channel(self, q, k, v, angles):
+        """Queries and slots merged as a channel decides, rotated, and what to add to scores."""
+        offset, eps = self.dmc["offset"], self.dmc["eps"]
+        merges = k[..., -1].float() - offset > self.dmc["threshold"]  # [B, K, T]
         logits = q[..., -1].float().unflatten(1, (self.kv_heads, -1)).mean(dim=2)
-        importance = torch.sigmoid(logits + settings["offset"]) + settings["eps"]  # [B, K, T]
-
-        # Token i's slot holds the tokens since its segment began, the last `window` of them.
-        position = torch.arange(length, device=q.device)
-        began = torch.where(decisions, 0, position).cummax(dim=-1).values  # [B, K, T]
-        inside = (position <= position[:, None]) & (position >= began[..., None])
-        if settings["window"]:
-            inside = inside & (position > position[:, None] - settings["window"])
-        weights = inside * importance[..., None, :]
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        k, v = ((weights @ x.float()).to(x.dtype) for x in (k, v))
-
-        # A state is superseded where the next token joins its slot; a query always sees its own.
-        kept = torch.cat([~decisions[..., 1:], torch.ones_like(decisions[..., :1])], dim=-1)
-        own = torch.eye(length, dtype=torch.bool, device=q.device)
-        visible = visible & (kept[..., None, :] | own)
+        k, v, bias = merged(k, v, merges, torch.sigmoid(logits + offset) + eps, self.dmc)
         q, k = (
             without_last_channel(rotate(without_last_channel(x), angles)) for x in (q, k)
         )  # again after the rotation, which mixes the channel with its partner
-        return q, k, v, visible
+        return q, k, v, bias
+
+    def by_gates(self, x, k, v):
+        """Keys and values that gates leave, unrotated, and what to add to scores."""
+        logits = self.read_out(x, self.gate_weight, self.gate_bias) - self.gates["threshold"]
+        if self.gates["method"] == "dms":
+            age = ages(k)
+            stays = (logits <= 0)[..., None, :] | (age < self.gates["delay"])
+            return k, v, bias_of((age >= 0) & stays)
+        importance = torch.ones_like(logits)
+        if self.gate_importance_weight is not None:
+            u = self.read_out(x, self.gate_importance_weight, self.gate_importance_bias)
+            importance = torch.sigmoid(u) + self.gates["eps"]
+        if self.gates.get("margin") is not None:
+            dropped = logits > self.gates["margin"]
+            importance = torch.where(dropped, NEXT_TO_NOTHING * importance, importance)
+        return merged(k, v, logits > 0, importance, self.gates, self.gate_gamma)
+
+    def read_out(self, x, weight, bias):
+        """Read a number for every KV head and token [B, K, T] from x [B, T, D]."""
+        standard = (x.float() - self.gate_mean) / self.gate_deviation
+        return F.linear(standard, weight.float(), bias.float()).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -226,13 +270,11 @@ class LlamaDMCForCausalLM(PreTrainedModel):
         for index, layer in enumerate(self.model.layers):
             attention = layer.self_attn
             rows = slice(first, first + attention.kv_heads)
-            for part, of in (
-                ("mean", index),
-                ("deviation", index),
-                ("weight", rows),
-                ("bias", rows),
-            ):
-                own = gates[part][of].to(attention.k_proj.weight.device)
+            for part in (*OF_LAYERS, *OF_ROWS):
+                own = gates.get(part)
+                if own is not None:
+                    own = own[index if part in OF_LAYERS else rows]
+                    own = own.to(attention.k_proj.weight.device)
                 attention.register_buffer(f"gate_{part}", own, persistent=False)
             first = rows.stop
 

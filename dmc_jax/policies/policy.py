@@ -281,6 +281,11 @@ def whole_by_steps(
     begins = jnp.broadcast_to(segment_starts(B, T, where.segment_ids), (B, T, K)) > 0
     nothing = policy.start((B, K), H, k.dtype, slots)
 
+    @jax.vmap
+    @jax.vmap
+    def put(row, new, slot):  # in place, where a choice between two arrays would copy the row
+        return jax.lax.dynamic_update_slice_in_dim(row, new[None].astype(row.dtype), slot, 0)
+
     def read(carry, now):
         keys, values, lengths, state = carry
         q, k, v, x, positions, begins = now  # of one token; where a document begins, a row does
@@ -291,9 +296,7 @@ def whole_by_steps(
 
         token = Tokens(q, k, v, positions, frequencies, x)
         state, edit = policy.step(jax.tree.map(renewed, state, nothing), token, lengths)
-        written = (jnp.arange(slots) == edit.slot[..., None])[..., None]  # [B, K, S, 1]
-        keys = jnp.where(written, edit.key[:, :, None], keys)
-        values = jnp.where(written, edit.value[:, :, None], values)
+        keys, values = (put(*each, edit.slot) for each in ((keys, edit.key), (values, edit.value)))
         grown = jnp.maximum(lengths, edit.slot + 1)
 
         q = policy.rotate(q[:, None], positions[:, None], frequencies).reshape(B, K, G, H)

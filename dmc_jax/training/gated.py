@@ -76,7 +76,7 @@ _TRIED = 2  # windows of a dry run
 READ = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 _GAMMA = 0.5  # to begin with: a slot of n tokens weighs like something between one and n
 _OFFSETS = ("bias", "importance_bias", "gamma")
-_FROZEN = ("mean", "deviation", "threshold")  # leaves of a policy that no gradient moves
+_FROZEN = ("mean", "deviation", "threshold", "margin")  # leaves of a policy that no gradient moves
 
 
 def solve(run: RunConfig, model: LoadedModel, datas: Datas, windows: int) -> Trained:

@@ -82,7 +82,14 @@ def merging(**changes):
     return DelayedDMC(**{"gates": gates, "threshold": 2.0, "settings": settings, **changes})
 
 
-@pytest.mark.parametrize("policy", [merging(), merging(gates=some_gates(), delay=0)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        merging(),
+        merging(gates=some_gates(), delay=0),
+        merging(margin=np.asarray(0.7)),  # as training leaves it
+    ],
+)
 def a_file_of_gates_that_merge_gives_back_what_was_stored_test(policy, tmp_path):
     save_gates(tmp_path / "merge", stored(policy=policy))
     got = load_gates(tmp_path / "merge", CONFIG).policy
@@ -211,6 +218,7 @@ def changed(file, change):
         ({"table": [{"threshold": "high", "ratio": 1.0}]}, "threshold or ratio .* no number"),
         ({"delay": 0}, "delay: expected a token or more"),
         ({"method": "dmc"}, "is damaged: 'settings'"),
+        ({"method": "dmc", "settings": {"offset": 0.0}, "margin": "wide"}, "margin is no number"),
         ({"method": "dmc", "settings": {"window": -1}}, "window must be >= 1, .* got -1"),
     ],
 )

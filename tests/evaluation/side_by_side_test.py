@@ -14,6 +14,7 @@ from dmc_jax.evaluation.side_by_side import (
     OTHERS,
     beside_others,
     budget_of_mean,
+    growing,
     joined,
     measure,
     side_by_side_table,
@@ -56,6 +57,9 @@ def the_dense_model_is_itself_and_a_budget_is_kept_test(model, some):
     assert figures["perplexity_percent"] == figures["perplexity_percent_interval"] == 0.0
 
     few = measure(**run, policy=Window(8, sinks=2))
+    np.testing.assert_array_equal(
+        few.apart, measure(**run, policy=Window(8, sinks=2), dense=dense).apart
+    )
     np.testing.assert_array_equal(few.slots, np.minimum(dense.slots, 8))
     np.testing.assert_allclose(few.apart[:, :8], 0.0, atol=1e-6)
     assert (few.apart[:, 8:].mean(axis=1) > 0).all()
@@ -83,24 +87,28 @@ def intervals_are_those_of_the_mean_over_windows_test(model, some):
     assert np.isnan(alone.figures(alone)["divergence_interval"])
 
 
-def others_grow_to_the_slots_that_the_gates_hold_test(finished_run, model, some, tmp_path):
+def others_have_as_many_slots_as_the_gates_hold_test(finished_run, model, some, tmp_path):
     file = write_gates(tmp_path / "gates.safetensors", open_source(finished_run / "pretrain"))
     gates, told = load_gates(file, model.config), []
     run = {"params": model.params, "config": model.config, "some": some, "batch": 6}
-    rows = beside_others(**run, gates=gates, ratios=(1.5, 2.0), report=told.append)
-    assert [row["method"] for row in rows] == ["dense", *["ours", *OTHERS] * 2]
+    rows = beside_others(**run, gates=gates, ratios=(1.5,), report=told.append)
+    named = ["ours", *(name for name in OTHERS for _ in ("grows", "fixed"))]
+    assert [row["method"] for row in rows] == ["dense", *named]
+    assert [row["method"] for row in growing(rows)] == ["dense", "ours", *OTHERS]
     dense = measure(**run, policy=Dense())
-    for first in (1, 5):
-        ours, *others = rows[first : first + 4]
-        again = measure(**run, policy=gates.at(ours["asked"])).figures(dense)
-        for name, figure in again.items():
-            assert ours[name] == pytest.approx(figure, abs=1e-3)
-        for row in others:
-            assert ours["end_slots"] - 1 < row["end_slots"] < ours["end_slots"] + 0.01
-            assert row["cache_bytes"] == round(row["end_slots"] * 2 * 8 * 4 * 4)
-    assert len(told) == 8 and told[0] == f"{T} tokens, 1.5x: ours ..."
+    ours, *others = rows[1:]
+    again = measure(**run, policy=gates.at(ours["asked"])).figures(dense)
+    for name, figure in again.items():
+        assert ours[name] == pytest.approx(figure, abs=1e-3)
+    for row in others:
+        least = ours["end_slots"] - (1 if row["budget"] == "grows" else 0.5)
+        assert least < row["end_slots"] <= ours["end_slots"] + 0.5
+        assert row["cache_bytes"] == round(row["end_slots"] * 2 * 8 * 4 * 4)
+    assert len(told) == 4 and told[0] == f"{T} tokens, 1.5x: ours ..."
     lines = side_by_side_table(rows).splitlines()
-    assert len(lines) == 2 + len(rows) and "| dense" in lines[2] and "1.00x" in lines[2]
+    assert len(lines) == 2 + len(growing(rows)) and "| dense" in lines[2] and "1.00x" in lines[2]
+    assert lines[2].endswith("|") and lines[2].split("|")[-2].strip() == ""
+    assert lines[4].split("|")[-2].strip().endswith(" %")
 
 
 def a_picture_has_a_line_a_method_in_every_panel_test():

@@ -45,11 +45,11 @@ def gates_are_made_measured_and_exported_and_a_second_run_goes_on_test(folder):
     assert gates.policy.name == "dms" and gates.about["distilled_tokens"] == 3 * 64
     report = json.loads((folder / RUN / "report" / "comparison.json").read_text())
     methods = [row["method"] for row in report["rows"]]
-    assert methods[:5] == ["dense", "ours", "TOVA", "H2O", "StreamingLLM"]
-    ours, *others = report["rows"][1:5]
+    assert list(dict.fromkeys(methods)) == ["dense", "ours", "TOVA", "H2O", "StreamingLLM"]
+    ours, *others = report["rows"][1:8]
     assert ours["ratio_at_end"] > 1.2
     for row in others:
-        assert ours["end_slots"] - 1 < row["end_slots"] < ours["end_slots"] + 0.01
+        assert abs(row["end_slots"] - ours["end_slots"]) < 1
     assert not report["went_on_from_an_earlier_run"] and report["steps"] == 3
     table = (folder / RUN / "report" / "comparison.md").read_text()
     assert table in first.stdout and "--- dense: " in first.stdout

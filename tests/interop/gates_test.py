@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmc_jax.checkpoints.gates import load_gates, model_hash, save_gates
+from dmc_jax.checkpoints.gates import load_gates, model_hash
 from dmc_jax.checkpoints.models import find_model
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import train_sentencepiece
@@ -18,7 +18,6 @@ from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import describe, open_source
 from dmc_jax.interop.gates import source_hash, with_gates
 from dmc_jax.interop.parameters import read_params
-from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from tests.doors import runs_of
@@ -27,6 +26,7 @@ from tests.interop.gates_files import TABLE, write_gates
 from tests.interop.reference_llama import Sizes, random_weights
 
 SIZES = Sizes(V=300, L=3)
+MERGING = DMCSettings(window=5, offset=0.0, eps=0.01)
 TEXT = "a gate decides on a token, which goes some time later "
 
 
@@ -50,12 +50,22 @@ def gates(base, tmp_path_factory):
     return write_gates(tmp_path_factory.mktemp("gates") / "some.safetensors", open_source(base))
 
 
+@pytest.fixture(scope="module")
+def merging_gates(base, tmp_path_factory):
+    file, settings = tmp_path_factory.mktemp("gates") / "merging.safetensors", MERGING
+    how = {"merging": settings, "parts": ("importance", "gamma"), "margin": 0.7}
+    return write_gates(file, open_source(base), **how)
+
+
+def written(base, gates, folder):
+    folder.mkdir()
+    write_huggingface(with_gates(open_source(base), gates, 1.5), folder, None, lambda _: None)
+    return folder
+
+
 @pytest.fixture
 def exported(base, gates, tmp_path):
-    source = with_gates(open_source(base), gates, 1.5)
-    (tmp_path / "out").mkdir()
-    write_huggingface(source, tmp_path / "out", None, lambda _: None)
-    return tmp_path / "out"
+    return written(base, gates, tmp_path / "out")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -74,50 +84,87 @@ def a_checkpoint_is_known_by_the_hash_of_its_parameters_test(tied, tmp_path):
     assert source_hash(open_source(tmp_path)) != known
 
 
-def an_export_comes_back_as_the_base_with_its_gates_test(base, gates, exported):
+@pytest.mark.parametrize(
+    "kind, said, description, card",
+    [
+        (
+            "gates",
+            {"method": "dms"},
+            "with gates, dropping above 0.3 after 4 tokens",
+            "whether it drops a token, 4 tokens later: where the logit of its gate exceeds 0.3 "
+            "(Lancucki",
+        ),
+        (
+            "merging_gates",
+            {"method": "dmc", "window": 5, "eps": 0.01, "margin": 0.7},
+            "with gates, window 5, merging above 0.3 after 4 tokens",
+            "whether it merges a token into the slot of the one before, 4 tokens later: where the "
+            "logit of its gate exceeds 0.3, within a window of 5 tokens, and with next to no "
+            "weight where by more than 0.7 (Nawrot",
+        ),
+    ],
+)
+def an_export_comes_back_as_the_base_with_its_gates_test(
+    kind, said, description, card, base, tmp_path, request
+):
+    gates = request.getfixturevalue(kind)
+    exported = written(base, gates, tmp_path / "out")
     assert (exported / "gates.safetensors").read_bytes() == gates.read_bytes()
-    said = json.loads((exported / "config.json").read_text())["gates"]
-    assert {**said, "warning": ""} == {
-        "warning": "",
-        "method": "dms",
-        "delay": 4,
-        "threshold": TABLE[1].threshold,
-    }
+    found = json.loads((exported / "config.json").read_text())["gates"]
+    expected = {"warning": found["warning"], "delay": 4, "threshold": TABLE[1].threshold, **said}
+    assert found == expected
     back = open_source(exported)
-    assert "with gates, dropping above 0.3 after 4 tokens" in describe(back)
+    assert description in describe(back)
     assert back.policy == Dense() and back.config == open_source(base).config
     assert source_hash(back) == source_hash(open_source(base))
-    model = find_model(exported)
+    model, stored = find_model(exported), load_gates(gates, back.config)
     for found in (back.gates, model.gates):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            dataclasses.replace(found.policy, threshold=9.0),
-            load_gates(gates, back.config).policy,
-        )
-        assert (found.policy.threshold, found.table) == (TABLE[1].threshold, TABLE)
-    assert [model.own_gates(name) is None for name in (None, "dms", "dense", "tova")] == [
-        *(False, False),
-        *(True, True),
-    ]
-    assert "| 2.50 | -0.5 |" in (exported / "README.md").read_text()
+        assert found.policy.threshold == TABLE[1].threshold
+        policy = dataclasses.replace(found.policy, threshold=9.0)
+        assert jax.tree.structure(policy) == jax.tree.structure(stored.policy)  # and what is static
+        jax.tree.map(np.testing.assert_array_equal, policy, stored.policy)
+        assert found.table == TABLE
+    own = [said["method"], *{"dms", "dmc", "dense", "tova"} - {said["method"]}]
+    assert [model.own_gates(name) is None for name in (None, *own)] == [False] * 2 + [True] * 3
+    readme = (exported / "README.md").read_text()
+    assert card in readme and "| 2.50 | -0.5 |" in readme
 
 
 @pytest.mark.parametrize(
-    "change, complaint",
+    "kind, change, complaint",
     [
-        ({"delay": 5}, r"says delay 5, gates.safetensors beside it 4: take the config"),
-        ({"method": "magic"}, "says method 'magic', gates.safetensors beside it 'dms'"),
-        ({"threshold": "high"}, "gates: threshold is 'high'; expected a number"),
-        ({"threshold": None}, "gates: threshold is missing"),
+        ("gates", {"delay": 5}, "says delay 5, gates.safetensors beside it 4: take the config"),
+        ("gates", {"method": "magic"}, "says method 'magic', gates.safetensors beside it 'dms'"),
+        ("gates", {"threshold": "high"}, "gates: threshold is 'high'; expected a number"),
+        ("gates", {"threshold": None}, "gates: threshold is missing"),
+        (
+            "merging_gates",
+            {"method": "dms"},
+            "says method 'dms', gates.safetensors beside it 'dmc'",
+        ),
+        (
+            "merging_gates",
+            {"window": None},
+            "says window None, gates.safetensors beside it 5: take",
+        ),
+        (
+            "merging_gates",
+            {"eps": "0.01"},
+            "says eps '0.01', gates.safetensors beside it 0.01: take",
+        ),
     ],
 )
-def an_export_whose_parts_disagree_is_refused_test(exported, change, complaint):
+def an_export_whose_parts_disagree_is_refused_test(
+    kind, change, complaint, base, tmp_path, request
+):
+    exported = written(base, request.getfixturevalue(kind), tmp_path / "out")
     file = exported / "config.json"
     config = json.loads(file.read_text())
     config["gates"] |= change
     file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=complaint) as raised:
         open_source(exported)
+    assert "\n" not in str(raised.value)
 
 
 def an_export_without_its_file_of_gates_is_refused_and_without_either_is_dense_test(exported):
@@ -143,14 +190,6 @@ def gates_are_for_a_model_that_does_not_merge_already_test(base, gates):
     merging = dataclasses.replace(open_source(base), policy=DMC(DMCSettings()))
     with pytest.raises(UserError, match="gates: .* as they were pretrained, .* merges"):
         with_gates(merging, gates)
-
-
-def gates_that_merge_do_not_go_along_test(base, gates, tmp_path):
-    stored = load_gates(gates, open_source(base).config)
-    policy = DelayedDMC(stored.policy.gates, 9.0, delay=4)
-    save_gates(tmp_path / "merge.safetensors", dataclasses.replace(stored, policy=policy))
-    with pytest.raises(UserError, match=r"merge.safetensors merge tokens, .* only drops them"):
-        with_gates(open_source(base), tmp_path / "merge.safetensors")
 
 
 @pytest.mark.slow

@@ -185,6 +185,62 @@ def remote_code_drops_tokens_by_the_gates_of_an_export_test(delay, kv_heads, tmp
     assert np.abs(computed(model) - expected).mean() < 0.2
 
 
+MERGING = DMCSettings(window=3, offset=0.0, eps=0.01)
+
+
+@pytest.mark.parametrize(
+    "parts, margin",
+    [((), None), (("importance",), 0.7), (("gamma",), None), (("importance", "gamma"), None)],
+)
+@pytest.mark.parametrize("delay", [0, 1, 4, 40])
+def remote_code_merges_tokens_by_the_gates_of_an_export_test(delay, parts, margin, tmp_path):
+    write_checkpoint(tmp_path / "hf", Sizes(V=40), random_weights(Sizes(V=40), np.float32))
+    dense = open_source(tmp_path / "hf")
+    how = {"merging": MERGING, "parts": parts, "margin": margin}
+    gates = write_gates(tmp_path / "some", dense, delay, **how)
+    folder = exported(with_gates(dense, gates, 1.5), tmp_path / "gated")
+    expected = ours(folder)
+    model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
+    np.testing.assert_allclose(computed(model), expected, atol=TOLERANCE, rtol=0)
+    apart = np.abs(expected - ours(tmp_path / "hf")).max(axis=-1)
+    assert (apart[:delay] < TOLERANCE).all() and (delay == 40) == (apart.max() < TOLERANCE)
+
+
+def remote_code_merges_within_an_unlimited_window_in_layers_of_unequal_heads_test(tmp_path):
+    weights = random_weights(Sizes(V=40, L=3), np.float32)
+    weights, changes = of_unequal_layers(weights, Sizes(L=3), (4, 1, 2))
+    write_checkpoint(tmp_path / "hf", Sizes(V=40, L=3), weights, rope_scaling=SCALING, **changes)
+    dense, settings = open_source(tmp_path / "hf"), dataclasses.replace(MERGING, window=None)
+    parts = "importance", "gamma"
+    gates = write_gates(tmp_path / "some", dense, merging=settings, parts=parts)
+    folder = exported(with_gates(dense, gates, 1.5), tmp_path / "gated")
+    expected = ours(folder)
+    model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
+    np.testing.assert_allclose(computed(model), expected, atol=TOLERANCE, rtol=0)
+    assert np.abs(computed(model.to(torch.bfloat16)) - expected).mean() < 0.2
+
+
+def all_that_merging_gates_have_counts_in_the_remote_code_test(tmp_path):
+    write_checkpoint(tmp_path / "hf", Sizes(V=40), random_weights(Sizes(V=40), np.float32))
+    dense = open_source(tmp_path / "hf")
+    how = {"merging": MERGING, "parts": ("importance", "gamma"), "margin": 0.7}
+    gates = write_gates(tmp_path / "some", dense, **how)
+    source = with_gates(dense, gates, 1.5)
+    folder = exported(source, tmp_path / "gated")
+    theirs = computed(loaded(AutoModelForCausalLM, folder, trust_remote_code=True))
+    policy = source.gates.policy
+    for change in (
+        {"margin": None},
+        {"settings": dataclasses.replace(MERGING, window=None)},
+        {"settings": dataclasses.replace(MERGING, eps=1.0)},
+        {"gates": dataclasses.replace(policy.gates, importance_weight=None)},
+        {"gates": dataclasses.replace(policy.gates, gamma=None)},
+    ):
+        stored = dataclasses.replace(source.gates, policy=dataclasses.replace(policy, **change))
+        changed = logits_of(dataclasses.replace(source, gates=stored), [TOKENS.tolist()])[0]
+        assert np.abs(changed - theirs).max() > 100 * TOLERANCE
+
+
 def gates_of_another_method_are_refused_by_the_remote_code_test(tmp_path):
     write_checkpoint(tmp_path / "hf", Sizes(V=40))
     dense = open_source(tmp_path / "hf")
@@ -192,7 +248,7 @@ def gates_of_another_method_are_refused_by_the_remote_code_test(tmp_path):
     folder = exported(with_gates(dense, gates), tmp_path / "gated")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"dms"', '"magic"'))
-    with pytest.raises(ValueError, match="gates for 'magic': this file computes dms alone"):
+    with pytest.raises(ValueError, match="gates for 'magic': this file computes dms and dmc"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
