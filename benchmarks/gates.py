@@ -33,11 +33,13 @@ OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window}
 
 def budgets_like(row: dict, length: int) -> dict:
     """Arguments of a budgeted policy that come to the slots of a measured row, by their name."""
-    return {
+    budgets = {
         "grows": {"budget": 16, "ratio": row["ratio_at_end"]},
         "end": {"budget": round(row["end_slots"])},
-        "mean": {"budget": budget_of_mean(row["mean_slots"], length)},
     }
+    if "mean_slots" in row:
+        budgets["mean"] = {"budget": budget_of_mean(row["mean_slots"], length)}
+    return budgets
 
 
 def compare(model, files, some, options, record) -> None:

