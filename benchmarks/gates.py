@@ -31,14 +31,14 @@ from dmc_jax.policies.window import Window
 OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window}
 
 
-def budgets_like(row: dict, length: int) -> dict:
+def budgets_like(row: dict) -> dict:
     """Arguments of a budgeted policy that come to the slots of a measured row, by their name."""
     budgets = {
         "grows": {"budget": 16, "ratio": row["ratio_at_end"]},
         "end": {"budget": round(row["end_slots"])},
     }
     if "mean_slots" in row:
-        budgets["mean"] = {"budget": budget_of_mean(row["mean_slots"], length)}
+        budgets["mean"] = {"budget": budget_of_mean(row["mean_slots"], row["length"])}
     return budgets
 
 
@@ -67,7 +67,7 @@ def compare(model, files, some, options, record) -> None:
             if gates.table[0].ratio <= ratio <= gates.table[-1].ratio
         ]
         for name in options.others if rows else ():
-            for kind, budget in budgets_like(rows[0], length).items():
+            for kind, budget in budgets_like(rows[0]).items():
                 if kind in options.budgets:
                     about = {"method": name, "budget": kind, "like": ratio}
                     row_of(about, OTHERS[name](**budget))

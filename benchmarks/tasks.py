@@ -128,8 +128,7 @@ def compare(about: dict, files, options, record, measure, solves=lambda row: Tru
             if gates.table[0].ratio <= ratio <= gates.table[-1].ratio
         ]
         for name in options.others if rows else ():
-            # In tokens of no length: a mean is not known of what an engine wrote.
-            for kind, budget in budgets_like(rows[0], length=0).items():
+            for kind, budget in budgets_like(rows[0]).items():
                 if kind in options.budgets:
                     more = {"method": name, "budget": kind, "like": ratio}
                     row_of(more, OTHERS[name](**budget), dense)
@@ -157,7 +156,7 @@ def compare_needles(task, model, files, options, record) -> None:
                 made = [trial for trial in made if f"{trial.depth:g}" in solved_depths(dense)]
             return needles(model, made, policy)
 
-        about = {"task": task, "length": length, "trials": options.trials}
+        about = {"task": task, "length": length, "depths": options.depths, "trials": options.trials}
         compare(about, files, options, record, measure, solved_depths)
 
 
@@ -169,7 +168,10 @@ def compare_functions(model, files, options, record) -> None:
     about["most_new_tokens"] = options.new_tokens
     if options.run_code:
         about["network"] = "cut" if isolation() else "open"
-    measure = lambda policy, dense: functions(model, problems, policy)  # noqa: E731
+
+    def measure(policy, dense):  # all problems, whichever the dense model solves
+        return functions(model, problems, policy)
+
     compare(about, files, options, record, measure)
 
 
