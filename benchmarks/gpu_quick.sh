@@ -15,22 +15,7 @@ PARTS=${*:-environment tests compile end_to_end kernels cache_update prefill tra
 PYTHON=${PYTHON:-python3}
 SIZE=${QUICK:+--quick}
 
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-[ -n "$SIZE" ] || export JAX_PLATFORMS=cuda,cpu
-# What one part compiles, another finds.
-export JAX_COMPILATION_CACHE_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/dmc_jax/gpu_quick
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-
-# limited SECONDS NAME COMMAND...: its output in OUT/NAME.log, the end of it here.
-limited() {
-  local seconds=$1 name=$2 began=$SECONDS
-  shift 2
-  timeout --kill-after=5 "$seconds" "$@" >"$OUT/$name.log" 2>&1
-  local status=$?
-  echo "== $name: status $status after $((SECONDS - began)) s (at most $seconds)"
-  grep -v -e Warning -e '^$' "$OUT/$name.log" | tail -n "${LINES_SHOWN:-12}" | cut -c1-300
-  cp pallas_kernels/tuned/nvidia_*.json "$OUT/" 2>/dev/null
-}
+source benchmarks/gpu_parts.sh gpu_quick
 
 end_to_end() {
   $PYTHON -m benchmarks.end_to_end $SIZE ${SIZE:+--model=tiny} --output="$OUT/end_to_end.json" "$@"
@@ -51,8 +36,7 @@ compile() {
 
 for part in $PARTS; do
   case $part in
-    environment)
-      { nvidia-smi; $PYTHON -m pip list; nproc; } >"$OUT/environment.txt" 2>&1 ;;
+    environment) environment ;;
     tests)
       XLA_PYTHON_CLIENT_PREALLOCATE=false limited 120 tests \
         $PYTHON -m pytest -o minversion=8 -W default -q -n ${WORKERS:-12} --maxfail=9 -m "not slow" \
@@ -79,4 +63,5 @@ for part in $PARTS; do
         --output="$OUT/tuning.json" ;;
     *) echo "no part '$part'" >&2; exit 2 ;;
   esac
+  cp pallas_kernels/tuned/nvidia_*.json "$OUT/" 2>/dev/null
 done

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gates import OTHERS, budgets_like
+from benchmarks.gates import budgets_like, name_of
 from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import load_tokenizer_of, open_model
 from dmc_jax.data.chat import load_chat_template
@@ -27,6 +27,7 @@ from dmc_jax.evaluation.human_eval import PROBLEMS, STOP, judged, load_problems,
 from dmc_jax.evaluation.judge import isolation
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.needle import ESSAYS, NEEDLES, NEW_TOKENS, SOLVED, by_depth, trials
+from dmc_jax.evaluation.side_by_side import OTHERS
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import unstack_layers
@@ -123,7 +124,7 @@ def compare(about: dict, files, options, record, measure, solves=lambda row: Tru
         return
     for ratio in options.ratios:
         rows = [
-            row_of({"method": Path(gates.path).name, "asked": ratio}, gates.at(ratio), dense)
+            row_of({"method": name_of(gates), "asked": ratio}, gates.at(ratio), dense)
             for gates in files
             if gates.table[0].ratio <= ratio <= gates.table[-1].ratio
         ]
@@ -131,6 +132,7 @@ def compare(about: dict, files, options, record, measure, solves=lambda row: Tru
             for kind, budget in budgets_like(rows[0]).items():
                 if kind in options.budgets:
                     more = {"method": name, "budget": kind, "like": ratio}
+                    more["slots_of"] = rows[0]["method"]
                     row_of(more, OTHERS[name](**budget), dense)
 
 
@@ -175,12 +177,14 @@ def compare_functions(model, files, options, record) -> None:
     compare(about, files, options, record, measure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures, prints and writes the JSON file."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--gates", nargs="*", default=[])
-    parser.add_argument("--tasks", nargs="+", default=[*NEEDLES, "humaneval"])
+    known = [*NEEDLES, "humaneval"]
+    parser.add_argument("--tasks", nargs="+", default=known, choices=known)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 4.0])
     parser.add_argument("--others", nargs="*", default=list(OTHERS), choices=list(OTHERS))
     parser.add_argument("--budgets", nargs="*", default=["grows"], choices=["grows", "end"])
@@ -195,24 +199,23 @@ def main() -> None:
     parser.add_argument("--kv_bytes", type=int, default=2**30, help="of its cache")
     parser.add_argument("--batch", type=int, default=1, help="known answers at a time")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tasks_cpu.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model = Model(options)
     files = [gates_for(file, model.config) for file in options.gates]
     for gates in files:
         check_base(gates, model.model.params, model.config)
     record = {
         "measures": "needles found, functions that pass their tests, and slots a row",
-        "machine": machine(" ".join(["python -m benchmarks.tasks", *sys.argv[1:]])),
+        "machine": machine(" ".join(["python -m benchmarks.tasks", *arguments])),
         "chat": model.chat is not None,
-        "gates": {Path(gates.path).name: gates.about for gates in files},
+        "gates": {name_of(gates): gates.about for gates in files},
         "rows": [],
     }
     if options.output.exists():
         there = json.loads(options.output.read_text())
-        if {n: there.get(n) for n in ("chat", "gates")} == {
-            n: record[n] for n in ("chat", "gates")
-        }:
-            record["rows"] = there["rows"]
+        if there["chat"] != record["chat"] or not record["gates"].items() >= there["gates"].items():
+            parser.error(f"{options.output} is of other prompts or gates: name another --output")
+        record["rows"] = there["rows"]
     for task in options.tasks:
         if task == "humaneval":
             compare_functions(model, files, options, record)

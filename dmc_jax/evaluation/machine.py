@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 
 import jax
 
@@ -10,8 +11,10 @@ def machine(command: str) -> dict:
     """What figures were measured on, for the JSON files that hold them.
 
     Args:
-        command: what was typed.
+        command: what was typed. Of a path that begins at the root only the name is kept: the rest
+            says where things lie here.
     """
+    command = re.sub(r"(?<![^\s=,:])/(?:[^\s=,:/]+/)*([^\s=,:/]+)/?", r"\1", command)
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:

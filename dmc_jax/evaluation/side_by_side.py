@@ -8,7 +8,7 @@ what it holds at the end, which is the most where rows only grow.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,15 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from dmc_jax.checkpoints.gates import StoredGates
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.losses import token_losses
 from dmc_jax.data.loader import windows
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.errors import UserError
+from dmc_jax.evaluation.tables import table
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.dense import Dense
+from dmc_jax.policies.h2o import H2O
 from dmc_jax.policies.policy import Policy, attend_whole
+from dmc_jax.policies.tova import TOVA
+from dmc_jax.policies.window import Window
 
+OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window}  # what needs no gates
+LEAST_BUDGET = 16  # slots of a row, where a budget grows with the text
 _READ = ("tokens", "targets", "positions")
 
 
@@ -36,6 +43,10 @@ class Measured:
     apart: Float[np.ndarray, "W T"]  # KL(dense || policy) of every prediction, in nats
     slots: Float[np.ndarray, "W T"]  # of a row after every token, on average
 
+    def rises(self, dense: "Measured") -> Float[np.ndarray, "W"]:
+        """Say how many nats a token it loses to the dense model, window by window."""
+        return (self.nats - dense.nats).mean(axis=1)
+
     def figures(self, dense: "Measured") -> dict[str, float]:
         """Sum it up against the dense model, window by window.
 
@@ -43,24 +54,28 @@ class Measured:
             dense: the same windows by `Dense`.
 
         Returns:
-            Means over windows, and 95 % intervals of the mean as 1.96 standard errors.
+            Means over windows, and their `interval`.
         """
         T = self.nats.shape[1]
-        rise, apart = (self.nats - dense.nats).mean(axis=1), self.apart.mean(axis=1)
-        error = 1.96 / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
-        spread = functools.partial(np.std, ddof=1) if len(rise) > 1 else np.std
+        rises, apart = self.rises(dense), self.apart.mean(axis=1)
         mean, end = self.slots.mean(), self.slots[:, -1].mean()
         found = {
             "mean_slots": mean,
             "end_slots": end,
             "ratio_of_means": (T + 1) / 2 / mean,
             "ratio_at_end": T / end,
-            "perplexity_percent": 100 * math.expm1(rise.mean()),
-            "perplexity_percent_interval": 100 * error * spread(rise),
+            "perplexity_percent": 100 * math.expm1(rises.mean()),
+            "perplexity_percent_interval": 100 * interval(rises),
             "divergence": apart.mean(),
-            "divergence_interval": error * spread(apart),
+            "divergence_interval": interval(apart),
         }
         return {name: round(float(x), 4) for name, x in found.items()}
+
+
+def interval(values: Float[np.ndarray, "W"]) -> float:
+    """Say how far a mean over windows may be off: 1.96 standard errors; of one window, NaN."""
+    W = len(values)
+    return 1.96 * float(np.std(values, ddof=1)) / math.sqrt(W) if W > 1 else math.nan
 
 
 def single_windows(
@@ -137,3 +152,68 @@ def budget_of_mean(slots: float, length: int) -> int:
 def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Put windows of several texts together."""
     return {name: np.concatenate([part[name] for part in parts]) for name in _READ}
+
+
+def beside_others(
+    params: Any,
+    config: ModelConfig,
+    some: dict[str, Int[np.ndarray, "W T"]],
+    gates: StoredGates,
+    ratios: Sequence[float],
+    *,
+    batch: int = 1,
+    report: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Measure gates, and what needs none, with rows that grow to as many slots.
+
+    Args:
+        params: as in `measure`.
+        config: as there.
+        some: as there.
+        gates: made for this model.
+        ratios: tokens per slot to ask them for.
+        batch: as there.
+        report: called with a line before each method.
+
+    Returns:
+        For the dense model, and for each ratio and method: its name ("ours": with the gates),
+        `length`, what was `asked`, `Measured.figures`, and the float32 `cache_bytes` at the end of
+        a window.
+
+    Raises:
+        UserError: a ratio that the gates were not measured at.
+    """
+    length = some["tokens"].shape[1]
+    run = {"params": params, "config": config, "some": some, "batch": batch}
+    dense = measure(**run, policy=Dense())
+    rows = [{"length": length, "method": "dense"} | dense.figures(dense)]
+
+    def add(name: str, asked: float, policy: Policy) -> None:
+        report(f"{length:,} tokens, {asked:g}x: {name} ...")
+        figures = measure(**run, policy=policy).figures(dense)
+        rows.append({"length": length, "method": name, "asked": asked} | figures)
+
+    for ratio in ratios:
+        add("ours", ratio, gates.at(ratio))
+        at_end = rows[-1]["ratio_at_end"]
+        for name, method in OTHERS.items():
+            add(name, ratio, method(LEAST_BUDGET, ratio=at_end))
+    slot_bytes = 2 * config.head_dim * 4 * config.kv_rows
+    return [row | {"cache_bytes": round(row["end_slots"] * slot_bytes)} for row in rows]
+
+
+def side_by_side_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay out what `beside_others` measured, as a Markdown table."""
+    header = "tokens", "method", "tokens per slot", "cache", "divergence (nats)", "perplexity"
+    lines = [
+        (
+            f"{row['length']:,}",
+            row["method"],
+            f"{row['ratio_at_end']:.2f}x",
+            f"{row['cache_bytes'] / 1e6:.1f} MB",
+            f"{row['divergence']:.3f}",
+            f"{row['perplexity_percent']:+.1f} %",
+        )
+        for row in rows
+    ]
+    return table(header, lines, left=("method",))

@@ -106,8 +106,9 @@ def to_json(policy: Policy) -> dict[str, Any]:
     if isinstance(policy, Gated):
         arrays = [np.asarray(x).tobytes() for x in fields["gates"].values() if x is not None]
         fields["gates"] = hashlib.sha256(b"".join(arrays)).hexdigest()
-    if isinstance(policy, Budgeted) and policy.ratio is None:
-        del fields["ratio"]  # snapshots from before there was one do not have it
+    for later in ("ratio", "margin"):  # snapshots from before there was one do not have it
+        if later in fields and fields[later] is None:
+            del fields[later]
     fields = {name: x.item() if hasattr(x, "item") else x for name, x in fields.items()}
     return {"name": policy.name, **fields.pop("settings", {}), **fields}
 

@@ -8,13 +8,15 @@ from jaxtyping import Array, Float, Int
 
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.delayed import delayed_attention
-from dmc_jax.core.dmc import DMCSettings, hard_decisions
+from dmc_jax.core.dmc import DMCSettings, hard_decisions, relaxed_decisions
 from dmc_jax.core.gates import Gates, gate_importance, gate_logits
 from dmc_jax.core.pooling import OpenSegment, empty_segment, merge_step, pool_chunk
 from dmc_jax.core.rope import rotate
 from dmc_jax.errors import UserError
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
 from dmc_jax.policies.tail import inherited_slots, oldest_first, ring_after, take
+
+_NEXT_TO_NOTHING = 2**-10  # not 0: a window may hold nobody else
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +56,9 @@ class DelayedDMC(Policy):
             `chunk` read for. Another one compiles nothing anew.
         delay: tokens for which one stays as it is; 0 merges at once.
         settings: window, temperature and eps. There is no offset: gates have a bias.
+        margin: by how much more than the threshold a token's logit makes it weigh next to nothing
+            in the slot that it joins: so it is dropped, and what has to be kept of the others is
+            not averaged with it. None: all that do not open a slot merge.
 
     Raises:
         UserError: a negative delay, or an offset.
@@ -65,6 +70,7 @@ class DelayedDMC(Policy):
     settings: DMCSettings = dataclasses.field(
         default=DMCSettings(offset=0.0), metadata={"static": True}
     )
+    margin: float | Array | None = None
 
     name = "dmc"
     chunked = True
@@ -93,19 +99,15 @@ class DelayedDMC(Policy):
 
         Counted is then how probable each merge is, which is what the noise makes of a logit.
         """
-        logits, threshold = gate_logits(self.gates, x), self.threshold
-        decisions = hard_decisions(logits, threshold)
-        if noise is not None:
-            logits, threshold = logits - threshold, 0.0
-            decisions = jax.nn.sigmoid(logits)
+        logits = gate_logits(self.gates, x) - self.threshold
+        decisions = hard_decisions(logits) if noise is None else jax.nn.sigmoid(logits)
         out, merged = delayed_attention(
-            *(q, k, v, logits, gate_importance(self.gates, x, self.settings.eps)),
+            *(q, k, v, logits, self._weights(x, logits, noise)),
             delay=self.delay,
             gamma=self.gamma,
             **where._asdict(),
             settings=self.settings,
             noise=noise,
-            threshold=threshold,
             attention=attention,
         )
         # The slot of a token that merges goes to the one `delay` later in its document.
@@ -200,10 +202,21 @@ class DelayedDMC(Policy):
         return after, Edit(slots.swapaxes(1, 2), key, tokens.v, until, tokens=ones, also=merged)
 
     def _decide(self, x):
-        """Decisions and importance of tokens [B, *T, D]."""
-        threshold = jnp.reshape(self.threshold, (-1, *(1,) * (x.ndim - 1)))
-        decisions = hard_decisions(gate_logits(self.gates, x), threshold)
-        return decisions, gate_importance(self.gates, x, self.settings.eps)
+        """Decisions and weights of tokens [B, *T, D]."""
+        logits = gate_logits(self.gates, x)
+        logits -= jnp.reshape(self.threshold, (-1, *(1,) * (x.ndim - 1)))
+        return hard_decisions(logits), self._weights(x, logits)
+
+    def _weights(self, x, logits, noise=None):
+        """How much tokens weigh in the average of their slot."""
+        omega = gate_importance(self.gates, x, self.settings.eps)
+        if self.margin is None:
+            return omega
+        if noise is None:
+            dropped = hard_decisions(logits, self.margin)
+        else:
+            dropped = relaxed_decisions(logits - self.margin, noise, self.settings)[0]
+        return omega * jnp.maximum(1.0 - dropped, _NEXT_TO_NOTHING)
 
     def _tokens(self, count):
         """How many tokens the state of a segment holds."""

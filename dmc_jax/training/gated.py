@@ -1,6 +1,7 @@
-"""Gates for a model that stays as it is: closed form, then distillation from the model itself.
+"""Gates for a pretrained model: closed form, then distillation from the model itself.
 
-What is trained is the policy, a pytree, and how it is steered to each of several ratios of tokens
+What is trained is the policy, a pytree, perhaps something of the model too (`adapted`; the teacher
+stays as it was), and how the policy is steered to each of several ratios of tokens
 over slots, of which every step of distillation draws one. With the fraction s of drops that the
 step's decisions come to, and the wanted c = 1 - 1 / ratio, a step's loss is
 
@@ -34,7 +35,7 @@ from jaxtyping import Array
 from dmc_jax.checkpoints.gates import Measured, StoredGates, model_hash
 from dmc_jax.checkpoints.models import LoadedModel
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
-from dmc_jax.checkpoints.states import load_params, load_state
+from dmc_jax.checkpoints.states import load_params, load_state, open_for_saving
 from dmc_jax.config import STAGES, RunConfig
 from dmc_jax.core.gates import Gates
 from dmc_jax.core.losses import Prediction, token_losses
@@ -42,15 +43,17 @@ from dmc_jax.data.loader import evaluation_batches, training_batches
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
+from dmc_jax.model.llama import init_params
 from dmc_jax.model.sharding import leaf_path, shardings, with_shardings
 from dmc_jax.policies.choice import Gated
 from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import attend_whole
+from dmc_jax.training import adapted
 from dmc_jax.training.closed_form import SPREAD, fit_gates
 from dmc_jax.training.optimizer import clipped_adam
-from dmc_jax.training.stages import evaluation_options
+from dmc_jax.training.stages import describe, evaluation_options
 from dmc_jax.training.state import TrainState, key_of, order_seed
 from dmc_jax.training.step import (
     Batch,
@@ -63,7 +66,8 @@ from dmc_jax.training.step import (
 )
 
 Datas = list[tuple[PreparedData, float]]
-Trained = dict[str, Any]  # "policy", and of every ratio "thresholds" and "prices"; "r2" of the fit
+# "policy"; of every ratio "thresholds" and "prices"; "r2" of the fit; unless it is frozen, "model".
+Trained = dict[str, Any]
 
 _TOWARDS = 0.3  # share of the way to the wanted fraction that a threshold goes in a step
 _RENEWED = 0.2  # of a price in a step
@@ -95,10 +99,10 @@ def solve(run: RunConfig, model: LoadedModel, datas: Datas, windows: int) -> Tra
         run.model,
         _first(read, windows),
         _first(held_out, max(1, windows // 6)),
-        delay=run.gates.delay,
+        delay=max(1, run.gates.delay),
         dtype=run.compute_dtype,
     )
-    return _trained(run, fit.gates, np.concatenate(fit.r2))
+    return _trained(run, fit.gates, np.concatenate(fit.r2), model.params)
 
 
 def begin(
@@ -137,14 +141,25 @@ def begin(
 
 def state_of(trained: Trained, optimizer: optax.GradientTransformation) -> TrainState:
     """Begin to distill."""
-    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained["policy"]))
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(_learnt(trained)))
+
+
+def _learnt(trained: Trained) -> Any:
+    """What a gradient moves: (policy, model), or the policy alone where the model is frozen."""
+    return (trained["policy"], trained["model"]) if "model" in trained else trained["policy"]
+
+
+def _apart(learnt: Any) -> tuple[Gated, Any]:
+    """The policy, and what is learnt of the model, None if nothing is."""
+    return learnt if isinstance(learnt, tuple) else (learnt, None)
 
 
 def empty(run: RunConfig) -> Trained:
     """What is trained, all zeros."""
     L, D, R = run.model.layers, run.model.width, run.model.kv_rows
     shapes = {"mean": (L, D), "deviation": (L, D), "weight": (R, D), "bias": (R,)}
-    return _trained(run, Gates(**{n: jnp.zeros(s) for n, s in shapes.items()}), jnp.zeros(R))
+    gates = Gates(**{n: jnp.zeros(s) for n, s in shapes.items()})
+    return _trained(run, gates, jnp.zeros(R), init_params(run.model, key_of(run.seed)))
 
 
 def _policy(run: RunConfig, gates: Gates) -> Gated:
@@ -157,26 +172,31 @@ def _policy(run: RunConfig, gates: Gates) -> Gated:
         more |= zip(names, map(jnp.zeros_like, (gates.weight, gates.bias)), strict=True)
     settings = dataclasses.replace(run.dmc, temperature=config.temperature, offset=0.0)
     gates = dataclasses.replace(gates, **more)
-    return DelayedDMC(gates, jnp.zeros(()), config.delay, settings)
+    return DelayedDMC(gates, jnp.zeros(()), config.delay, settings, config.margin)
 
 
-def _trained(run: RunConfig, gates: Gates, r2: Any) -> Trained:
+def _trained(run: RunConfig, gates: Gates, r2: Any, params: Any) -> Trained:
     # Were the logits normally distributed, this would come to the ratios.
     normal = statistics.NormalDist(sigma=SPREAD)
     thresholds = [normal.inv_cdf(1 / ratio) for ratio in run.gates.ratios]
-    return {
+    trained = {
         "policy": _policy(run, gates),
         "thresholds": jnp.asarray(thresholds),
         "prices": jnp.zeros(len(thresholds)),
         "r2": jnp.asarray(r2, jnp.float32),
     }
+    own = adapted.begin(run.gates, params, key_of(run.seed))
+    return trained if own is None else trained | {"model": own}
 
 
 def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
-    """Adam on a policy, without the learning rate; see `GatesConfig` for its biases' own."""
+    """Adam on what is learnt, without the learning rate; `GatesConfig` has factors on updates."""
 
     def scale(path, update):
-        name = leaf_path(path).split("/")[-1]
+        names = leaf_path(path).split("/")
+        if names[0] == "1":  # of (policy, model)
+            return run.gates.model_multiplier * update
+        name = names[-1]
         if name in _FROZEN:
             return 0.0 * update
         return (run.gates.bias_multiplier if name in _OFFSETS else 1.0) * update
@@ -209,24 +229,30 @@ def make_distill_step(
         wanted, price = 1.0 - 1.0 / ratios[which], state.params["prices"][which]
         threshold = state.params["thresholds"][which]
         policy = dataclasses.replace(state.params["policy"], threshold=threshold)
+        learnt = _learnt(state.params | {"policy": policy})
 
-        def loss(policy, part, number):
+        def loss(learnt, part, number):
+            policy, own = _apart(learnt)
+            models = adapted.adapt(run.gates, model_params, own), model_params
             drawn_from = Noise(noise, (number, run.accumulation))
-            metrics = _distill(run, mesh, model_params, policy, part, batch, drawn_from, counts)
+            metrics = _distill(run, mesh, models, policy, part, batch, drawn_from, counts)
             return metrics["distillation"] - price * metrics["dropped"], metrics
 
-        gradient = functools.partial(jax.grad(loss, has_aux=True), policy)
+        gradient = functools.partial(jax.grad(loss, has_aux=True), learnt)
         grads, metrics = sum_over_parts(gradient, batch, run.accumulation)
         rate = rate_at(state.step, run.distill)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, policy)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, learnt)
         slope = jnp.maximum(metrics.pop("slope"), 1e-3)
         excess = metrics.pop("dropped") - wanted
-        params = state.params | {
-            "policy": jax.tree.map(lambda p, u: p - rate * u, state.params["policy"], updates),
+        old = _learnt(state.params)
+        policy, own = _apart(jax.tree.map(lambda p, u: p - rate * u, old, updates))
+        params = state.params | ({} if own is None else {"model": own})
+        params |= {
+            "policy": policy,
             "thresholds": state.params["thresholds"].at[which].add(_TOWARDS * excess / slope),
             "prices": state.params["prices"]
             .at[which]
-            .set(jnp.maximum(price - _RENEWED * grads.threshold / slope, 0.0)),
+            .set(jnp.maximum(price - _RENEWED * _apart(grads)[0].threshold / slope, 0.0)),
         }
         metrics |= {
             "learning_rate": rate,
@@ -250,24 +276,26 @@ def _among(prediction: Prediction, ids: Array) -> Prediction:
     return dataclasses.replace(prediction, head=jnp.take(prediction.head, ids, axis=axis))
 
 
-def _distill(run, mesh, model_params, policy, part, batch, noise, counts) -> Metrics:
+def _distill(run, mesh, models, policy, part, batch, noise, counts) -> Metrics:
     """Divergence and drops of a part of a batch, which add up over the parts.
+
+    `models` are the parameters of the one that learns and of the one that teaches.
 
     `slope` is how fast the drops grow as the threshold falls.
     """
     attention = attention_for(run, mesh)
     where = part["positions"], part["segment_ids"]
 
-    def predict(policy, **drawn):
+    def predict(params, policy, **drawn):
         attend = attend_whole(policy, run.model, *where, **drawn, attention=attention)
-        return apply_model(run, run.model, mesh, model_params, part["tokens"], attend)
+        return apply_model(run, run.model, mesh, params, part["tokens"], attend)
 
-    output = predict(policy, noise_key=noise.key, noise_part=noise.part)
-    dense = predict(Dense()).prediction
+    output = predict(models[0], policy, noise_key=noise.key, noise_part=noise.part)
+    dense = predict(models[1], Dense()).prediction
     most = min(run.model.vocab_size, run.gates.vocabulary + batch["tokens"].size)
     ids = jax.lax.top_k(jnp.asarray(counts).at[batch["tokens"]].set(jnp.inf), most)[1]
-    models = (_among(each, ids) for each in (output.prediction, dense))
-    _, apart = token_losses(next(models), jnp.zeros_like(part["targets"]), next(models))
+    learns, teaches = (_among(each, ids) for each in (output.prediction, dense))
+    _, apart = token_losses(learns, jnp.zeros_like(part["targets"]), teaches)
     real, all_real = (x["segment_ids"] > 0 for x in (part, batch))
     rows = run.model.kv_rows * jnp.maximum(all_real.sum(), 1)
     tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
@@ -302,13 +330,14 @@ def measure(
         measured ratio nearest to it).
     """
     options = evaluation_options(run, mesh)
+    params = adapted.adapt(run.gates, model.params, trained.get("model"))
 
-    def on(data, policy):
+    def on(data, policy, params=params):
         common = {"limit": run.eval_windows, "count_bytes": data is datas[0][0], **options}
-        return evaluate(model.params, run.model, data, "validation", policy=policy, **common)
+        return evaluate(params, run.model, data, "validation", policy=policy, **common)
 
     texts = [data for data, _ in datas]
-    dense = [on(data, Dense()) for data in texts]
+    dense = [on(data, Dense(), model.params) for data in texts]
     knots = [float(x) for x in trained["thresholds"]]
     table: list[Measured] = []
     for threshold in (knots[0] + 9 * SPREAD, knots[0] + SPREAD / 2, *knots):
@@ -327,11 +356,33 @@ def measure(
         "r2": round(float(np.mean(trained["r2"])), 3),
         "machine": machine(" ".join(["python -m dmc_jax.train", *sys.argv[1:]])),
     }
-    base = model_hash(model.params, run.model)
+    base = model_hash(params, run.model)
     policy = dataclasses.replace(trained["policy"], threshold=table[0].threshold)
     stored = StoredGates(jax.device_get(policy), base, tuple(table), about)
     ratio = min(max(run.compression.ratio, table[0].ratio), table[-1].ratio)
     return stored, on(texts[0], stored.at(ratio))
+
+
+def save_model(run: RunConfig, trained: Trained, model: LoadedModel, data: PreparedData) -> None:
+    """Write the model that gates were trained together with, where it is not the one that was.
+
+    Args:
+        run: the configuration; it goes to `output/name/model`, a run directory of its own.
+        trained: at the end of distillation.
+        model: as it was.
+        data: prepared text with its tokenizer.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if run.gates.model == "frozen":
+        return
+    folder, steps = Path(run.output, run.name, "model"), run.distill.steps
+    params = adapted.adapt(run.gates, model.params, trained["model"])
+    about = dataclasses.replace(describe(run, "distill", steps, data), stage="pretrain")
+    there = latest(folder)  # where a run ended after this, and before all was measured
+    with open_for_saving(folder, "pretrain", 1, resumed_step=there and there.step) as saver:
+        saver.save(steps, {"params": params}, {}, about)
 
 
 def _first(batches: Iterable, count: int) -> list[dict[str, np.ndarray]]:

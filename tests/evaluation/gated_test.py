@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmc_jax.checkpoints.gates import FILE, load_gates
+from dmc_jax.checkpoints.gates import FILE, check_base, load_gates
 from dmc_jax.checkpoints.metadata import load_metadata
 from dmc_jax.checkpoints.models import find_model, open_model
 from dmc_jax.checkpoints.run_directory import latest
@@ -172,6 +172,42 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
     np.testing.assert_array_equal(frozen, state.params["policy"].gates.mean)
 
 
+@pytest.mark.parametrize("trained", ["lora", pytest.param("all", marks=pytest.mark.slow)])
+def a_model_may_learn_with_its_gates_test(run, trained):
+    """It lies in the run; the gates serve it, and not the one that was; a stop loses nothing."""
+    gates = dataclasses.replace(run.gates, model=trained, rank=2, delay=0, method="dmc")
+    run = dataclasses.replace(run, name=trained, gates=gates)
+    directory = train(run, quiet=True)
+    base, model = open_model(run.init_from), open_model(directory / "model")
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, x in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: float(abs(a - b).max()), base.params, model.params)
+        )
+        if x > 0
+    }
+    if trained == "lora":
+        assert changed == {f"run_0/{name}/kernel" for name in "qkvo"}
+    else:
+        assert {"embedding", "run_0/gate/kernel", "run_0/attention_norm/scale"} < changed
+    stored = load_gates(directory / FILE, run.model)
+    check_base(stored, model.params, model.config)
+    with pytest.raises(UserError, match="made for another model"):
+        check_base(stored, base.params, base.config)
+    assert stored.policy.delay == 0
+    with pytest.raises(UserError, match=f"were made for .{directory}/model., and beside it"):
+        find_model(directory)
+
+    before = state_at(run, 4)
+    shutil.rmtree(directory / "distill" / "4")
+    shutil.rmtree(directory / "model")
+    train(run, quiet=True)
+    jax.tree.map(np.testing.assert_array_equal, state_at(run, 4), before)
+    jax.tree.map(
+        np.testing.assert_array_equal, open_model(directory / "model").params, model.params
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("importance", [False, True])
 def gates_that_merge_are_made_the_same_way_test(run, importance):
@@ -198,6 +234,7 @@ def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp
         (dense, [texts, short], "windows of more than 48 tokens; got 30"),
         (dense, [texts, one], "gates.delay must be at least 1"),
         (dense, [texts, "--config.gates.method=tova"], "expected dms or dmc"),
+        (dense, [texts, "--config.gates.model=some"], "expected frozen, lora or all"),
         (dense, [texts, "--config.gates.ratios=(2.0,1.5)"], "above 1 that rise"),
         (dense, [texts, "--config.stages=distill"], "closed_form, which must stand before it"),
         (dense, [texts, "--config.stages=pretrain,distill"], "no other stage beside"),

@@ -5,13 +5,24 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dmc_jax.checkpoints.gates import load_gates
 from dmc_jax.checkpoints.models import open_model
 from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.plots import quality_by_bytes
-from dmc_jax.evaluation.side_by_side import budget_of_mean, joined, measure, single_windows
+from dmc_jax.evaluation.side_by_side import (
+    OTHERS,
+    beside_others,
+    budget_of_mean,
+    joined,
+    measure,
+    side_by_side_table,
+    single_windows,
+)
+from dmc_jax.interop.formats import open_source
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.window import Window
+from tests.interop.gates_files import write_gates
 
 T = 32
 
@@ -70,6 +81,26 @@ def intervals_are_those_of_the_mean_over_windows_test(model, some):
     assert figures["divergence_interval"] == pytest.approx(error, abs=1e-4)
     alone = dataclasses.replace(few, **{n: getattr(few, n)[:1] for n in ("nats", "apart", "slots")})
     assert np.isnan(alone.figures(alone)["divergence_interval"])
+
+
+def others_grow_to_the_slots_that_the_gates_hold_test(finished_run, model, some, tmp_path):
+    file = write_gates(tmp_path / "gates.safetensors", open_source(finished_run / "pretrain"))
+    gates, told = load_gates(file, model.config), []
+    run = {"params": model.params, "config": model.config, "some": some, "batch": 6}
+    rows = beside_others(**run, gates=gates, ratios=(1.5, 2.0), report=told.append)
+    assert [row["method"] for row in rows] == ["dense", *["ours", *OTHERS] * 2]
+    dense = measure(**run, policy=Dense())
+    for first in (1, 5):
+        ours, *others = rows[first : first + 4]
+        again = measure(**run, policy=gates.at(ours["asked"])).figures(dense)
+        for name, figure in again.items():
+            assert ours[name] == pytest.approx(figure, abs=1e-3)
+        for row in others:
+            assert ours["end_slots"] - 1 < row["end_slots"] < ours["end_slots"] + 0.01
+            assert row["cache_bytes"] == round(row["end_slots"] * 2 * 8 * 4 * 4)
+    assert len(told) == 8 and told[0] == f"{T} tokens, 1.5x: ours ..."
+    lines = side_by_side_table(rows).splitlines()
+    assert len(lines) == 2 + len(rows) and "| dense" in lines[2] and "1.00x" in lines[2]
 
 
 def a_picture_has_a_line_a_method_in_every_panel_test():

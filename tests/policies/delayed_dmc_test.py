@@ -1,17 +1,20 @@
 """Merging by gates in a cache: what a chunk leaves behind, and sequences that go on elsewhere."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.gates import Gates
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import load_snapshot
 from dmc_jax.policies.delayed_dmc import DelayedDMC
-from dmc_jax.policies.policy import Tokens
+from dmc_jax.policies.policy import Tokens, Where
 from tests.policies.policy_test import Ids, model, some_gates
 
 
@@ -78,3 +81,28 @@ def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(gamma, tmp_path
             ended = [event for event in at.step() if event.finish_reason]
             results |= {event.sequence: event.result.tokens for event in ended}
         assert all(tokens == expected for tokens in results.values())
+
+
+def a_token_far_above_the_threshold_is_dropped_where_others_merge_test():
+    """What it says is lost `delay` tokens later; one with a lower logit is averaged in."""
+    rng, (B, T, K, H), delay = np.random.default_rng(0), (1, 12, 1, 8), 2
+    x = np.zeros((B, T, 1), np.float32)
+    x[0, 4], x[0, 5] = 1.0, 3.0  # the others open slots
+    gates = Gates(
+        *(jnp.full(s, c) for s, c in (((1,), 0.0), ((1,), 1.0), ((1, 1), 1.0), ((1,), 0.0)))
+    )
+    policy = DelayedDMC(gates, 0.5, delay, DMCSettings(offset=0.0), margin=1.0)
+    where = Where(jnp.arange(T)[None], None, 100.0, None)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, K, H)), jnp.float32) for _ in range(3))
+
+    def moved_by(token, **changes):
+        changed = dataclasses.replace(policy, **changes)
+        outs = [
+            changed.whole(q, k, values, where, x=jnp.asarray(x)).out
+            for values in (v, v.at[0, token].add(1.0))
+        ]
+        return np.abs(np.asarray(outs[1] - outs[0]))[0].max((1, 2))
+
+    merged, dropped, also_merged = moved_by(4), moved_by(5), moved_by(5, margin=None)
+    assert (dropped[5 : 5 + delay] > 1e-2).all() and (dropped[5 + delay :] < 1e-3).all()
+    assert (merged[4:] > 1e-3).all() and (also_merged[5:] > 1e-3).all()

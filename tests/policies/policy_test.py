@@ -55,6 +55,9 @@ TABLE = {
     "dmc by gates, delay 1": DelayedDMC(some_gates(), -0.3, 1, DMCSettings(3, offset=0.0)),
     "dmc by gates, delay 5": DelayedDMC(some_gates(importance=True, gamma=True), -0.5, delay=5),
     "dmc by gates, delay 5, no gamma": DelayedDMC(some_gates(importance=True), -0.5, delay=5),
+    "dmc by gates, delay 5, drops": DelayedDMC(
+        some_gates(gamma=True), -0.5, 5, DMCSettings(3, offset=0.0), margin=0.7
+    ),
     "dmc by gates, at once, gamma": DelayedDMC(some_gates(gamma=True), delay=0),
     "dmc by gates, delay 16, unlimited": DelayedDMC(
         some_gates(importance=True), -0.5, settings=DMCSettings(None, offset=0.0)
