@@ -5,7 +5,8 @@
 Answers are greedy, by the engine, whose cache is counted. Needles are compared in cells, a length
 and a depth, that the dense model solves; beside what is said stands how likely the known answer is.
 Of functions, how many tests they pass is known with `--run_code` alone, which runs what the model
-wrote (`evaluation.judge` says how); and how much it writes. TOVA, H2O and StreamingLLM get the
+wrote (`evaluation.judge` says how); beside it stand how much it writes, and how likely the known
+solution is, which tells apart models too small for any. TOVA, H2O and StreamingLLM get the
 slots that the first file's gates come to, as in `benchmarks.gates`. A second run with the same
 output goes on where the first was.
 """
@@ -23,7 +24,14 @@ from dmc_jax.checkpoints.models import load_tokenizer_of, open_model
 from dmc_jax.data.chat import load_chat_template
 from dmc_jax.data.packages import package_files
 from dmc_jax.evaluation.answers import score_answers
-from dmc_jax.evaluation.human_eval import PROBLEMS, STOP, judged, load_problems, prompt_for
+from dmc_jax.evaluation.human_eval import (
+    PROBLEMS,
+    STOP,
+    judged,
+    load_problems,
+    prompt_for,
+    solution_of,
+)
 from dmc_jax.evaluation.judge import isolation
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.needle import ESSAYS, NEEDLES, NEW_TOKENS, SOLVED, by_depth, trials
@@ -69,14 +77,17 @@ class Model:
         }
         return results, {name: round(float(x), 4) for name, x in took.items()}
 
+    def scores(self, policy, prompts, answers):
+        """Say how likely known answers are."""
+        run = self.model.params, self.config, prompts, answers, policy
+        return score_answers(*run, batch=self.options.batch)
+
 
 def needles(model: Model, made, policy) -> dict:
     """A row: what is found at each depth."""
-    prompts, answers = [trial.prompt for trial in made], [trial.answer for trial in made]
+    prompts = [trial.prompt for trial in made]
     results, took = model.answers(policy, prompts, NEW_TOKENS)
-    scored = score_answers(
-        *(model.model.params, model.config, prompts, answers, policy), batch=model.options.batch
-    )
+    scored = model.scores(policy, prompts, [trial.answer for trial in made])
     return took | by_depth(made, [result.text for result in results], scored)
 
 
@@ -87,6 +98,9 @@ def functions(model: Model, problems, policy) -> dict:
     written = [result.new_tokens for result in results]
     row["mean_new_tokens"] = float(np.mean(written))
     row["cut_short"] = sum(result.finish_reason == "length" for result in results)
+    solutions = [solution_of(problem, model.tokenizer) for problem in problems]
+    nats = [each.nats.mean() for each in model.scores(policy, prompts, solutions)]
+    row["solution_nats"] = round(float(np.mean(nats)), 4)
     if model.options.run_code:
         said = [judged(*pair) for pair in zip(problems, (r.text for r in results), strict=True)]
         row["pass_at_1"] = round(said.count("passed") / len(said), 4)

@@ -14,7 +14,7 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.policy import Policy, attend_whole
 
-_ROUND = 128  # tokens to a multiple of which sequences are padded: every width compiles
+_ROUND = 128  # tokens to a multiple of which everything is padded: every width compiles
 
 
 class Scored(NamedTuple):
@@ -49,8 +49,8 @@ def score_answers(
     scored = []
     for at in range(0, len(prompts), batch):
         pairs = list(zip(prompts[at : at + batch], answers[at : at + batch], strict=True))
-        width = -(-max(len(prompt) + len(answer) for prompt, answer in pairs) // _ROUND) * _ROUND
-        most = max(len(answer) for _, answer in pairs)
+        width = _rounded(max(len(prompt) + len(answer) for prompt, answer in pairs))
+        most = _rounded(max(len(answer) for _, answer in pairs))
         # A batch that is not full is filled up: with another size it would compile anew.
         tokens, where, targets = (np.zeros((batch, n), np.int32) for n in (width, most, most))
         for row, (prompt, answer) in enumerate(pairs):
@@ -61,6 +61,10 @@ def score_answers(
         for row, (_, answer) in enumerate(pairs):
             scored.append(Scored(nats[row, : len(answer)], first[row, : len(answer)]))
     return scored
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _ROUND) * _ROUND
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -30,6 +30,7 @@ class Problem:
     prompt: str  # its head and docstring
     entry_point: str  # its name
     test: str  # a function `check` that asserts what it is to do
+    canonical_solution: str  # a body that does
 
     @property
     def head(self) -> str:
@@ -82,6 +83,16 @@ def prompt_for(problem: Problem, tokenizer: Tokenizer, chat: Path | None) -> lis
     begun = f"Here is the completed function:\n```python\n{problem.head}"
     prompt = encode_chat(tokenizer, chat, [{"role": "user", "content": asked}])
     return prompt + tokenizer.encode(begun)
+
+
+def solution_of(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    """Encode the known body as it could follow the prompt, for models too small to write one.
+
+    Args:
+        problem: whose.
+        tokenizer: of the model.
+    """
+    return tokenizer.encode("\n" + problem.canonical_solution.strip("\n"))
 
 
 def judged(problem: Problem, completion: str) -> str:

@@ -101,8 +101,10 @@ def trials(
             model that only goes on with text.
 
     Raises:
-        UserError: a length without room for essays.
+        UserError: a depth that is no percentage, or a length without room for essays.
     """
+    if not all(0 <= depth <= 100 for depth in depths):
+        raise UserError(f"depths: expected percentages, 0 to 100, got {list(depths)}")
     made = []
     for trial in range(count):
         turn = trial % len(essays)

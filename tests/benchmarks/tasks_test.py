@@ -37,6 +37,7 @@ ENTRY = {
     "prompt": 'def one():\n    """ One. """\n',
     "entry_point": "one",
     "test": "def check(candidate):\n    assert candidate() == 1\n",
+    "canonical_solution": "    return 1\n",
 }
 ESSAYS = {"a.txt": b"One thing is small. Two are more. " * 9}
 SMALL = ["--lengths", "256", "--depths", "20", "90", "--trials", "1", "--plain", "--ratios", "2"]
@@ -119,8 +120,19 @@ def what_the_model_wrote_is_run_only_when_asked_for_test(run, monkeypatch, tmp_p
         assert not {"pass_at_1", "passed"} & row.keys() and row["run_code"] is False
         assert len(row["new_tokens"]) == row["problems"] == 3
         assert row["mean_new_tokens"] == np.mean(row["new_tokens"])
+        # That of a model that knows nothing, per byte.
+        assert row["solution_nats"] == pytest.approx(np.log(259), abs=0.3)
     rows, _ = run(*flags, "--run_code")
     assert len(programs) == 6 and len(rows) == 4
     assert all(text.startswith('def one():\n    """ One. """') for text in programs)
     assert rows[2]["passed"] == [1, 1, 1] and rows[3]["pass_at_1"] == 1.0
     assert rows[2]["network"] in ("cut", "open")
+
+
+def a_record_of_other_gates_is_left_alone_test(run, tmp_path, capsys):
+    content = json.dumps({"chat": False, "gates": {"others": {}}, "rows": []})
+    (tmp_path / "tasks.json").write_text(content)
+    with pytest.raises(SystemExit):
+        run("--tasks", "passkey")
+    assert "is of other prompts or gates: name another --output" in capsys.readouterr().err
+    assert (tmp_path / "tasks.json").read_text() == content

@@ -6,7 +6,13 @@ import json
 import pytest
 
 from dmc_jax.errors import UserError
-from dmc_jax.evaluation.human_eval import STOP, judged, load_problems, prompt_for
+from dmc_jax.evaluation.human_eval import (
+    STOP,
+    judged,
+    load_problems,
+    prompt_for,
+    solution_of,
+)
 from tests.evaluation.byte_tokenizer import ByteTokenizer
 
 ENTRY = {
@@ -48,6 +54,11 @@ def problem():
 )
 def a_body_is_judged_by_the_tests_test(problem, completion, expected):
     assert judged(problem, completion) == expected
+
+
+def the_known_body_follows_the_prompt_and_passes_test(problem):
+    body = ByteTokenizer().decode(solution_of(problem, ByteTokenizer()))
+    assert body == "\n    return sum(x)" and judged(problem, body) == "passed"
 
 
 def a_base_model_goes_on_where_the_docstring_ends_test(problem):

@@ -130,6 +130,8 @@ def figures_are_means_over_the_trials_of_a_depth_test():
     }
 
 
-def a_length_without_room_is_refused_test():
+def a_length_without_room_and_a_depth_that_is_none_are_refused_test():
+    with pytest.raises(UserError, match=r"depths: expected percentages, 0 to 100, got \[0, 101\]"):
+        made(depths=(0, 101))
     with pytest.raises(UserError, match="length: 60 tokens leave no room for essays"):
         made(length=60)
