@@ -40,13 +40,15 @@ from dmc_jax.evaluation.tables import table
 from dmc_jax.policies.dense import Dense
 
 
-def budgets_like(row: dict, length: int) -> dict:
+def budgets_like(row: dict) -> dict:
     """Arguments of a budgeted policy that come to the slots of a measured row, by their name."""
-    return {
+    budgets = {
         "grows": {"budget": LEAST_BUDGET, "ratio": row["ratio_at_end"]},
         "end": {"budget": round(row["end_slots"])},
-        "mean": {"budget": budget_of_mean(row["mean_slots"], length)},
     }
+    if "mean_slots" in row:
+        budgets["mean"] = {"budget": budget_of_mean(row["mean_slots"], row["length"])}
+    return budgets
 
 
 def name_of(gates: StoredGates) -> str:
@@ -92,9 +94,7 @@ def compare(model, files, some, options, record) -> None:
             row = row_of({"method": name, "asked": ratio}, gates.at(ratio))
             others = () if kind_of(gates) in seen else options.others
             seen.add(kind_of(gates))
-            for other, (budget, slots) in itertools.product(
-                others, budgets_like(row, length).items()
-            ):
+            for other, (budget, slots) in itertools.product(others, budgets_like(row).items()):
                 if budget in options.budgets:
                     about = {"method": other, "budget": budget, "like": ratio, "slots_of": name}
                     row_of(about, OTHERS[other](**slots))
