@@ -15,10 +15,11 @@ from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.gates import Gates
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
-from dmc_jax.inference import decoding, paged_cache
+from dmc_jax.inference import decoding, layers, paged_cache
 from dmc_jax.inference.engine import Engine
+from dmc_jax.inference.prefill import attend_chunk
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.model.llama import Llama
+from dmc_jax.model.llama import Llama, unstack_layers
 from dmc_jax.policies.choice import POLICIES, Trained, from_json, policy_for, to_json
 from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
@@ -205,6 +206,23 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
         check(splits)
 
     any_chunks()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "dmc, window 3", "dms, delay 5", "dmc by gates, delay 5", "window, 40 slots"],
+)
+def a_chunk_is_read_without_a_copy_of_the_pages_test(name):
+    """They are most of the memory: a program that holds them twice would not fit."""
+    (params, config), policy = model(), TABLE[name]
+    many = {"seats": 3, "pages": 40_000, "page_size": 8, "max_length": T, "dtype": jnp.float32}
+    cache = jax.eval_shape(lambda: paged_cache.init(config, policy, **many))
+    weights = unstack_layers(params, config, "float32")["layer_0"]
+    inputs = {"policy": policy, "counts": np.full(2, 16), "seats": np.arange(2)}
+    x = jax.ShapeDtypeStruct((2, 16, config.width), jnp.float32)
+    how = {"config": config, "kv_heads": config.kv_heads_by_layer[0], "make_attend": attend_chunk}
+    program = layers._run_layer.lower(weights, None, np.int32(0), x, cache, inputs, **how)
+    assert program.compile().memory_analysis().temp_size_in_bytes < 0.1 * cache.pages.nbytes
 
 
 @pytest.mark.parametrize(
