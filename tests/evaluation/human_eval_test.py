@@ -83,6 +83,7 @@ def a_body_goes_on_until_something_else_begins_at_the_margin_test():
 @pytest.mark.parametrize(
     "content",
     [b"", b"text", packed(ENTRY)[:-20], gzip.compress(b"{}"), packed({"prompt": ""}), packed(3)],
+    ids=["empty", "text", "cut", "no problem", "half a problem", "a number"],  # gzip has the time
 )
 def other_files_are_refused_in_a_line_test(content):
     with pytest.raises(UserError, match="not HumanEval's problems"):
