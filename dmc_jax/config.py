@@ -162,7 +162,7 @@ class GatesConfig:
     delay: int = 16  # tokens for which every token stays; 0, of dmc alone: it merges at once
     margin: float | None = None  # of dmc: logit above the threshold that drops a token after all
     importance: bool = False  # of dmc: whether gates weigh tokens in the average of their slot
-    ratios: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of one file; a step draws one
+    ratios: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 6.0, 10.0)  # of one file; a step draws one
     windows: int = 24  # of training text that the closed form reads
     vocabulary: int = 4096  # ids that predictions are compared on, beside those of the text
     temperature: float = 0.1  # of relaxed decisions

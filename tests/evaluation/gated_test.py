@@ -132,6 +132,7 @@ def a_batch_in_parts_is_the_batch_test(run, directory):
     assert metrics[0]["distillation"] == pytest.approx(float(metrics[1]["distillation"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def products_of_half_the_bits_change_little_test(run, directory):
     data, model = open_data(run.data.path), open_model(run.init_from)
     batch = next(iter(training_batches([(data, 1.0)], length=48, batch=4, seed=0)))
