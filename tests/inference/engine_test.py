@@ -144,7 +144,10 @@ def what_follows(said, model, settings=SETTINGS):
 
 @pytest.mark.parametrize(
     "policy, longest",
-    [("dmc", 24), ("dense", 24), pytest.param("dmc", 40, marks=pytest.mark.slow)],
+    [
+        ("dmc", 24),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", 24), ("dmc", 40))),
+    ],
 )
 def greedy_tokens_are_the_most_likely_ones_of_the_whole_sequence_test(
     tiny_model, build_model, policy, longest

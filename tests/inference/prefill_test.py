@@ -203,7 +203,9 @@ def prefill_into_bfloat16_pages_equals_one_token_at_a_time_test(tiny_model):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("threshold", [THRESHOLDS["never"], THRESHOLDS["mostly"]])
+@pytest.mark.parametrize(
+    "threshold", [pytest.param(THRESHOLDS["never"], marks=pytest.mark.slow), THRESHOLDS["mostly"]]
+)
 def long_prompts_of_different_lengths_then_decoding_give_the_evaluated_logits_test(
     tiny_model, threshold
 ):
@@ -253,7 +255,8 @@ def threshold_for(ratio, *model_and_tokens):
 
 # The groupings with the fewest and the most queries per KV head, and one between them.
 @pytest.mark.parametrize(
-    "heads, kv_heads", [(4, 4), pytest.param(4, 1, marks=pytest.mark.slow), (8, 1)]
+    "heads, kv_heads",
+    [*(pytest.param(4, kv, marks=pytest.mark.slow) for kv in (4, 1)), (8, 1)],
 )
 def prefill_then_decoding_is_full_evaluation_at_every_ratio_and_grouping_test(
     build_model, heads, kv_heads

@@ -18,7 +18,9 @@ from dmc_jax.policies.policy import Tokens, Where
 from tests.policies.policy_test import Ids, model, some_gates
 
 
-@pytest.mark.parametrize("delay", [0, 1, 3, 20])
+@pytest.mark.parametrize(
+    "delay", [0, 3, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (1, 20))]
+)
 def of_all_that_a_chunk_writes_each_slot_has_one_in_the_end_test(delay):
     """Of two writes to one slot, which one stays would be up to the machine."""
     policy = DelayedDMC(some_gates(gamma=True), -0.5, delay, DMCSettings(5, offset=0.0))
