@@ -25,6 +25,7 @@ import numpy as np
 
 from dmc_jax.checkpoints.gates import FILE, StoredGates, check_base, gates_for
 from dmc_jax.checkpoints.models import open_model
+from dmc_jax.commands import in_a_line
 from dmc_jax.data.prepared import open_data
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.side_by_side import (
@@ -186,4 +187,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_a_line(main)

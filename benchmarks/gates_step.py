@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from benchmarks.training import medians
+from benchmarks.transformers_generate import transformers_config
 from dmc_jax.config import GatesConfig, MeshConfig, RunConfig
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.model.llama import init_params
@@ -53,16 +54,7 @@ def our_step(run: RunConfig, params, batch, counts):
 
 def their_step(c, tokens: np.ndarray, ids: int):
     """What multiplies as much in PyTorch."""
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        intermediate_size=c.mlp_width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaModel(config).bfloat16().requires_grad_(False)
+    model = transformers.LlamaModel(transformers_config(c)).bfloat16().requires_grad_(False)
     head = model.embed_tokens.weight[:ids]
     embedded = model.embed_tokens(torch.from_numpy(tokens)).requires_grad_()
 

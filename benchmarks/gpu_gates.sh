@@ -22,8 +22,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { echo "usage: benchmarks/gpu_gates.sh OUT MODEL [PART ...]" >&2; exit 2; }
-mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 GIVEN=$(realpath -m "$2")
+[ -e "$GIVEN" ] || [ -e "$GIVEN.part0" ] || { echo "gpu_gates.sh: neither $2 nor $2.part0 is there" >&2; exit 2; }
+mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 shift 2
 PARTS=${*:-environment model data speed_dms dms speed_dmc dmc measure}
 PYTHON=${PYTHON:-python3}

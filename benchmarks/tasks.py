@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.gates import budgets_like, name_of
 from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import load_tokenizer_of, open_model
+from dmc_jax.commands import in_a_line
 from dmc_jax.data.chat import load_chat_template
 from dmc_jax.data.packages import package_files
 from dmc_jax.evaluation.answers import score_answers
@@ -239,4 +240,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_a_line(main)

@@ -47,27 +47,29 @@ PROMPT, FEW, MANY = 128, 8, 72
 BATCHES = (1, 8)
 
 
+def transformers_config(c: ModelConfig) -> transformers.LlamaConfig:
+    """The same sizes there, of a model with tied embeddings."""
+    return transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=c.mlp_width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_length,
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
 def transformers_model(params: dict) -> transformers.LlamaForCausalLM:
     """The same model there."""
-    c = MODEL
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.width,
-            intermediate_size=c.mlp_width,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            head_dim=c.head_dim,
-            max_position_embeddings=c.max_length,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
+    model = transformers.LlamaForCausalLM(transformers_config(MODEL))
     leaves, weights = flatten(params), {}
-    for name, place in places(c).items():
+    for name, place in places(MODEL).items():
         leaf = np.asarray(leaves[place.leaf])
         leaf = leaf if place.layer is None else leaf[place.layer]
         foreign = to_foreign(place, lambda begin, end, x=leaf: x[begin:end], leaf.dtype)

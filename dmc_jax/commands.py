@@ -31,9 +31,26 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe in the C locale takes ASCII alone
             stream.reconfigure(errors="backslashreplace")
+    in_a_line(
+        lambda: app.run(lambda _: main(), argv=argv, flags_parser=_parse_flags),
+        at_once=argv is None,
+    )
+
+
+def in_a_line(work: Callable[[], object], *, at_once: bool = False) -> None:
+    """Do something, such as a program with a parser of its own; failures end as those of `run`.
+
+    Args:
+        work: takes nothing.
+        at_once: whether the process ends with a known error, and with it all threads.
+
+    Raises:
+        SystemExit: with the exit code.
+    """
     lines = False
     try:
-        app.run(lambda _: main(), argv=argv, flags_parser=_parse_flags)
+        work()
+        return
     except (UserError, flags.Error) as error:
         lines = isinstance(error, Checklist)
         code, message = 2, str(error)
@@ -43,7 +60,7 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         code, message = 130, "interrupted"
     # One write: threads of a library that failed may be writing too.
     sys.stderr.write(f"error: {message if lines else ' '.join(message.split())}\n")
-    if argv is None:
+    if at_once:
         # Leaves at once, or those threads go on to print tracebacks while Python winds up.
         sys.stdout.flush()
         sys.stderr.flush()

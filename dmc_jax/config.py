@@ -180,6 +180,11 @@ class GatesConfig:
             f"gates.model is {self.model!r}; expected frozen, lora or all",
         )
         _require(
+            self.margin is None or (self.method == "dmc" and self.margin >= 0),
+            "gates.margin must be 0 or more, for gates.method=dmc alone, which merges where it "
+            f"does not drop; got {self.margin} for {self.method}",
+        )
+        _require(
             self.delay >= (self.method == "dms"),
             f"gates.delay must be at least 1, or 0 for gates.method=dmc; got {self.delay}",
         )

@@ -14,9 +14,9 @@ COMMANDS = sorted(
 )
 
 
-def start(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen:
+def start(*arguments: str, cwd: Path = ROOT, module: str = "dmc_jax") -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-Werror", "-m", "dmc_jax", *arguments],
+        [sys.executable, "-Werror", "-m", module, *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
@@ -74,3 +74,14 @@ def what_must_be_given_is_named_test():
         assert (code, out) == (2, "") and err.count("\n") == 1
         assert set(re.findall(r"--(\w+)", err)) == required | {"flag", "help"}
         assert err.startswith("error: --") and "None" not in err
+
+
+def a_benchmark_of_a_model_that_is_not_there_says_so_in_a_line_test(tmp_path):
+    flags = [f"--checkpoint={tmp_path}/none", f"--data={tmp_path}", "--gates", "none"]
+    processes = [
+        start(*flags, module="benchmarks.gates"),
+        start(flags[0], *flags[2:], module="benchmarks.tasks"),
+    ]
+    for code, out, err in map(outcome, processes):
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith(f"error: no complete checkpoint in {tmp_path}/none")

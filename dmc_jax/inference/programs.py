@@ -375,9 +375,10 @@ def usage(cache: PagedCache, counts: Tally, seat: int) -> Usage:
         seat: not empty.
     """
     position, rows = int(counts.position[seat]), cache.lengths.shape[1]
-    page_bytes = cache.pages.page_bytes
+    # A dense model does not count the tokens of its slots.
+    dense = dataclasses.replace(cache.pages, tokens=None).page_bytes
     return Usage(
         ratio=position * rows / int(counts.slots[seat]),
-        live_bytes=int(counts.pages[seat]) * page_bytes,
-        dense_bytes=rows * pages_of(position, cache.pages.page_size) * page_bytes,
+        live_bytes=int(counts.pages[seat]) * cache.pages.page_bytes,
+        dense_bytes=rows * pages_of(position, cache.pages.page_size) * dense,
     )

@@ -145,13 +145,15 @@ def state_of(trained: Trained, optimizer: optax.GradientTransformation) -> Train
 
 
 def _learnt(trained: Trained) -> Any:
-    """What a gradient moves: (policy, model), or the policy alone where the model is frozen."""
-    return (trained["policy"], trained["model"]) if "model" in trained else trained["policy"]
+    """What a gradient moves; the policy alone where the model is frozen, as in the first runs."""
+    if "model" not in trained:
+        return trained["policy"]
+    return {name: trained[name] for name in ("policy", "model")}
 
 
 def _apart(learnt: Any) -> tuple[Gated, Any]:
     """The policy, and what is learnt of the model, None if nothing is."""
-    return learnt if isinstance(learnt, tuple) else (learnt, None)
+    return (learnt["policy"], learnt["model"]) if isinstance(learnt, dict) else (learnt, None)
 
 
 def empty(run: RunConfig) -> Trained:
@@ -194,7 +196,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 
     def scale(path, update):
         names = leaf_path(path).split("/")
-        if names[0] == "1":  # of (policy, model)
+        if names[0] == "model":
             return run.gates.model_multiplier * update
         name = names[-1]
         if name in _FROZEN:

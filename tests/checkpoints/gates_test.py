@@ -181,6 +181,7 @@ def an_engine_merges_tokens_by_gates_test(without_tokenizer, tmp_path):
     )
     assert (kept.tokens, kept.ratio) == (dense.tokens, 1.0)
     assert merged.ratio == pytest.approx((len(prompt) + 3) / 5)
+    assert merged.dense_cache_bytes == kept.dense_cache_bytes == dense.dense_cache_bytes
     # Two bytes a slot say how many tokens it has.
     page = 8 * (2 * CONFIG.head_dim * 4 + 2)
     assert merged.live_cache_bytes == ROWS * page

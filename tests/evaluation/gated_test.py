@@ -236,6 +236,7 @@ def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp
         (dense, [texts, one], "gates.delay must be at least 1"),
         (dense, [texts, "--config.gates.method=tova"], "expected dms or dmc"),
         (dense, [texts, "--config.gates.model=some"], "expected frozen, lora or all"),
+        (dense, [texts, "--config.gates.margin=1"], "gates.margin must be 0 or more, for"),
         (dense, [texts, "--config.gates.ratios=(2.0,1.5)"], "above 1 that rise"),
         (dense, [texts, "--config.stages=distill"], "closed_form, which must stand before it"),
         (dense, [texts, "--config.stages=pretrain,distill"], "no other stage beside"),
