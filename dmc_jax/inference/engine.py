@@ -58,6 +58,7 @@ class Engine:
         max_length: int | None = None,
         chunk: int | None = None,
         dtype: str = "float32",
+        kv_dtype: str | None = None,
     ):
         """Allocate the cache.
 
@@ -74,7 +75,9 @@ class Engine:
             max_length: tokens of a prompt and its continuation; None: what the model knows.
             chunk: tokens of prompts that a step reads at most, a power of two of 16 or more:
                 between two tokens nobody waits for more. None: 512, on a GPU 1,024.
-            dtype: of the forward pass, keys and values: float32 or bfloat16.
+            dtype: of the forward pass: float32 or bfloat16.
+            kv_dtype: of keys and values in the pool: float32, bfloat16, or int8 with a scale for
+                each key and each value; None: that of the forward pass.
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
@@ -94,7 +97,8 @@ class Engine:
         self._threshold = kept.pop("threshold", None)  # each sequence has its own
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
         self._model = {"model": to_dict(config), "policy": kept}
-        self._model |= {"dtype": dtype, "page_size": page_size}
+        kv_dtype = dtype if kv_dtype is None else kv_dtype
+        self._model |= {"dtype": dtype, "kv_dtype": kv_dtype, "page_size": page_size}
         self._model = json.loads(json.dumps(self._model))
         self._scheduler = Scheduler(
             params,
@@ -102,6 +106,7 @@ class Engine:
             tokenizer,
             policy=policy,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             seats=max_sequences,
             page_size=page_size,
             pages=pages,
@@ -139,8 +144,9 @@ class Engine:
             policy: a name in `policies.choice`, such as "dense" to let a DMC model take a slot for
                 every token; None: what the model was trained for.
             tokenizer: its file; None: where it was in training, or came along.
-            dtype: of the forward pass and the cache; None: that of training, but float32 on a
-                CPU, where XLA copies the whole pool to write to a bfloat16 one.
+            dtype: of the forward pass, and of the cache without a `kv_dtype`; None: that of
+                training, but float32 on a CPU, where XLA copies the whole pool to write to a
+                bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova", "h2o" and "window"; with a ratio, the least.
             threshold: logit above which "dmc" merges and "dms" drops; None: that of training.
@@ -149,7 +155,7 @@ class Engine:
             ratio: tokens per slot that these gates shall come to, None: as `threshold` says; or
                 with which a budget grows.
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
-            options: `page_size`, `max_length`, `chunk` of the engine.
+            options: `page_size`, `max_length`, `chunk`, `kv_dtype` of the engine.
 
         Raises:
             UserError: no checkpoint there, another tokenizer, an unknown policy, or as for an

@@ -22,7 +22,7 @@ class Usage(NamedTuple):
 
     ratio: float | None  # tokens per slot over all rows, those of the prompt included
     live_bytes: int  # of its pages
-    dense_bytes: int  # of the pages that a dense model would hold
+    dense_bytes: int  # of the pages of the same dtype that a dense model would hold
 
 
 _NOTHING = Usage(None, 0, 0)
