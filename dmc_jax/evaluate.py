@@ -27,7 +27,7 @@ from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
 from dmc_jax.evaluation.tables import head_table
-from dmc_jax.model.causal_attention import evaluation_attention
+from dmc_jax.model.causal_attention import evaluation_attention, over_int8
 from dmc_jax.model.sharding import make_mesh
 from dmc_jax.policies.choice import BUDGETED, POLICIES, Gated, policy_for, to_json
 from dmc_jax.policies.dense import Dense
@@ -83,6 +83,12 @@ _DTYPE = flags.DEFINE_enum(
     "Of the computation; default: that of training; for other formats bfloat16 where the weights "
     "are, and else float32.",
 )
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype",
+    None,
+    ["int8"],
+    "Round keys and values as pages of int8 do, beside the dense model as it is; default: not so.",
+)
 _JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of text.")
 
 _MESH = MeshConfig(data=1, fsdp=-1)  # all devices share the windows, and each has a part of a model
@@ -112,6 +118,11 @@ def main() -> None:
                 "flag out or name a checkpoint of the retrofit or finetune stage"
             )
         policy = dataclasses.replace(policy, threshold=_THRESHOLD.value)
+    if _KV_DTYPE.value and policy.name in BUDGETED:
+        raise UserError(
+            f"--kv_dtype: here {policy.name} attends token by token and rounds nothing; leave the "
+            "flag out, or take another policy"
+        )
     if not (_DATA.value or model.metadata.data):
         raise UserError(f"{model.path} was not trained here: name a prepared folder with --data")
     if not _DATA.value and not Path(model.metadata.data).exists():
@@ -124,7 +135,7 @@ def main() -> None:
     if length is None:
         length = model.metadata.evaluation_length
     reference = _dense_model(model, policy)
-    measured = _measure(model, policy, data, length, mesh)
+    measured = _measure(model, policy, data, length, mesh, _KV_DTYPE.value)
     about = _about(model, policy, data, length, measured)
     del model  # two models at a time would not fit where one just does
     about["dense"] = reference and {
@@ -139,7 +150,7 @@ def main() -> None:
 def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
     """The model before the retrofit: this run's pretraining, else what the run started from.
 
-    Of a dense model that runs with another policy it is that model itself.
+    Of a dense model that runs with another policy, or in int8, it is that model itself.
     """
     if _DENSE.value:
         dense = find_model(_DENSE.value)
@@ -147,7 +158,8 @@ def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
             raise UserError(f"--dense: {dense.path} merges; name a dense checkpoint")
         return dense
     if isinstance(model.policy, Dense):
-        return None if isinstance(policy, Dense) else find_model(_CHECKPOINT.value)
+        itself = isinstance(policy, Dense) and not _KV_DTYPE.value
+        return None if itself else find_model(_CHECKPOINT.value)
     if model.metadata.run is None:
         return None
     start = model.metadata.run.init_from
@@ -160,11 +172,17 @@ def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
 
 
 def _measure(
-    model: LoadedModel, policy: Policy, data: PreparedData, length: int, mesh: Mesh
+    model: LoadedModel,
+    policy: Policy,
+    data: PreparedData,
+    length: int,
+    mesh: Mesh,
+    kv_dtype: str | None = None,
 ) -> Evaluation:
-    """Evaluate as the end of a stage does: in the precision of training."""
+    """Evaluate as the end of a stage does: in the precision of training, but for `kv_dtype`."""
     check_tokenizer_of(model, data)
     run = model.metadata.run or RunConfig  # the class has the defaults
+    attention = evaluation_attention(run.attention, run.attention_block, mesh)
     return evaluate(
         model.params,
         model.config,
@@ -175,7 +193,7 @@ def _measure(
         batch=_BATCH.value,
         limit=_WINDOWS.value,
         dtype=_dtype(model),
-        attention=evaluation_attention(run.attention, run.attention_block, mesh),
+        attention=over_int8(attention) if kv_dtype else attention,
         mesh=mesh,
     )
 
@@ -192,6 +210,7 @@ def _about(
         "stage": model.metadata.stage,
         "step": model.metadata.step,
         "dtype": _dtype(model),
+        "kv_dtype": _KV_DTYPE.value or _dtype(model),
         "mode": policy.name,
         "policy": to_json(policy),
         "threshold": getattr(policy, "threshold", 0.0),
@@ -220,7 +239,8 @@ def _as_text(about: dict) -> str:
         + "".join(f", {name} {about['policy'][name]:g}" for name in sorted(held_to))
         + ")",
         f"{about['data']}, {about['split']}: {ours['windows']:,} windows of {about['length']:,} "
-        f"tokens, {ours['tokens']:,} predicted in {about['dtype']}",
+        f"tokens, {ours['tokens']:,} predicted in {about['dtype']}"
+        + (f", keys and values in {about['kv_dtype']}" if _KV_DTYPE.value else ""),
         "",
         f"{'':<20}" + "".join(f"{name:>14}" for name, _ in columns),
     ]
