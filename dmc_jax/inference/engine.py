@@ -19,6 +19,7 @@ from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, loa
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
+from dmc_jax.inference.pages import KV_DTYPES
 from dmc_jax.inference.requests import (
     Event,
     Params,
@@ -34,6 +35,8 @@ from dmc_jax.inference.snapshot import Snapshot
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.choice import policy_for, to_json
 from dmc_jax.policies.policy import Policy
+
+_DTYPES = ("float32", "bfloat16")  # of the forward pass
 
 
 class Engine:
@@ -81,9 +84,14 @@ class Engine:
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
-                sequence, a length that the model does not know, a bad `chunk`, or what
-                `paged_cache.init` refuses.
+                sequence, a length that the model does not know, a bad `chunk`, an unknown dtype, or
+                what `paged_cache.init` refuses.
         """
+        kv_dtype = dtype if kv_dtype is None else kv_dtype
+        allowed = {"dtype": (dtype, _DTYPES), "kv_dtype": (kv_dtype, KV_DTYPES)}
+        for name, (given, known) in allowed.items():
+            if given not in known:
+                raise UserError(f"{name}: expected {' or '.join(known)}, got {given!r}")
         self.config, self.tokenizer = config, tokenizer
         self.max_sequences, self.page_size = max_sequences, page_size
         self.max_length = config.max_length if max_length is None else max_length
@@ -97,7 +105,6 @@ class Engine:
         self._threshold = kept.pop("threshold", None)  # each sequence has its own
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
         self._model = {"model": to_dict(config), "policy": kept}
-        kv_dtype = dtype if kv_dtype is None else kv_dtype
         self._model |= {"dtype": dtype, "kv_dtype": kv_dtype, "page_size": page_size}
         self._model = json.loads(json.dumps(self._model))
         self._scheduler = Scheduler(

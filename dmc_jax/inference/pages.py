@@ -155,7 +155,7 @@ def empty_pages(
         )
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in KV_DTYPES:
-        raise UserError(f"cache: expected dtype float32, bfloat16 or int8, got {name}")
+        raise UserError(f"cache: expected dtype {' or '.join(KV_DTYPES)}, got {name}")
     slots = (count, page_size)
     return Pages(
         *(jnp.zeros((*slots, head_dim), name) for _ in range(2)),

@@ -103,6 +103,7 @@ def pages_of_int8_cost_no_program_its_place_test(H, capability):
     usage = compile_attend(DEFAULT, capability, H=H, pool="int8")
     assert usage.spilled == 0
     assert usage.resident(DEFAULT.warps, capability) >= DEFAULT.programs_per_core
+    assert_streams(usage)
 
 
 @pytest.mark.parametrize("G, H", [(32, 128), (4, 80)])
