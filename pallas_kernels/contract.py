@@ -66,7 +66,7 @@ def check_pools(k_pages: Any, v_pages: Any, k_scale: Any, v_scale: Any) -> tuple
     given = [scale is not None for scale in scales.values()]
     if given != [k_pages.dtype == jnp.int8] * 2:
         raise ValueError(
-            f"k_scale and v_scale go with pages of int8, and with no others: k_pages is "
+            "k_scale and v_scale go with pages of int8, and with no others, and k_pages is "
             f"{k_pages.dtype}"
         )
     if not all(given):

@@ -204,15 +204,11 @@ _VERSION = 4  # files of version 1 do not say it
 
 
 def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
+    beside = {name: getattr(rows.pages, name) for name in ("tokens", *_SCALES)}
     return {
         "k_pages": _as_bits(rows.pages.k),
         "v_pages": _as_bits(rows.pages.v),
-        **({} if rows.pages.tokens is None else {"tokens": rows.pages.tokens}),
-        **(
-            {}
-            if rows.pages.k_scale is None
-            else {name: _as_bits(getattr(rows.pages, name)) for name in _SCALES}
-        ),
+        **{name: _as_bits(x) for name, x in beside.items() if x is not None},
         "lengths": rows.lengths,
         "position": np.array(rows.position),
         **{_STATE + name: _as_bits(np.asarray(leaf)) for name, leaf in rows.state.items()},

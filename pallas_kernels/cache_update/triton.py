@@ -189,9 +189,9 @@ def update_rows(
         tl.debug_barrier()  # every warp must have read the length
     tl.store(lengths_ptr + row, tl.where(page >= 0, slot + 1, -1 - length))
 
-    of_slot = page.to(tl.int64) * PAGE + slot % PAGE
-    to = of_slot * H
+    to = page.to(tl.int64) * (PAGE * H) + (slot % PAGE) * H
     if SCALED:
+        of_slot = page.to(tl.int64) * PAGE + slot % PAGE
         scale = (tl.max(tl.abs(value), 0) / 127).to(v_scale_ptr.dtype.element_ty)
         tl.store(v_scale_ptr + of_slot, scale, mask=page >= 0)
         scale = scale.to(tl.float32)

@@ -434,7 +434,6 @@ def pages_of_int8_are_counted_with_their_scales_test(tiny_model, in_int8, roomy)
     assert engine.free_pages == 40
     prompt = some_prompts(1, seed=8)[0]
     narrow, wide = (one.generate([prompt], greedy(1))[0] for one in (in_int8, roomy))
-    # No token is read after the prompt, so both decide alike but for what rounding changes.
     assert narrow.dense_cache_bytes / wide.dense_cache_bytes == INT8_PAGE_BYTES / PAGE_BYTES
     assert narrow.live_cache_bytes % INT8_PAGE_BYTES == 0
     assert ROWS * INT8_PAGE_BYTES <= narrow.live_cache_bytes <= narrow.dense_cache_bytes

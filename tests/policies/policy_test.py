@@ -210,7 +210,7 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
     any_chunks()
 
 
-@every_policy
+@policies(("dmc, window 3", "dmc by gates, delay 5", "tova, 8 slots, without the channel"))
 def pages_of_int8_mean_the_same_in_any_chunks_and_one_token_at_a_time_test(policy):
     params, config = model()
     tokens = some_tokens()
