@@ -399,7 +399,7 @@ def measure(setup: Setup, run: Run) -> dict:
         "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
         "copy_bytes_per_second": setup.rate,
         "points": points,
-        "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
+        "threshold": float(decoder.policy.threshold or 0.0),  # a dense model has none
         "slots_per_token_in_the_steps": round(grown, 4),
         "cache_bytes": cache_bytes,
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
