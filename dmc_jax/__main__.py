@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 # In the order in which a newcomer meets them.
-COMMANDS = ("prepare_data", "train", "evaluate", "decode", "convert")
+COMMANDS = ("prepare_data", "train", "evaluate", "decode", "arena", "convert")
 
 
 def main() -> int:

@@ -337,7 +337,7 @@ def to_dict(config: Any) -> dict:
     return dataclasses.asdict(config)
 
 
-def to_config_dict(config: RunConfig) -> config_dict.ConfigDict:
+def to_config_dict(config: Any) -> config_dict.ConfigDict:
     """What `get_config()` of a config file returns: every field can be overridden by a flag."""
 
     def convert(value: Any, annotation: Any) -> Any:
@@ -352,7 +352,7 @@ def to_config_dict(config: RunConfig) -> config_dict.ConfigDict:
             )
         return value
 
-    return convert(config, RunConfig)
+    return convert(config, type(config))
 
 
 def load_config(name: str) -> config_dict.ConfigDict:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.model.llama import Llama
@@ -57,7 +57,7 @@ def score_answers(
             tokens[row, : len(prompt) + len(answer)] = (*prompt, *answer)
             where[row, : len(answer)] = len(prompt) - 1 + np.arange(len(answer))
             targets[row, : len(answer)] = answer
-        nats, first = jax.device_get(_score(params, config, tokens, where, targets, policy))
+        nats, first = jax.device_get(score_at(params, config, tokens, where, targets, policy))
         for row, (_, answer) in enumerate(pairs):
             scored.append(Scored(nats[row, : len(answer)], first[row, : len(answer)]))
     return scored
@@ -68,7 +68,27 @@ def _rounded(tokens: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score(params, config, tokens, where, targets, policy):
+def score_at(
+    params: Any,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    where: Int[Array, "B A"],
+    targets: Int[Array, "B A"],
+    policy: Policy,
+) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
+    """Measure what follows some tokens of sequences.
+
+    Args:
+        params: as in `score_answers`.
+        config: as there.
+        tokens: ids.
+        where: places of tokens.
+        targets: the id that should follow each.
+        policy: as there.
+
+    Returns:
+        As `Scored`.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     attend = attend_whole(policy, config, positions)
     prediction = Llama(config).apply({"params": params}, tokens, attend=attend).prediction

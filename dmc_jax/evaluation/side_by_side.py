@@ -208,8 +208,13 @@ def beside_others(
             about = {"method": name, "asked": ratio}
             add(method(LEAST_BUDGET, ratio=ours["ratio_at_end"]), **about, budget="grows")
             add(method(round(ours["end_slots"])), **about, budget="fixed")
-    slot_bytes = 2 * config.head_dim * 4 * config.kv_rows
-    return [row | {"cache_bytes": round(row["end_slots"] * slot_bytes)} for row in rows]
+    each = slot_bytes(config)
+    return [row | {"cache_bytes": round(row["end_slots"] * each)} for row in rows]
+
+
+def slot_bytes(config: ModelConfig) -> int:
+    """Bytes of a float32 key and value in every row of a model."""
+    return 2 * config.head_dim * 4 * config.kv_rows
 
 
 def growing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
