@@ -23,6 +23,7 @@ from dmc_jax.evaluation.arena import (
     ServingConfig,
     about_gates,
     run,
+    with_margins,
 )
 from dmc_jax.evaluation.arena_tables import points, report
 from dmc_jax.evaluation.machine import machine
@@ -77,6 +78,7 @@ def enter(config: ArenaConfig, file: Path) -> Arena:
     files = tuple(gates_for(each, model.config) for each in config.gates)
     for gates in files:
         check_base(gates, model.params, model.config)
+    files = with_margins(files, config.margins)
     texts = tuple(open_data(path) for path in config.text.data.split(",") if path)
     tokenizer = load_tokenizer_of(model)
     chat = (

@@ -49,6 +49,7 @@ from dmc_jax.evaluation.side_by_side import (
     single_windows,
     slot_bytes,
 )
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.policy import Policy
 
@@ -103,7 +104,8 @@ class ArenaConfig:
     name: str = "arena"  # of the folder of the record and its tables
     output: str = "results"  # where that folder lies
     checkpoint: str = ""  # of any format
-    gates: tuple[str, ...] = ()  # files, runs, or names of those that come along
+    gates: tuple[str, ...] = ()  # files, or names of those that come along
+    margins: tuple[float, ...] = ()  # with which gates that merge take part again, and drop too
     others: tuple[str, ...] = tuple(OTHERS)  # what needs no gates
     ratios: tuple[float, ...] = (2.0, 4.0, 8.0)  # tokens per slot
     budgets: tuple[str, ...] = ("grows",)  # grows | end | mean
@@ -155,18 +157,39 @@ class Arena:
     serve: Callable[[Policy, list, ServingConfig, float], Row]
 
 
+def with_margins(files: Sequence[StoredGates], margins: Sequence[float]) -> tuple[StoredGates, ...]:
+    """Add to gates that merge the same that drop what is far enough above the threshold.
+
+    What is dropped takes no slot of its own either, so that their tables hold.
+
+    Args:
+        files: of gates.
+        margins: logits above the threshold, `DelayedDMC.margin`.
+    """
+    more = [
+        dataclasses.replace(gates, policy=dataclasses.replace(gates.policy, margin=margin))
+        for gates in files
+        if isinstance(gates.policy, DelayedDMC) and gates.policy.margin is None
+        for margin in margins
+    ]
+    return (*files, *more)
+
+
 def name_of(gates: StoredGates) -> str:
     """Name a file of gates: a run's, which all have one name, by the run."""
     file = Path(gates.path).absolute()
-    return file.parent.name if file.name == FILE else file.stem
+    return (file.parent.name if file.name == FILE else file.stem) + _margin(gates)
 
 
 def kind_of(gates: StoredGates) -> str:
     """Say what files have in common that differ by their seeds."""
     policy, tokens = gates.policy, gates.about.get("distilled_tokens", 0)
-    margin = getattr(policy, "margin", None)
-    also = "" if margin is None else f", margin {margin:g}"
-    return f"{policy.name}, delay {policy.delay}{also}, {tokens:,} tokens"
+    return f"{policy.name}, delay {policy.delay}{_margin(gates)}, {tokens:,} tokens"
+
+
+def _margin(gates: StoredGates) -> str:
+    margin = getattr(gates.policy, "margin", None)
+    return "" if margin is None else f", margin {margin:g}"
 
 
 def about_gates(files: Sequence[StoredGates]) -> dict[str, Row]:

@@ -11,14 +11,16 @@ import pytest
 
 from dmc_jax.checkpoints.gates import load_gates, save_gates
 from dmc_jax.checkpoints.models import open_model
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation import arena
-from dmc_jax.evaluation.arena import Arena, ArenaConfig, TextConfig, about_gates
+from dmc_jax.evaluation.arena import Arena, ArenaConfig, TextConfig, about_gates, with_margins
 from dmc_jax.evaluation.arena_tables import position_table, text_table
 from dmc_jax.evaluation.record import open_record
 from dmc_jax.evaluation.side_by_side import Measured, budget_of_mean, single_windows
 from dmc_jax.interop.formats import open_source
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.policy import attend_whole
 from tests.interop.gates_files import write_gates
@@ -166,6 +168,20 @@ def without_gates_others_are_measured_at_the_ratio_itself_test(run, tmp_path):
         (name, "grows", ratio) for ratio in (RATIO, 99.0) for name in OTHERS
     ]
     assert rows[1]["end_slots"] == T // RATIO
+
+
+def gates_that_merge_take_part_again_with_margins_test(files, model):
+    stored = load_gates(files[0], model.config)
+    some = dataclasses.replace(stored.policy.gates, gamma=jnp.zeros(model.config.kv_rows))
+    settings = DMCSettings(window=12, offset=0.0)
+    merging = dataclasses.replace(stored, policy=DelayedDMC(some, 0.0, 4, settings))
+    all_of_them = with_margins((stored, merging), (0.5, 2.0))
+    assert [each.policy.name for each in all_of_them] == ["dms", "dmc", "dmc", "dmc"]
+    kinds = [about["kind"] for about in about_gates(all_of_them[1:]).values()]
+    names = [*about_gates(all_of_them[1:])]
+    assert names == ["seed5", "seed5, margin 0.5", "seed5, margin 2"]
+    assert [kind.split(", ")[2] for kind in kinds[1:]] == ["margin 0.5", "margin 2"]
+    assert all(each.table == merging.table for each in all_of_them[2:])
 
 
 def nats_are_told_by_where_a_token_stands_test():
