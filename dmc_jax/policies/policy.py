@@ -147,11 +147,12 @@ class Policy(abc.ABC):
         }
         return dataclasses.replace(self, **own) if own else self
 
-    def of_prompts(self, tokens: Int[Array, " B"]) -> "Policy":
+    def of_prompts(self, tokens: int | Int[Array | np.ndarray, " B"]) -> "Policy":
         """Take the lengths of prompts, which only those need that cut them.
 
         Args:
-            tokens: of the prompt of each sequence, or of each of a cache's seats; 0: it has none.
+            tokens: of every prompt; or of that of each sequence, or of each seat of a cache. 0: it
+                has none.
         """
         return self
 
