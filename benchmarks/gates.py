@@ -3,10 +3,11 @@
     python -m benchmarks.gates --checkpoint=MODEL --data=DIR[,DIR] --gates=FILE [FILE ...]
 
 Windows of held-out text, each alone in a cache, half of each text. Gates are measured at several
-ratios. Files of one kind, which differ by their seeds, are summed up together. TOVA, H2O and
-StreamingLLM get the numbers of slots that the first file of each kind comes to:
+ratios. Files of one kind, which differ by their seeds, are summed up together. TOVA, H2O,
+StreamingLLM and a fixed stride get the numbers of slots that the first file of each kind comes to:
 
-    grows   a budget of t / ratio slots after t tokens, whose mean and end are those of the gates
+    grows   a budget of t / ratio slots after t tokens, whose mean and end are those of the gates;
+            a stride knows no other
     end     a fixed budget of as many as the gates hold at the window's end
     mean    a fixed one with which a row holds as many on average over the window
 
@@ -29,27 +30,15 @@ from dmc_jax.commands import in_a_line
 from dmc_jax.data.prepared import open_data
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.side_by_side import (
-    LEAST_BUDGET,
     OTHERS,
-    budget_of_mean,
     interval,
     joined,
     measure,
+    others_like,
     single_windows,
 )
 from dmc_jax.evaluation.tables import table
 from dmc_jax.policies.dense import Dense
-
-
-def budgets_like(row: dict) -> dict:
-    """Arguments of a budgeted policy that come to the slots of a measured row, by their name."""
-    budgets = {
-        "grows": {"budget": LEAST_BUDGET, "ratio": row["ratio_at_end"]},
-        "end": {"budget": round(row["end_slots"])},
-    }
-    if "mean_slots" in row:
-        budgets["mean"] = {"budget": budget_of_mean(row["mean_slots"], row["length"])}
-    return budgets
 
 
 def name_of(gates: StoredGates) -> str:
@@ -95,10 +84,11 @@ def compare(model, files, some, options, record) -> None:
             row = row_of({"method": name, "asked": ratio}, gates.at(ratio))
             others = () if kind_of(gates) in seen else options.others
             seen.add(kind_of(gates))
-            for other, (budget, slots) in itertools.product(others, budgets_like(row).items()):
-                if budget in options.budgets:
-                    about = {"method": other, "budget": budget, "like": ratio, "slots_of": name}
-                    row_of(about, OTHERS[other](**slots))
+            for other in others:
+                for budget, policy in others_like(other, row).items():
+                    if budget in options.budgets:
+                        about = {"method": other, "budget": budget, "like": ratio, "slots_of": name}
+                        row_of(about, policy)
 
 
 def summary(record: dict) -> str:

@@ -6,9 +6,9 @@ Answers are greedy, by the engine, whose cache is counted. Needles are compared 
 and a depth, that the dense model solves; beside what is said stands how likely the known answer is.
 Of functions, how many tests they pass is known with `--run_code` alone, which runs what the model
 wrote (`evaluation.judge` says how); beside it stand how much it writes, and how likely the known
-solution is, which tells apart models too small for any. TOVA, H2O and StreamingLLM get the
-slots that the first file's gates come to, as in `benchmarks.gates`. A second run with the same
-output goes on where the first was.
+solution is, which tells apart models too small for any. TOVA, H2O, StreamingLLM and a fixed stride
+get the slots that the first file's gates come to, as in `benchmarks.gates`. A second run with the
+same output goes on where the first was.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gates import budgets_like, name_of
+from benchmarks.gates import name_of
 from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import load_tokenizer_of, open_model
 from dmc_jax.commands import in_a_line
@@ -36,7 +36,7 @@ from dmc_jax.evaluation.human_eval import (
 from dmc_jax.evaluation.judge import isolation
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.needle import ESSAYS, NEEDLES, NEW_TOKENS, SOLVED, by_depth, trials
-from dmc_jax.evaluation.side_by_side import OTHERS
+from dmc_jax.evaluation.side_by_side import OTHERS, others_like
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import unstack_layers
@@ -144,11 +144,11 @@ def compare(about: dict, files, options, record, measure, solves=lambda row: Tru
             if gates.table[0].ratio <= ratio <= gates.table[-1].ratio
         ]
         for name in options.others if rows else ():
-            for kind, budget in budgets_like(rows[0]).items():
+            for kind, policy in others_like(name, rows[0]).items():
                 if kind in options.budgets:
                     more = {"method": name, "budget": kind, "like": ratio}
                     more["slots_of"] = rows[0]["method"]
-                    row_of(more, OTHERS[name](**budget), dense)
+                    row_of(more, policy, dense)
 
 
 def solved_depths(row: dict) -> list[str]:
