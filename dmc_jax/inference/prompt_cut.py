@@ -42,7 +42,7 @@ def cut_prompts(
         slot: that each token wrote to.
         cache: with the chunk.
         policy: of the layer and the seats.
-        prompt: tokens of the chunk up to the end of the prompt, any number where it has none.
+        prompt: tokens from the chunk's first to the end of the prompt; 0 or less: it was before.
         counts: tokens that are not padding.
         first: row of the layer's first KV head.
         seats: the seat of each row of the batch.
@@ -75,18 +75,13 @@ def cut_prompts(
     cache, lost = keep_slots(cache, kept, ends, first, seats)
 
     late = ends[:, None] & (jnp.arange(T) >= prompt[:, None])  # [B, T]
-    return jax.lax.cond(
-        late.any(),
-        lambda: jnp.where(
-            late[..., None, None],
-            attend_pages(
-                *(q, edits.key, edits.value, jnp.maximum(slot - lost[..., None], 0)),
-                *(cache, first, seats),
-            ),
-            out,
-        ),
-        lambda: out,
-    ), cache
+
+    def attend_again():
+        now = jnp.maximum(slot - lost[..., None], 0)
+        again = attend_pages(q, edits.key, edits.value, now, cache, first, seats)
+        return jnp.where(late[..., None, None], again, out)
+
+    return jax.lax.cond(late.any(), attend_again, lambda: out), cache
 
 
 def keep_slots(

@@ -38,7 +38,8 @@ class Where(NamedTuple):
 class Record(NamedTuple):
     """What the rows of a layer did with their tokens; in a `ModelOutput`, those of a stack."""
 
-    appends: Float[Array, "*L B T K"]  # 1 where a token took one slot more, else 0
+    # 1 where a token took one slot more, else 0; less what a prompt lost that ends with it.
+    appends: Float[Array, "*L B T K"]
     decisions: Float[Array, "*L B T K"] | None  # what a compression loss counts, where one can
 
 
