@@ -65,10 +65,15 @@ _GATES = flags.DEFINE(
     "it is.",
 )
 _RATIO = flags.DEFINE_float(
-    "ratio", None, "Tokens per slot that gates shall come to, or with which the budget grows."
+    "ratio", None, "Tokens per slot of gates, of a budget that grows, or of --policy=stride."
 )
 _BUDGET = flags.DEFINE_integer(
     "budget", None, f"Slots of a row, with --policy={'|'.join(BUDGETED)}; with --ratio, the least."
+)
+_PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens",
+    None,
+    "With --policy=snapkv: tokens of each document that are its prompt, which is cut at its end.",
 )
 _DENSE = flags.DEFINE(
     commands.PATH,
@@ -104,6 +109,7 @@ def main() -> None:
         budget=_BUDGET.value,
         ratio=_RATIO.value,
         gates=gates and gates.policy,
+        prompt=_PROMPT_TOKENS.value,
     )
     if _THRESHOLD.value is not None:
         if not isinstance(policy, DMC | Gated):

@@ -51,7 +51,7 @@ from dmc_jax.evaluation.perplexity import calibrate_threshold
 from dmc_jax.evaluation.plots import accuracy_by_ratio
 from dmc_jax.evaluation.recall import TASKS, accuracy, document, word_tokenizer
 from dmc_jax.evaluation.record import open_record
-from dmc_jax.evaluation.side_by_side import LEAST_BUDGET, OTHERS
+from dmc_jax.evaluation.side_by_side import OTHERS, others_like
 from dmc_jax.evaluation.tables import table
 from dmc_jax.policies.dense import Dense
 
@@ -218,8 +218,8 @@ for ratio in RATIOS:
         if gates.table[0].ratio <= ratio <= gates.table[-1].ratio:
             ask(name, None, gates.at(ratio), ratio)
     ask("DMC, trained at 4x", merging, calibrated(ratio), ratio)
-    for name, method in OTHERS.items():
-        ask(name, None, method(LEAST_BUDGET // 2, ratio=ratio), ratio)
+    for name in OTHERS:
+        ask(name, None, others_like(name, {"ratio_at_end": ratio})["grows"], ratio)
 
 # %% [markdown]
 # ## Table and picture

@@ -53,11 +53,14 @@ def score_answers(
         most = _rounded(max(len(answer) for _, answer in pairs))
         # A batch that is not full is filled up: with another size it would compile anew.
         tokens, where, targets = (np.zeros((batch, n), np.int32) for n in (width, most, most))
+        lengths = np.ones(batch, np.int32)
         for row, (prompt, answer) in enumerate(pairs):
+            lengths[row] = len(prompt)
             tokens[row, : len(prompt) + len(answer)] = (*prompt, *answer)
             where[row, : len(answer)] = len(prompt) - 1 + np.arange(len(answer))
             targets[row, : len(answer)] = answer
-        nats, first = jax.device_get(score_at(params, config, tokens, where, targets, policy))
+        own = policy.of_prompts(lengths)
+        nats, first = jax.device_get(score_at(params, config, tokens, where, targets, own))
         for row, (_, answer) in enumerate(pairs):
             scored.append(Scored(nats[row, : len(answer)], first[row, : len(answer)]))
     return scored

@@ -3,7 +3,8 @@
 Every contest runs the dense model first and then, for each ratio, the gates; methods that need no
 gates get the slots that the first gates of a kind came to, in budgets of these kinds:
 
-    grows   t / ratio slots after t tokens, whose mean and end are those of the gates
+    grows   t / ratio slots after t tokens, whose mean and end are those of the gates; a stride
+            knows no other
     end     a fixed number, as many as the gates hold at the end: the same peak
     mean    a fixed number with which a row holds as many on average over a window
 
@@ -40,12 +41,11 @@ from dmc_jax.evaluation.judge import isolation
 from dmc_jax.evaluation.needle import ESSAYS, NEEDLES, NEW_TOKENS, SOLVED, by_depth, trials
 from dmc_jax.evaluation.record import Record, Row
 from dmc_jax.evaluation.side_by_side import (
-    LEAST_BUDGET,
     OTHERS,
     Measured,
-    budget_of_mean,
     joined,
     measure,
+    others_like,
     single_windows,
     slot_bytes,
 )
@@ -205,16 +205,6 @@ def about_gates(files: Sequence[StoredGates]) -> dict[str, Row]:
     return dict(zip(names, kinds, strict=True))
 
 
-def budgets_like(row: Row) -> dict[str, dict[str, Any]]:
-    """Arguments of a budgeted policy that come to the slots of a measured row, by their name."""
-    budgets = {"grows": {"budget": LEAST_BUDGET, "ratio": row["ratio_at_end"]}}
-    if "end_slots" in row:
-        budgets["end"] = {"budget": round(row["end_slots"])}
-    if "mean_slots" in row:
-        budgets["mean"] = {"budget": budget_of_mean(row["mean_slots"], row["length"])}
-    return budgets
-
-
 def compare(
     arena: Arena,
     about: Row,
@@ -250,10 +240,10 @@ def compare(
         if not arena.gates:
             models = {"": ("ratio", {"ratio_at_end": ratio})}
         for other, (name, row) in itertools.product(arena.config.others, models.values()):
-            for budget, slots in budgets_like(row).items():
+            for budget, policy in others_like(other, row).items():
                 if budget in arena.config.budgets:
                     more = {"method": other, "budget": budget, "like": ratio, "slots_of": name}
-                    row_of(more, OTHERS[other](**slots))
+                    row_of(more, policy)
 
 
 def text(arena: Arena) -> None:

@@ -159,6 +159,8 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
             if row["method"] == "dense":
                 axes.plot(row["cache_bytes"] / 1e6, 0.0, "s", color=_QUIET, label="dense")
         axes.set(xlabel="cache at the end (MB)", title=f"{length:,} tokens")
+        # Methods lie as far apart as 1 and 100, and the dense model at 0.
+        axes.set_yscale("symlog", linthresh=0.01)
         axes.set_ylim(bottom=0.0)
         axes.grid(color="#E6E6E6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ from dmc_jax.inference.decoding import decode_step
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
+from dmc_jax.policies.snapkv import SnapKV
 from dmc_jax.policies.tova import TOVA
 from tests.tiny_llama import build
 
@@ -32,6 +33,7 @@ def some_gates():
 POLICIES = {
     "dms": DMS(some_gates(), 0.0, delay=4),
     "tova": TOVA(5, ratio=3.0),
+    "snapkv": SnapKV(5, ratio=3.0, observers=4),
 }
 
 
@@ -60,9 +62,10 @@ def an_answer_is_as_likely_as_the_cache_makes_it_test(policy):
     np.testing.assert_array_equal(scored[0].first, first)
 
 
-def neither_neighbours_nor_padding_change_an_answer_test():
-    alone = score_answers(PARAMS, CONFIG, PROMPTS, ANSWERS, POLICIES["dms"])
-    both = score_answers(PARAMS, CONFIG, PROMPTS, ANSWERS, POLICIES["dms"], batch=2)
+@pytest.mark.parametrize("name", ["dms", "snapkv"])
+def neither_neighbours_nor_padding_change_an_answer_test(name):
+    alone = score_answers(PARAMS, CONFIG, PROMPTS, ANSWERS, POLICIES[name])
+    both = score_answers(PARAMS, CONFIG, PROMPTS, ANSWERS, POLICIES[name], batch=2)
     for one, other in zip(alone, both, strict=True):
         np.testing.assert_allclose(one.nats, other.nats, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(one.first, other.first)

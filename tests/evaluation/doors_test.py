@@ -83,6 +83,7 @@ def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(
         [dense, "--ratio=2"],
         [dense, "--policy=tova", "--ratio=0.5"],
         [dense, "--budget=8"],
+        [dense, "--policy=snapkv", "--ratio=2"],
     )
     assert (result.returncode, result.stderr) == (0, "")
     about = json.loads(result.stdout)
@@ -92,10 +93,11 @@ def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(
     assert about["dense"]["evaluation"]["ratio"] == 1
     assert about["dense"]["checkpoint"] == about["checkpoint"]
     complaints = (
-        "budget: give the slots of a row with tova, h2o or window, or a ratio",
-        "ratio: give it with tova, h2o, window or a file of gates, not with dense",
+        "budget: give the slots of a row with tova, h2o, window or snapkv, or a ratio",
+        "ratio: give it with tova, h2o, window, snapkv, stride or a file of gates, not with dense",
         "ratio: expected 1 to 1,000,000 tokens for a slot, got 0.5",
-        "budget: give the slots of a row with tova, h2o or window, not with dense",
+        "budget: give the slots of a row with tova, h2o, window or snapkv, not with dense",
+        "prompt: snapkv cuts a prompt at its end: say how many tokens",
     )
     for run, complaint in zip(refused, complaints, strict=True):
         assert complaint in one_line_of_error(run) and run.stdout == ""
