@@ -293,7 +293,7 @@ def _nemotron_blocks(
 
 
 def _mlp_width(multiple: float, width: int) -> int:
-    """Llama-Nemotron's notation: a part of 2/3 of the width, rounded up to 256s."""
+    """Read a width as Llama-Nemotron writes it: so many times 2/3 of D, rounded up to 256s."""
     return math.ceil(int(2 * multiple * width / 3) / _MLP_UNIT) * _MLP_UNIT
 
 
