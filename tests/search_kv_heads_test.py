@@ -77,6 +77,7 @@ def the_model_that_is_written_has_the_heads_that_were_chosen_test(base, searched
     assert "75.0 %" in printed and "/".join(map(str, chosen)) in printed
 
 
+@pytest.mark.slow
 def it_is_trained_on_retrofitted_and_decoded_from_test(searched, data, tmp_path):
     """GQA and DMC compose: heads of this model merge, of which layers have different numbers."""
     run, tiny = dmc.RunConfig.named(f"gqa:{searched[0]}"), tiny_run(data, tmp_path)
