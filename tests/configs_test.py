@@ -37,7 +37,7 @@ from dmc_jax.training.state import abstract_state
 from dmc_jax.training.step import make_train_step
 from tests.tiny_llama import build
 
-ARGUED = ("paper", "gates")  # take arguments
+ARGUED = ("paper", "gates", "gqa")  # take arguments
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 FILES = [path for path in FILES if path.stem not in (*ARGUED, "arena_smollm2")]
 STEPS = {"7b_2x": 6_000, "7b_4x": 18_000, "7b_8x": 42_000, "13b_4x": 18_000, "13b_8x": 42_000}
@@ -123,6 +123,7 @@ def the_papers_recipe_takes_the_sizes_of_a_checkpoint_test(tmp_path, monkeypatch
         ("paper:7b,ratio=nan", "got '7b,ratio=nan'"),
         ("gates", "gates.py needs arguments"),
         ("gates:none", "no complete checkpoint in none"),
+        ("gqa:none", "no complete checkpoint in none"),
         ("tiny_4x:7b", "tiny_4x.py takes no arguments; got 'tiny_4x:7b'"),
     ],
 )
