@@ -41,6 +41,7 @@ from dmc_jax.evaluation.judge import isolation
 from dmc_jax.evaluation.needle import ESSAYS, NEEDLES, NEW_TOKENS, SOLVED, by_depth, trials
 from dmc_jax.evaluation.record import Record, Row
 from dmc_jax.evaluation.side_by_side import (
+    OF_PROMPTS,
     OTHERS,
     Measured,
     joined,
@@ -106,7 +107,7 @@ class ArenaConfig:
     checkpoint: str = ""  # of any format
     gates: tuple[str, ...] = ()  # files, or names of those that come along
     margins: tuple[float, ...] = ()  # with which gates that merge take part again, and drop too
-    others: tuple[str, ...] = tuple(OTHERS)  # what needs no gates
+    others: tuple[str, ...] = (*OTHERS, *OF_PROMPTS)  # what needs no gates
     ratios: tuple[float, ...] = (2.0, 4.0, 8.0)  # tokens per slot
     budgets: tuple[str, ...] = ("grows",)  # grows | end | mean
     contests: tuple[str, ...] = CONTESTS  # text | needle | passkey | humaneval | serving
@@ -119,7 +120,11 @@ class ArenaConfig:
     serving: ServingConfig = ServingConfig()
 
     def __post_init__(self):
-        for name, known in (("others", OTHERS), ("budgets", BUDGETS), ("contests", CONTESTS)):
+        for name, known in (
+            ("others", OTHERS | OF_PROMPTS),
+            ("budgets", BUDGETS),
+            ("contests", CONTESTS),
+        ):
             unknown = [each for each in getattr(self, name) if each not in known]
             if unknown:
                 raise UserError(f"{name}: expected {', '.join(known)}, got {unknown[0]!r}")
@@ -137,6 +142,7 @@ class Written(Protocol):
     new_tokens: int
     ratio: float
     live_cache_bytes: int
+    peak_cache_bytes: int
     dense_cache_bytes: int
 
 
@@ -210,6 +216,7 @@ def compare(
     about: Row,
     measured: Callable[[Policy, Row | None, float], Row],
     solves: Callable[[Row], Any] = bool,
+    prompted: bool = True,
 ) -> None:
     """Add what the record lacks of one contest.
 
@@ -219,7 +226,9 @@ def compare(
         measured: a policy, the row of the dense model if there is one, and tokens per slot to
             expect -> a row.
         solves: whether the dense model's row is worth comparing with.
+        prompted: whether sequences begin with a prompt, which some methods cut.
     """
+    others = [name for name in arena.config.others if prompted or name in OTHERS]
 
     def row_of(more: Row, policy: Policy) -> Row:
         ratio = more.get("asked", more.get("like", 1.0))
@@ -239,7 +248,7 @@ def compare(
                 models.setdefault(kind_of(gates), (name, row))
         if not arena.gates:
             models = {"": ("ratio", {"ratio_at_end": ratio})}
-        for other, (name, row) in itertools.product(arena.config.others, models.values()):
+        for other, (name, row) in itertools.product(others, models.values()):
             for budget, policy in others_like(other, row).items():
                 if budget in arena.config.budgets:
                     more = {"method": other, "budget": budget, "like": ratio, "slots_of": name}
@@ -265,7 +274,7 @@ def text(arena: Arena) -> None:
             return text_row(one, dense(), slot_bytes(arena.model.config))
 
         about = {"contest": "text", "length": length, "windows": len(some["tokens"])}
-        compare(arena, about, row)
+        compare(arena, about, row, prompted=False)
 
 
 def text_row(one: Measured, dense: Measured, bytes_a_slot: int) -> Row:
@@ -299,6 +308,7 @@ def _written(arena: Arena, policy, prompts, new_tokens, stop=()) -> tuple[list[W
         "ratio_at_end": tokens.sum() / slots.sum(),
         "end_slots": slots.mean(),
         "cache_bytes": np.mean([result.live_cache_bytes for result in results]),
+        "peak_bytes": np.mean([result.peak_cache_bytes for result in results]),
         "dense_bytes": np.mean([result.dense_cache_bytes for result in results]),
     }
     return results, {name: round(float(x), 4) for name, x in took.items()}

@@ -28,11 +28,14 @@ from dmc_jax.policies.budget import LEAST
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.h2o import H2O
 from dmc_jax.policies.policy import Policy, attend_whole
+from dmc_jax.policies.snapkv import SnapKV
 from dmc_jax.policies.stride import Stride
 from dmc_jax.policies.tova import TOVA
 from dmc_jax.policies.window import Window
 
-OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window, "Stride": Stride}  # need no gates
+# What needs no gates; of the second kind what cuts a prompt, so that there must be one.
+OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window, "Stride": Stride}
+OF_PROMPTS = {"SnapKV": SnapKV}
 _READ = ("tokens", "targets", "positions")
 
 
@@ -160,7 +163,7 @@ def others_like(name: str, row: dict[str, Any]) -> dict[str, Policy]:
     """Give a method that needs no gates as many slots as something else was measured to hold.
 
     Args:
-        name: of `OTHERS`.
+        name: of `OTHERS` or `OF_PROMPTS`; these get the slots at the end of a prompt.
         row: of `Measured.figures`, or some of it: without `end_slots` there is no "end", without
             `mean_slots` and a `length` no "mean".
 
@@ -169,11 +172,11 @@ def others_like(name: str, row: dict[str, Any]) -> dict[str, Policy]:
         be held to a number of slots also "end": as many as there are at the end; and "mean": so
         many that there are as many on average.
     """
-    method, ratio = OTHERS[name], row["ratio_at_end"]
+    method, ratio = (OTHERS | OF_PROMPTS)[name], row["ratio_at_end"]
     if method is Stride:
         return {"grows": Stride(ratio)}
     like = {"grows": method(LEAST, ratio=ratio)}
-    if "end_slots" in row:
+    if "end_slots" in row and name in OTHERS:
         like["end"] = method(round(row["end_slots"]))
     if "mean_slots" in row:
         like["mean"] = method(budget_of_mean(row["mean_slots"], row["length"]))
