@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import logging
+
 from dmc_jax import commands
 from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import load_tokenizer_of, open_model
@@ -50,6 +52,7 @@ _CONFIG = commands.define_config(
 
 def main() -> None:
     """Measure what is missing, then write tables and picture."""
+    logging.set_verbosity(logging.WARNING)  # restoring a checkpoint is talkative
     if _CONFIG.value is None:
         raise UserError(
             "--config is missing: give the path or the name of one, --config=arena_smollm2"
@@ -75,6 +78,7 @@ def enter(config: ArenaConfig, file: Path) -> Arena:
     if not config.checkpoint:
         raise UserError("checkpoint is missing: --config.checkpoint=DIR")
     model = open_model(config.checkpoint)
+    commands.show_notes(model.notes)
     files = tuple(gates_for(each, model.config) for each in config.gates)
     for gates in files:
         check_base(gates, model.params, model.config)

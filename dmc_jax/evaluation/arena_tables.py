@@ -21,7 +21,8 @@ def report(record: Record) -> str:
     for contest in dict.fromkeys(row["contest"] for row in record.rows):
         rows = [row for row in record.rows if row["contest"] == contest]
         if contest == "text":
-            tables = [text_table(rows, kinds), position_table(rows)]
+            beside = [text_table(rows, kinds)] if kinds else []
+            tables = [bytes_table(rows), *beside, position_table(rows)]
         elif contest in NEEDLES:
             tables = [needles_table(rows)]
         else:
@@ -35,6 +36,22 @@ def points(record: Record) -> list[Row]:
     rows = [row for row in record.rows if row["contest"] == "text"]
     grow = [row for row in rows if row.get("budget", "grows") == "grows"]
     return [row | {"cache_bytes": row["peak_bytes"]} for row in grow]
+
+
+def bytes_table(rows: Sequence[Row]) -> str:
+    """Quality on text against the dense model, beside bytes of cache on average and at the peak."""
+    lines = [
+        (
+            f"{row['length']:,}",
+            *_named(row),
+            *(f"{row[name] / 1e6:.2f} MB" for name in ("mean_bytes", "peak_bytes")),
+            f"{row['divergence']:.4f}",
+            f"{row['perplexity_percent']:+.1f} ± {row['perplexity_percent_interval']:.1f} %",
+        )
+        for row in rows
+    ]
+    header = "cache on average", "at its peak", "divergence (nats)", "perplexity"
+    return table(("tokens", *_NAMED, *header), lines, left=("method", "slots"))
 
 
 def text_table(rows: Sequence[Row], kinds: dict[str, list[str]]) -> str:
