@@ -1,8 +1,11 @@
 """Tasks of lm-evaluation-harness and of one's own: found, put to a model, shown."""
 
+import contextlib
 import difflib
 import json
+import os
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ MODEL_CARD = {
     "winogrande": 5,
 }
 
+_RESAMPLES = 1_000  # for the standard errors of what is not a mean
 _SEEDS = 0, 1234, 1234  # of Python, NumPy and the choice of examples, as the library has them
 _SHOWN = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples")
 _SHOWN += ("higher_is_better",)
@@ -133,14 +137,18 @@ def run_tasks(
     """
     random.seed(_SEEDS[0])
     np.random.seed(_SEEDS[1])
-    results = evaluate(
-        lm=model,
-        task_dict=tasks,
-        limit=limit,
-        log_samples=False,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-    )
+    # Its pool of processes would be forks, which JAX's threads do not survive.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it is doing
+        results = evaluate(
+            lm=model,
+            task_dict=tasks,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=_RESAMPLES,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
     shown = {name: results[name] for name in _SHOWN if name in results}
     return json.loads(json.dumps(shown, default=handle_non_serializable))
 

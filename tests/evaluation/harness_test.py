@@ -75,6 +75,12 @@ metric_list: [{metric: exact_match}]
 }
 
 
+@pytest.fixture(autouse=True)
+def no_pool(monkeypatch):
+    """For the library's own runs, too; and what ours set is gone afterwards."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Task files over local data: questions short and long, choices of one token and of many."""
@@ -154,7 +160,7 @@ def theirs_say(path, folder, names, num_fewshot, chat=False, **options):
         num_fewshot=num_fewshot,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         apply_chat_template=chat,
-        bootstrap_iters=100,
+        bootstrap_iters=1000,
     )
 
 
