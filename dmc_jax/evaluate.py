@@ -226,6 +226,13 @@ def _measure_tasks(stored: StoredModel) -> tuple[dict, str]:
         raise UserError(
             f"--tasks needs lm-evaluation-harness ({error}): run `pip install lm-eval==0.4.13`"
         ) from error
+    length = stored.config.max_length if _LENGTH.value is None else _LENGTH.value
+    if not 2 <= length <= stored.config.max_length:
+        raise UserError(
+            f"--length: expected 2 to {stored.config.max_length}, what {stored.path} was made for; "
+            f"got {length}"
+        )
+    metadata = _task_metadata()
     tokenizer = load_tokenizer_of(stored, _TOKENIZER.value, _ADD_BOS.value)
     path = Path(_TOKENIZER.value or stored.tokenizer)
     kv_bytes, dtype = parse_bytes(_KV_BYTES.value), _dtype(stored)
@@ -233,14 +240,8 @@ def _measure_tasks(stored: StoredModel) -> tuple[dict, str]:
         _TASKS.value,
         folder=_TASK_PATH.value and Path(_TASK_PATH.value),
         num_fewshot=_NUM_FEWSHOT.value,
-        metadata={"tokenizer": str(path.parent)} | _task_metadata(),
+        metadata={"tokenizer": str(path.parent)} | metadata,
     )
-    length = stored.config.max_length if _LENGTH.value is None else _LENGTH.value
-    if not 2 <= length <= stored.config.max_length:
-        raise UserError(
-            f"--length: expected 2 to {stored.config.max_length}, what {stored.path} was made for; "
-            f"got {length}"
-        )
     model = stored.load(dtype=dtype)
     policy, gates = _policy(model)
     adapter = HarnessModel(
