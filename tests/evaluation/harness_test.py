@@ -293,7 +293,7 @@ def the_door_says_the_same_test(dense, folder):
     assert about["ratio"] == pytest.approx(model.tokens_per_slot) and about["mode"] == "tova"
     assert shown.returncode == 0, shown.stderr
     assert f"{about['ratio']:.2f} tokens per slot" in shown.stdout
-    assert re.search(r"^\|written *\| .*\|exact_match *\|", shown.stdout, re.M)
+    assert re.search(r"^\|written *\|.*\|exact_match *\|", shown.stdout, re.M)
 
 
 def what_cannot_be_is_refused_in_a_line_test(dense, folder, tmp_path, monkeypatch):
