@@ -66,6 +66,8 @@ def find_tasks(
     shots: dict[str, int | None] = {}
     for name in names:
         shots |= MODEL_CARD if name == "model_card" else {name: num_fewshot}
+    random.seed(_SEEDS[0])  # of tasks that make their data
+    np.random.seed(_SEEDS[1])
     manager = _manager(shots, folder, dict(metadata or {}))
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name, count in shots.items():
@@ -97,7 +99,8 @@ def _manager(names: Iterable[str], folder: Path | None, metadata: dict[str, Any]
 
 def _load(manager: TaskManager, name: str, matching: list[str]) -> dict[str, Any]:
     try:
-        loaded = manager.load(matching)
+        with contextlib.redirect_stdout(sys.stderr):  # some say what they do
+            loaded = manager.load(matching)
     except ImportError as error:
         raise UserError(f"task {name} needs a library that is not here: {error}") from None
     except OSError as error:
@@ -135,8 +138,6 @@ def run_tasks(
     Raises:
         UserError: as the methods of `HarnessModel`.
     """
-    random.seed(_SEEDS[0])
-    np.random.seed(_SEEDS[1])
     # Its pool of processes would be forks, which JAX's threads do not survive.
     os.environ["DISABLE_MULTIPROC"] = "1"
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it is doing
