@@ -22,8 +22,7 @@ from tokenizers import models, pre_tokenizers
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt
-from dmc_jax.evaluation.answers import score_at
-from dmc_jax.evaluation.side_by_side import measure
+from dmc_jax.evaluation.answers import score_answers
 from dmc_jax.policies.policy import Policy
 
 FILLER = (
@@ -153,14 +152,16 @@ def accuracy(
         length: their words.
 
     Returns:
-        The share, and tokens per slot at the end of a document.
+        The share, and tokens per slot when the last answer is asked for.
     """
-    made = [document(task, seed, length) for seed in seeds]
-    tokens = np.array([encode_prompt(tokenizer, " ".join(words)) for words, _ in made], np.int32)
-    answers = np.array([[1 + at for at in places] for _, places in made])  # after BOS
-    targets = np.take_along_axis(tokens, answers, axis=1)
-    first = score_at(params, config, tokens, answers - 1, targets, policy)[1]
-    some = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1)}
-    some["positions"] = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    slots = measure(params, config, some, policy, batch=len(tokens)).slots[:, -1]
-    return float(np.mean(first)), tokens.size / float(slots.sum())
+    prompts, answers, asked = [], [], []
+    for seed in seeds:
+        words, places = document(task, seed, length)
+        ids, begin = encode_prompt(tokenizer, " ".join(words)), 1 + places[0]  # after BOS
+        prompts.append(ids[:begin])
+        answers.append(ids[begin:])
+        asked.append(np.array(places) + 1 - begin)
+    scored = score_answers(params, config, prompts, answers, policy, batch=len(prompts))
+    right = [one.first[at] for one, at in zip(scored, asked, strict=True)]
+    slots = sum(one.slots for one in scored)
+    return float(np.mean(right)), len(prompts) * length / slots

@@ -82,3 +82,28 @@ def what_the_model_would_say_comes_first_test():
         said.append(best)
     [whole] = score_answers(PARAMS, CONFIG, [prompt], [said], Dense())
     assert whole.first.all()
+
+
+def answers_that_differ_in_their_last_token_are_read_once_and_measured_as_if_alone_test():
+    pairs = [(PROMPTS[0], [5, 6, n]) for n in (7, 8, 9)] + list(zip(PROMPTS, ANSWERS, strict=True))
+    counts = []
+    together = score_answers(
+        *(PARAMS, CONFIG, *zip(*pairs, strict=True), POLICIES["dms"]), report=counts.append
+    )
+    assert counts == [4, 1, 1]  # the longest first; one pair is there twice
+    for pair, scored in zip(pairs, together, strict=True):
+        [alone] = score_answers(PARAMS, CONFIG, *([x] for x in pair), POLICIES["dms"])
+        np.testing.assert_allclose(scored.nats, alone.nats, rtol=1e-6)
+        np.testing.assert_array_equal(scored.first, alone.first)
+    assert len({scored.nats[2] for scored in together[:3]}) == 3
+
+
+@pytest.mark.parametrize("policy", [DMS(some_gates(), -25.0, delay=4), TOVA(5, ratio=3.0)])
+def slots_are_those_that_the_cache_holds_test(policy):
+    sizes = {"seats": 1, "pages": 64, "page_size": 8, "max_length": 64}
+    cache = paged_cache.init(CONFIG, policy, dtype=jnp.float32, **sizes)
+    read = [*PROMPTS[0], *ANSWERS[0][:-1]]
+    cache, _ = prefill(PARAMS, CONFIG, cache, [read], [0], policy=policy)
+    [scored] = score_answers(PARAMS, CONFIG, PROMPTS[:1], ANSWERS[:1], policy)
+    assert scored.slots == pytest.approx(float(cache.lengths.mean()), abs=1e-4)
+    assert scored.slots < len(read)

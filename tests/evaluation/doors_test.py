@@ -118,6 +118,18 @@ def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_p
         assert complaint in one_line_of_error(result) and result.stdout == ""
 
 
+def evaluate_of_tasks_without_their_library_says_how_to_get_it_test(finished_run, tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('lm_eval is not here')")
+    [result] = runs_of(
+        "evaluate", [f"--checkpoint={finished_run}", "--tasks=piqa"], folder=tmp_path
+    )
+    [wanted] = re.findall(r"^lm-eval==\S+", (ROOT / "requirements-parity.txt").read_text(), re.M)
+    assert one_line_of_error(result) == (
+        "error: --tasks needs lm-evaluation-harness (lm_eval is not here): run `pip install "
+        f"{wanted}`"
+    )
+
+
 SUMMARY = re.compile(
     r"\n\n(\d+) prompt tokens, (\d+) new; first token after (\d+\.\d\d) s, (\d+\.\d) tokens/s; "
     r"(\d+\.\d\d) tokens per slot: ([\d,]+) bytes of cache in use, dense ([\d,]+)\n$"

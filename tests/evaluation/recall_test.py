@@ -5,6 +5,7 @@ import pytest
 
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.evaluation import recall
+from dmc_jax.evaluation.answers import score_answers
 from dmc_jax.evaluation.recall import TASKS, accuracy, document, word_tokenizer
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.window import Window
@@ -43,16 +44,25 @@ def documents_too_short_for_their_task_are_refused_test():
 def right_answers_are_counted_at_their_places_test(tmp_path, monkeypatch):
     word_tokenizer().save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-
-    def knows(params, config, tokens, where, targets, policy):
-        follows = np.take_along_axis(tokens, where + 1, axis=1)
-        np.testing.assert_array_equal(follows, targets)
-        names = np.take_along_axis(tokens, where - 1, axis=1)
-        assert all(tokenizer.decode(row[:1]) in recall.NAMES for row in names)
-        return None, np.arange(targets.size).reshape(targets.shape) % 4 > 0
-
-    monkeypatch.setattr(recall, "score_at", knows)
     params, config = build(vocab_size=tokenizer.vocab_size)
-    for policy, ratio in ((Dense(), 1.0), (Window(23), (1 + LENGTH) / 23)):
+    said = []
+
+    def knows(params, config, prompts, answers, policy, **options):
+        scored = score_answers(params, config, prompts, answers, policy, **options)
+        names = set(tokenizer.encode(" ".join(recall.NAMES)))
+        marked = []
+        for prompt, answer, each in zip(prompts, answers, scored, strict=True):
+            assert len(prompt) + len(answer) == 1 + LENGTH and prompt[-2] in names
+            after_is = [
+                i for i in range(len(answer)) if (prompt + answer)[len(prompt) + i - 2] in names
+            ]
+            first = np.isin(np.arange(len(answer)), after_is[1:])  # all but the first
+            marked.append(each._replace(first=first))
+            said.append(len(after_is))
+        return marked
+
+    monkeypatch.setattr(recall, "score_answers", knows)
+    for policy, ratio in ((Dense(), 1.0), (Window(23), LENGTH / 23)):
         share = accuracy(params, config, tokenizer, "recall", policy, seeds=range(5), length=LENGTH)
-        assert share == (0.75, pytest.approx(ratio))
+        assert share == (pytest.approx(11 / 12), pytest.approx(ratio))
+    assert set(said) == {12}
