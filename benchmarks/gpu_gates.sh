@@ -12,10 +12,10 @@
 # For `dms` and then `dmc`, four minutes each: closed form on 200 windows of 1,024 tokens, then as
 # many steps of 16 such windows as DISTILL_SECONDS (150) hold at the speed that twelve steps had
 # just before, on a cosine. Each part has a time of its own, one that fails stops no other that can
-# do without it, and a second call goes on. In OUT: gates of each method, gates.json, logs, runs.
+# do without it, and a second call goes on. In OUT: gates of each method, arena/, logs, runs.
 # QUICK=1 tries the same commands at small sizes on any device.
 #
-# Measured, on windows of test files of the same text (benchmarks/gates.py): perplexity and divergence
+# Measured, on windows of test files of the same text (python -m dmc_jax.arena): perplexity and divergence
 # against the dense model, beside TOVA, H2O and StreamingLLM at equal slots; tokens a second of
 # distillation. Not measured: seeds (one), other text than was trained on, tasks, decoding speed.
 # No GPU has run this yet: 150 seconds, batch, memory and the times below are estimates.
@@ -34,11 +34,11 @@ mkdir -p "$WORK"
 source benchmarks/gpu_parts.sh gpu_gates
 
 SIZES=(1024 16 200 16 12) # tokens a window, windows a step, in closed form, of validation; steps timed
-MEASURED=(--split=test --lengths 512 1024 2048 --ratios 2 4 8 --windows=32 --batch=8)
+MEASURED=(--config.text.batch=8 --config.budgets=grows,end,mean)
 DISTILL_SECONDS=${DISTILL_SECONDS:-150} SLOW=1
 if [ -n "${QUICK:-}" ]; then
   SIZES=(128 2 2 2 2)
-  MEASURED=(--split=test --lengths 64 --ratios 2 --windows=2 --batch=2 --others TOVA --budgets grows)
+  MEASURED=(--config.text.lengths=64 --config.ratios=2 --config.text.windows=2 --config.others=TOVA)
   DISTILL_SECONDS=10 SLOW=6
 fi
 read -r LENGTH BATCH WINDOWS VALIDATION TIMED <<<"${SIZES[*]}"
@@ -107,8 +107,10 @@ for part in $PARTS; do
         cp "$OUT/runs/$part/gates.safetensors" "$OUT/smollm2_135m_$part.safetensors" ;;
     measure)
       ls "$OUT"/smollm2_135m_d*.safetensors >/dev/null || continue
-      limited $((120 * SLOW)) measure $PYTHON -m benchmarks.gates --checkpoint="$MODEL" --data="$DATA" \
-        --gates "$OUT"/smollm2_135m_d*.safetensors "${MEASURED[@]}" --output="$OUT/gates.json" ;;
+      limited $((120 * SLOW)) measure $PYTHON -m dmc_jax.arena --config=arena_smollm2 \
+        --config.checkpoint="$MODEL" --config.text.data="$DATA" --config.text.split=test \
+        --config.gates="$(ls "$OUT"/smollm2_135m_d*.safetensors | paste -sd,)" --config.contests=text \
+        "${MEASURED[@]}" --config.output="$OUT" --config.name=arena ;;
     *) echo "no part '$part'" >&2; exit 2 ;;
   esac
 done

@@ -8,7 +8,7 @@
                mean square over that of the output. Beside it pages of bfloat16.
     quality    a model with pages of either kind, on windows of held-out text, dense and with gates
                at several ratios: perplexity against the dense model in float32, and divergence
-               from it, as in `benchmarks.gates`.
+               from it.
     serving    sequences in the cache and new tokens a second at equal bytes of cache, dense and at
                4x, on random weights, as in `benchmarks.throughput`.
 

@@ -42,23 +42,6 @@ WIDE = ModelConfig(
 )
 
 
-class NoText:
-    """A tokenizer for prompts that are ids; no token ends a sequence."""
-
-    bos_id, eos_id, pad_id = 0, -1, 0
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        """Refuses: prompts are ids."""
-        raise NotImplementedError("prompts are token ids here")
-
-    def decode(self, ids) -> str:
-        """Nothing."""
-        return ""
-
-
 @dataclasses.dataclass(frozen=True)
 class RandomModel:
     """Weights, and the policy of every ratio."""

@@ -24,10 +24,11 @@ import jax
 import numpy as np
 
 from benchmarks import random_model
-from benchmarks.random_model import WIDE, NoText
+from benchmarks.random_model import WIDE
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.inference.throughput import NoText
 
 RATIO, SEATS, PAGE = 4, 16, 16
 PROMPTS, NEW = (16, 1000), (16, 64)  # tokens, least and most

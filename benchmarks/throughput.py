@@ -16,17 +16,16 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from benchmarks import random_model
-from benchmarks.random_model import WIDE, NoText, RandomModel
+from benchmarks.random_model import WIDE, RandomModel
 from dmc_jax.evaluation.machine import machine
+from dmc_jax.inference import throughput
 from dmc_jax.inference.engine import Engine
-from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.inference.throughput import NoText, warm_up
 
 MODEL = dataclasses.replace(WIDE, max_length=1024)
 RATIOS = (1, 4, 8)
@@ -55,29 +54,8 @@ def serve(
         kv_dtype=kv_dtype,
     )
     prompts = random_model.random_tokens(model.config, requests, PROMPT, seed=2).tolist()
-    for extra in (0, 20, 120, NEW - 2):  # compiles, also what reads a sequence again
-        again = [*prompts[0], *prompts[0][:extra]]
-        engine.generate([again], SamplingParams(2, temperature=0.0))
-    for prompt in prompts:
-        engine.submit(prompt, SamplingParams(NEW, temperature=0.0))
-    running, ratios, start = [], [], time.perf_counter()
-    given_back = 0
-    while engine.unfinished:
-        before = set(engine.running)
-        ended = {e.sequence: e.result for e in engine.step() if e.finish_reason}
-        now = set(engine.running) | set(ended)
-        given_back += len(before - now)
-        running.append(len(now))
-        ratios += [result.ratio for result in ended.values()]
-    seconds = time.perf_counter() - start
-    return {
-        "ratio": round(float(np.mean(ratios)), 3),
-        "sequences": round(float(np.mean(running)), 2),
-        "most_sequences": max(running),
-        "tokens_per_second": round(requests * NEW / seconds, 1),
-        "seconds": round(seconds, 2),
-        "gave_pages_back": given_back,
-    }
+    warm_up(engine, prompts[0], NEW)
+    return throughput.serve(engine, prompts, NEW)._asdict()
 
 
 def compare(model: RandomModel, kv_bytes: int, requests: int) -> dict:

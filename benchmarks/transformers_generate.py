@@ -26,6 +26,7 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.inference.throughput import NoText
 from dmc_jax.interop.parameters import flatten, places, to_foreign
 from dmc_jax.model.llama import init_params
 from dmc_jax.policies.dense import Dense
@@ -84,7 +85,7 @@ def compare(params: dict, theirs: transformers.LlamaForCausalLM, batch: int, rou
     engine = Engine(
         params,
         MODEL,
-        random_model.NoText(MODEL.vocab_size),
+        NoText(MODEL.vocab_size),
         policy=Dense(),
         max_sequences=batch,
         pages=10**6,

@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 
 # In the order in which a newcomer meets them.
-COMMANDS = ("prepare_data", "train", "evaluate", "decode", "convert")
+COMMANDS = (
+    "prepare_data",
+    "train",
+    "evaluate",
+    "decode",
+    "arena",
+    "convert",
+    "search_kv_heads",
+)
 
 
 def main() -> int:
@@ -21,7 +29,7 @@ def main() -> int:
     """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
-        lines = (f"  {command:<14}{_summary(command)}" for command in COMMANDS)
+        lines = (f"  {command:<17}{_summary(command)}" for command in COMMANDS)
         print(__doc__, *lines, sep="\n")
         return 0
     if name not in COMMANDS:

@@ -7,8 +7,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from dmc_jax.errors import Checklist, RunFailure, UserError
 
@@ -79,6 +81,30 @@ class _Path(flags.ArgumentParser):
 
 
 PATH = _Path()  # for `flags.DEFINE`
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Takes whatever names a config; ml_collections' own takes a path."""
+
+    def __init__(self, load: Callable[[str], Any]):
+        self._load = load
+
+    def parse(self, argument: str):
+        return self._load(argument).lock()
+
+
+def define_config(load: Callable[[str], Any], help_text: str, fields: Iterable[str]):
+    """Define `--config`, of whose value flags such as `--config.data.batch=16` set fields.
+
+    Args:
+        load: gives the ConfigDict that a name stands for.
+        help_text: what may be named.
+        fields: a line about each field.
+    """
+    about = "\n".join((f"{help_text} Flags after it set its fields:", *fields))
+    holder = config_flags.DEFINE_config_file("config", None, about)
+    flags.FLAGS["config"].parser = _ConfigParser(load)
+    return holder
 
 
 def show_notes(notes: Iterable[str]) -> None:

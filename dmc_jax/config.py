@@ -167,18 +167,16 @@ class GatesConfig:
     vocabulary: int = 4096  # ids that predictions are compared on, beside those of the text
     temperature: float = 0.1  # of relaxed decisions
     bias_multiplier: float = 10.0  # on the update of the biases and of gamma
+    distillation: float = 1.0  # weight of the divergence from the dense model
+    next_token: float = 0.0  # weight of the loss on the next token
     model: str = "frozen"  # frozen | lora | all: what of the model is trained beside the gates
     rank: int = 8  # of the factors of lora, on the projections of attention
     model_multiplier: float = 0.3  # on the update of what is trained of the model
 
     def __post_init__(self):
-        _require(
-            self.method in ("dms", "dmc"), f"gates.method is {self.method!r}; expected dms or dmc"
-        )
-        _require(
-            self.model in ("frozen", "lora", "all"),
-            f"gates.model is {self.model!r}; expected frozen, lora or all",
-        )
+        for name, known in (("method", ("dms", "dmc")), ("model", ("frozen", "lora", "all"))):
+            value = getattr(self, name)
+            _require(value in known, f"gates.{name} is {value!r}; expected {' or '.join(known)}")
         _require(
             self.margin is None or (self.method == "dmc" and self.margin >= 0),
             "gates.margin must be 0 or more, for gates.method=dmc alone, which merges where it "
@@ -192,7 +190,11 @@ class GatesConfig:
             value = getattr(self, name)
             _require(value >= 1, f"gates.{name} must be at least 1, got {value}")
         _require(self.temperature > 0, f"gates.temperature must be > 0, got {self.temperature}")
-        _require_numbers(self, "gates", "temperature", "bias_multiplier", "model_multiplier")
+        weights = "distillation", "next_token"
+        _require_numbers(
+            self, "gates", "temperature", "bias_multiplier", "model_multiplier", *weights
+        )
+        _require(self.distillation + self.next_token > 0, "gates: both weights of the loss are 0")
         _require(
             len(self.ratios) > 0 and list(self.ratios) == sorted({*self.ratios, 1.0})[1:],
             f"gates.ratios must be tokens per slot above 1 that rise, got {self.ratios}",
@@ -335,7 +337,7 @@ def to_dict(config: Any) -> dict:
     return dataclasses.asdict(config)
 
 
-def to_config_dict(config: RunConfig) -> config_dict.ConfigDict:
+def to_config_dict(config: Any) -> config_dict.ConfigDict:
     """What `get_config()` of a config file returns: every field can be overridden by a flag."""
 
     def convert(value: Any, annotation: Any) -> Any:
@@ -350,7 +352,7 @@ def to_config_dict(config: RunConfig) -> config_dict.ConfigDict:
             )
         return value
 
-    return convert(config, RunConfig)
+    return convert(config, type(config))
 
 
 def load_config(name: str) -> config_dict.ConfigDict:

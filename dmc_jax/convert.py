@@ -2,13 +2,15 @@
 
 Reads checkpoints of Hugging Face, Meta and Megatron(-DMC), GGUF files and our own, which it
 recognises, and writes one of ours (`--to=dmc_jax`) or a Hugging Face one, which takes gates along
-(`--gates=FILE`). DIR appears only when it is complete.
+(`--gates=FILE`). `--kv_heads=N` averages KV heads into fewer on the way, for a model to be trained
+on. DIR appears only when it is complete.
 `--verify --input=A --against=B --prompt=TEXT` compares the logits of two checkpoints instead.
 
 Exit codes: 0 done; 1 a failure such as a full disk, or logits further apart than `--tolerance`;
 2 bad input or flags; 130 interrupted.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import FORMATS, describe, open_source, with_tokenizer
 from dmc_jax.interop.gates import with_gates
+from dmc_jax.interop.huggingface_config import DIALECTS
+from dmc_jax.interop.kv_heads import with_kv_heads
 from dmc_jax.interop.output import new_folder, progress_of
 from dmc_jax.interop.source import Source
 
@@ -59,6 +63,19 @@ _GATES = flags.DEFINE(
 _RATIO = flags.DEFINE_float(
     "ratio", None, "Tokens per slot that the gates shall come to; default: as they are stored."
 )
+_KV_HEADS = flags.DEFINE_list(
+    "kv_heads",
+    None,
+    "KV heads to average those of each layer into, a divisor of the query heads: one number for "
+    "all layers, or one for each, 4,2,2,1; default: they stay.",
+)
+_DIALECT = flags.DEFINE_enum(
+    "dialect",
+    None,
+    list(DIALECTS),
+    "How a Hugging Face config says KV heads that differ by layer: as DeciLM's does "
+    "(num_key_value_heads_per_layer), which is the default, or Llama-Nemotron's (block_configs).",
+)
 _VERIFY = flags.DEFINE_boolean("verify", False, "Compare --input with --against; write nothing.")
 _AGAINST = flags.DEFINE(commands.PATH, "against", None, "With --verify: the other checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "With --verify: text to read; may be repeated.")
@@ -84,7 +101,10 @@ def _convert() -> int:
     if not _OUTPUT.value:
         raise UserError("--output is missing: name a folder to write, or give --verify")
     _refuse("only with --verify", against=_AGAINST.value, prompt=_PROMPT.value)
-    source = with_gates(_open(_INPUT.value, _FROM.value), _GATES.value, _RATIO.value)
+    source = _open(_INPUT.value, _FROM.value)
+    if _KV_HEADS.value is not None:
+        source = with_kv_heads(source, _kv_heads(_KV_HEADS.value))
+    source = with_gates(source, _GATES.value, _RATIO.value)
     print(describe(source), flush=True)
     hub = source.format == FORMAT or _GATES.value
     to = _TO.value or ("huggingface" if hub else FORMAT)
@@ -95,6 +115,8 @@ def _convert() -> int:
         if _GATES.value:
             raise UserError(f"--gates: {apart}")
         commands.show_notes([apart])
+    if to == FORMAT and _DIALECT.value:
+        raise UserError("--dialect is of a Hugging Face config: give --to=huggingface")
     dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
     output = Path(_OUTPUT.value)
     # What becomes ours is counted as it comes in, a Hugging Face file as it goes out.
@@ -103,7 +125,10 @@ def _convert() -> int:
         tensor.nbytes // tensor.dtype.itemsize * (dtype or tensor.dtype).itemsize
         for tensor in source.tensors.values()
     )
-    write, counted = (write_dmc_jax, read) if to == FORMAT else (write_huggingface, written)
+    write, counted = write_dmc_jax, read
+    if to != FORMAT:
+        write = functools.partial(write_huggingface, dialect=_DIALECT.value)
+        counted = written
     with (
         new_folder(output, written) as folder,
         progress_of(f"writing {output}", counted) as progress,
@@ -116,6 +141,17 @@ def _convert() -> int:
 def _open(path: str, form: str) -> Source:
     """Open a checkpoint, with the tokenizer that the flag names if any."""
     return with_tokenizer(open_source(path, form), _TOKENIZER.value, _ADD_BOS.value)
+
+
+def _kv_heads(given: list[str]) -> int | tuple[int, ...]:
+    try:
+        counts = tuple(map(int, given))
+    except ValueError:
+        raise UserError(
+            f"--kv_heads={','.join(given)}: expected one whole number for all layers, or one for "
+            "each, such as 4,2,2,1"
+        ) from None
+    return counts[0] if len(counts) == 1 else counts
 
 
 def _refuse(why: str, **given: object) -> None:
@@ -132,6 +168,7 @@ def _verify() -> int:
         raise UserError("--verify needs --against=PATH and --prompt=TEXT")
     _refuse("not for --verify", output=_OUTPUT.value, to=_TO.value, dtype=_DTYPE.value)
     _refuse("not for --verify", gates=_GATES.value, ratio=_RATIO.value)
+    _refuse("not for --verify", kv_heads=_KV_HEADS.value, dialect=_DIALECT.value)
     ours, other = _open(_INPUT.value, _FROM.value), open_source(_AGAINST.value)
     for source in (ours, other):
         print(describe(source), flush=True)

@@ -77,7 +77,7 @@ _GATES = flags.DEFINE(
     "it is.",
 )
 _RATIO = flags.DEFINE_float(
-    "ratio", None, "Tokens per slot that gates shall come to, or with which the budget grows."
+    "ratio", None, "Tokens per slot of gates, of a budget that grows, or of --policy=stride."
 )
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of a prompt and its continuation at most; default: the model's."
@@ -283,6 +283,8 @@ def _summary(results: list[Result], seconds: float) -> str:
     read = [result.prompt_tokens + result.new_tokens - 1 for result in begun]
     slots = sum(tokens / result.ratio for tokens, result in zip(read, begun, strict=True))
     live = sum(result.live_cache_bytes for result in results)
+    peak = sum(result.peak_cache_bytes for result in results)
+    at_most = f" ({peak:,} before prompts were cut)" if peak > live else ""
     dense = sum(result.dense_cache_bytes for result in results)
     # One sequence's rate is from its first token on; that of many is over all that they took.
     rate = results[0].tokens_per_second if len(results) == 1 else new / seconds
@@ -290,7 +292,7 @@ def _summary(results: list[Result], seconds: float) -> str:
         f"\n\ncompiling took {compiling.compile_seconds():.2f} s\n\n"
         f"{sum(result.prompt_tokens for result in results)} prompt tokens, {new} new; first "
         f"token after {first:.2f} s, {rate:.1f} tokens/s; {sum(read) / slots if slots else 1:.2f} "
-        f"tokens per slot: {live:,} bytes of cache in use, dense {dense:,}"
+        f"tokens per slot: {live:,} bytes of cache in use{at_most}, dense {dense:,}"
     )
 
 

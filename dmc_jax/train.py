@@ -7,8 +7,7 @@ checkpoint. Run the same command again to go on.
 
 import logging as standard_logging
 
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import logging
 
 from dmc_jax import commands
 from dmc_jax.config import RunConfig, load_config, named_configs
@@ -17,22 +16,12 @@ from dmc_jax.evaluation.report import write_report
 from dmc_jax.fields import describe_fields, from_dict
 from dmc_jax.training.loop import train
 
-
-class _ConfigParser(flags.ArgumentParser):
-    """Takes the name of a config as well as a path; ml_collections' own takes a path."""
-
-    def parse(self, argument: str):
-        return load_config(argument).lock()
-
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
+_CONFIG = commands.define_config(
+    load_config,
     f"Python file with a function get_config(), or a name: {', '.join(named_configs())}. Some take "
-    "arguments: paper:7b,ratio=8. Flags after it set its fields:\n"
-    + "\n".join(describe_fields(RunConfig)),
+    "arguments: paper:7b,ratio=8.",
+    describe_fields(RunConfig),
 )
-flags.FLAGS["config"].parser = _ConfigParser()
 
 
 def main() -> None:

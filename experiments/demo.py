@@ -2,9 +2,10 @@
 # # The demo: a real model, as it is, with a cache a half and a quarter the size
 #
 # SmolLM2-135M-Instruct comes in a package (98 MB, Apache 2.0), the gates that compress it with this
-# one. On text that the gates were not made with, they stand beside what needs no gates: TOVA, H2O
-# and StreamingLLM, at as many slots after every token. Then the model answers a question twice,
-# with the whole cache and with a quarter of it. A few minutes on two CPU cores.
+# one. On text that the gates were not made with, they stand beside what needs no gates: TOVA, H2O,
+# StreamingLLM and merging at a fixed stride, at as many slots after every token. Then the model
+# answers a question twice, with the whole cache and with a quarter of it. A few minutes on two CPU
+# cores.
 
 # %%
 # A script uses the package that it lies beside. A notebook installs it where it is missing: from

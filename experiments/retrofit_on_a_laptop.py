@@ -164,8 +164,9 @@ print(table(("tokens per slot", "perplexity", "threshold"), entries))
 # %% [markdown]
 # ## Beside methods that need no gates
 # TOVA, H2O and StreamingLLM get a budget that grows with the text to as many slots as the gates
-# come to; in the last two columns, as many from the first token on. Divergence is that of the next
-# token's distribution from the dense model's.
+# come to; in the last two columns, as many from the first token on. A stride merges so many tokens
+# in a row, whatever they are. Divergence is that of the next token's distribution from the dense
+# model's.
 
 # %%
 most = gates.table[-1].ratio

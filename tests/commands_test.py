@@ -76,12 +76,9 @@ def what_must_be_given_is_named_test():
         assert err.startswith("error: --") and "None" not in err
 
 
-def a_benchmark_of_a_model_that_is_not_there_says_so_in_a_line_test(tmp_path):
-    flags = [f"--checkpoint={tmp_path}/none", f"--data={tmp_path}", "--gates", "none"]
-    processes = [
-        start(*flags, module="benchmarks.gates"),
-        start(flags[0], *flags[2:], module="benchmarks.tasks"),
-    ]
-    for code, out, err in map(outcome, processes):
-        assert (code, out) == (2, "") and err.count("\n") == 1
-        assert err.startswith(f"error: no complete checkpoint in {tmp_path}/none")
+def an_arena_of_a_model_that_is_not_there_says_so_in_a_line_test(tmp_path):
+    code, out, err = outcome(
+        start("--config=arena_smollm2", f"--config.checkpoint={tmp_path}/none")
+    )
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"error: no complete checkpoint in {tmp_path}/none")

@@ -15,10 +15,18 @@ import pytest
 
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.checkpoints.states import open_for_saving
-from dmc_jax.config import MeshConfig, RunConfig, StageConfig, to_config_dict, to_dict
+from dmc_jax.config import (
+    MeshConfig,
+    RunConfig,
+    StageConfig,
+    load_config,
+    to_config_dict,
+    to_dict,
+)
 from dmc_jax.core.schedules import compression_target
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation import perplexity
+from dmc_jax.evaluation.arena import ArenaConfig
 from dmc_jax.fields import from_dict
 from dmc_jax.model.sharding import batch_sharding, make_mesh
 from dmc_jax.policies.dense import Dense
@@ -29,9 +37,9 @@ from dmc_jax.training.state import abstract_state
 from dmc_jax.training.step import make_train_step
 from tests.tiny_llama import build
 
-ARGUED = ("paper", "gates")  # take arguments
+ARGUED = ("paper", "gates", "gqa")  # take arguments
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-FILES = [path for path in FILES if path.stem not in ARGUED]
+FILES = [path for path in FILES if path.stem not in (*ARGUED, "arena_smollm2")]
 STEPS = {"7b_2x": 6_000, "7b_4x": 18_000, "7b_8x": 42_000, "13b_4x": 18_000, "13b_8x": 42_000}
 STEPS |= {"70b_4x": 18_000, "llama3_8b_4x": 18_000}
 # Seconds of tracing each, of what 7b_4x has already in other sizes or for other numbers of steps.
@@ -115,6 +123,7 @@ def the_papers_recipe_takes_the_sizes_of_a_checkpoint_test(tmp_path, monkeypatch
         ("paper:7b,ratio=nan", "got '7b,ratio=nan'"),
         ("gates", "gates.py needs arguments"),
         ("gates:none", "no complete checkpoint in none"),
+        ("gqa:none", "no complete checkpoint in none"),
         ("tiny_4x:7b", "tiny_4x.py takes no arguments; got 'tiny_4x:7b'"),
     ],
 )
@@ -232,3 +241,19 @@ def evaluation_fits_where_training_of_a_large_recipe_does_test(name):
     )
     found = json.loads(done.stdout)
     assert found["evaluation"] < found["training"], found
+
+
+def the_arena_is_set_by_its_config_and_flags_and_tells_what_cannot_be_test():
+    def arena(**fields):
+        return from_dict(ArenaConfig, load_config("arena_smollm2").to_dict() | fields)
+
+    assert arena().gates == ("smollm2_135m_dms",) and arena().text.windows == 32
+    assert arena(contests=("text,passkey",)).contests == ("text", "passkey")
+    for field, value, complaint in (
+        ("others", ("LRU",), "others: expected TOVA, .*got 'LRU'"),
+        ("budgets", ("half",), "budgets: expected grows, end, mean, got 'half'"),
+        ("contests", ("chess",), "contests: expected text, .*got 'chess'"),
+        ("ratios", (1.0,), "ratios: expected tokens per slot above 1"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            arena(**{field: value})

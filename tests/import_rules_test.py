@@ -48,7 +48,7 @@ MAY_REACH = {
     "commands": {"package", "commands", "errors"},
     "errors": {"package"},
     "package": {"package"},
-    "configs": CHECKPOINTS | {"configs"},
+    "configs": CHECKPOINTS | {"configs", "evaluation"},  # of whose arena it has settings
     "benchmarks": LIBRARY | {"benchmarks"},
     "experiments": LIBRARY | {"experiments", "benchmarks"},
     "tests": LIBRARY | {"tests", "experiments", "benchmarks"},

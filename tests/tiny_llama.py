@@ -8,9 +8,9 @@ from dmc_jax.core.dmc import DECISION_CHANNEL
 from dmc_jax.model.llama import init_params
 
 
-def build(kv_heads=2, layers=2, heads=4):
+def build(kv_heads=2, layers=2, heads=4, vocab_size=50):
     config = ModelConfig(
-        vocab_size=50,
+        vocab_size=vocab_size,
         width=32,
         layers=layers,
         heads=heads,

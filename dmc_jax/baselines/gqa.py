@@ -1,4 +1,4 @@
-"""Grouped-query attention made from a multi-head model (Ainslie et al. 2023, arXiv 2305.13245).
+"""Grouped-query attention made of a model with more KV heads (Ainslie et al. 2023, 2305.13245).
 
 The uptraining baseline: the same cache size as DMC at ratio K / K', fixed for every token and head.
 """
@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from dmc_jax.config import ModelConfig
-from dmc_jax.errors import UserError
+from dmc_jax.model.kv_heads import fewer_kv_heads, share_heads
 from dmc_jax.model.llama import layer_stacks
 
 
@@ -20,29 +21,71 @@ def mean_pool_kv_heads(
 ) -> tuple[Any, ModelConfig]:
     """Average groups of neighbouring KV heads; what to train on afterwards (section 2.1).
 
-    Query head n reads KV head n // G before and after, so it reads the mean of its old group.
-
     Args:
         params: of a model, as `init_params` shapes them.
         config: its sizes.
-        kv_heads: wanted number K', for all layers or for each; divides every layer's K.
+        kv_heads: wanted number K', for all layers or for each; a divisor of N, at most the layer's.
 
     Returns:
         (parameters, sizes) of the model with fewer KV heads.
 
     Raises:
-        UserError: a number that does not divide a layer's KV heads, or another number of layers.
+        UserError: as in `fewer_kv_heads`.
     """
+    wanted = fewer_kv_heads(config, kv_heads)
+    return _with_kv_heads(params, config, wanted), wanted
+
+
+def repeat_kv_heads(
+    params: Any, config: ModelConfig, kv_heads: tuple[int, ...]
+) -> tuple[Any, ModelConfig]:
+    """Give layers more KV heads by repeating them, which changes no output.
+
+    Args:
+        params: of a model, as `init_params` shapes them.
+        config: its sizes.
+        kv_heads: of every layer, a multiple of what it has.
+
+    Returns:
+        (parameters, sizes); what came in where they are the same.
+    """
+    if kv_heads == config.kv_heads_by_layer:
+        return params, config
     wanted = dataclasses.replace(config, kv_heads=kv_heads)
-    pairs = zip(config.kv_heads_by_layer, wanted.kv_heads_by_layer, strict=True)
-    for layer, (old, new) in enumerate(pairs):
-        if old % new:
-            raise UserError(
-                f"{old} KV heads of layer {layer} cannot be averaged into {new}: choose a divisor "
-                f"of {old}"
-            )
+    return _with_kv_heads(params, config, wanted), wanted
+
+
+def tie_kv_heads(params: Any, config: ModelConfig, kv_heads: tuple[int, ...]) -> Any:
+    """Make KV heads equal instead of fewer: what `mean_pool_kv_heads` computes, in the old shapes.
+
+    One compiled program so measures every choice of numbers of heads.
+
+    Args:
+        params: of a model, as `init_params` shapes them.
+        config: its sizes.
+        kv_heads: how many different heads each layer shall have; divides what it has.
+
+    Returns:
+        Parameters of the same shapes. All but keys' and values' kernels are those that came in.
+    """
+    tied = dict(params)
+    for index, (first, length, _) in enumerate(layer_stacks(config)):
+        stack, counts = params[f"run_{index}"], kv_heads[first : first + length]
+        kernels = {name: {"kernel": _tied(stack[name]["kernel"], counts)} for name in ("k", "v")}
+        tied[f"run_{index}"] = {**stack, **kernels}
+    return tied
+
+
+def _tied(kernels: Any, kv_heads: tuple[int, ...]) -> Array:
+    """Kernels [layers, D, K, H] of which every layer has so many different heads."""
+    layers = zip(jnp.asarray(kernels), kv_heads, strict=True)
+    return jnp.stack([share_heads(share_heads(x, new), x.shape[1]) for x, new in layers])
+
+
+def _with_kv_heads(params: Any, config: ModelConfig, wanted: ModelConfig) -> Any:
+    """Parameters for sizes that differ in their KV heads alone."""
     layers = [
-        _pool_layer(layer, heads)
+        _of_layer(layer, heads)
         for layer, heads in zip(_unstack(params, config), wanted.kv_heads_by_layer, strict=True)
     ]
     # Layers that differed may be equal now, so that their stacks become one.
@@ -51,7 +94,7 @@ def mean_pool_kv_heads(
         for index, (first, length, _) in enumerate(layer_stacks(wanted))
     }
     others = {name: leaf for name, leaf in params.items() if not name.startswith("run_")}
-    return {**others, **stacks}, wanted
+    return {**others, **stacks}
 
 
 def _unstack(params: Any, config: ModelConfig) -> list[Any]:
@@ -63,11 +106,10 @@ def _unstack(params: Any, config: ModelConfig) -> list[Any]:
     ]
 
 
-def _pool_layer(layer: Any, kv_heads: int) -> Any:
-    """A layer whose kernels [D, K, H] of keys and values are averaged to [D, K', H]."""
-
-    def pooled(kernel):
-        D, K, H = kernel.shape
-        return kernel.reshape(D, kv_heads, K // kv_heads, H).mean(axis=2)
-
-    return {**layer, **{name: {"kernel": pooled(layer[name]["kernel"])} for name in ("k", "v")}}
+def _of_layer(layer: Any, kv_heads: int) -> Any:
+    """A layer whose kernels [D, K, H] of keys and values become [D, K', H]."""
+    kernels = {
+        name: {"kernel": share_heads(jnp.asarray(layer[name]["kernel"]), kv_heads)}
+        for name in ("k", "v")
+    }
+    return {**layer, **kernels}

@@ -1,5 +1,7 @@
 """What a run came to, as pictures: curves over its steps, tokens per slot of every head."""
 
+import itertools
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -157,9 +159,41 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
             if row["method"] == "dense":
                 axes.plot(row["cache_bytes"] / 1e6, 0.0, "s", color=_QUIET, label="dense")
         axes.set(xlabel="cache at the end (MB)", title=f"{length:,} tokens")
+        # Methods lie as far apart as 1 and 100, and the dense model at 0.
+        axes.set_yscale("symlog", linthresh=0.01)
         axes.set_ylim(bottom=0.0)
         axes.grid(color="#E6E6E6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("divergence from dense (nats a token)")
     figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def accuracy_by_ratio(rows: list[dict]) -> Figure:
+    """Draw the share of right answers over tokens per slot, a panel a task and a line a method.
+
+    Args:
+        rows: with "task", "method", "ratio" and "accuracy"; the method "dense" is a dashed line.
+    """
+    tasks, methods = (list(dict.fromkeys(row[by] for row in rows)) for by in ("task", "method"))
+    figure = Figure(figsize=(4.2 * len(tasks), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        here = [row for row in rows if row["task"] == task]
+        colours = itertools.cycle(_COLOURS)
+        for method in methods:
+            points = [(r["ratio"], 100 * r["accuracy"]) for r in here if r["method"] == method]
+            if method == "dense":
+                axes.axhline(points[0][1], color=_QUIET, linestyle="--", label=method)
+            elif points:
+                colour = next(colours)
+                axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=method)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens per slot", title=task)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(color="#E6E6E6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="right answers (%)", ylim=(0, 103))
+    panels[-1].legend(frameon=False)
     return figure

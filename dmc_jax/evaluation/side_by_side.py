@@ -25,14 +25,18 @@ from dmc_jax.data.prepared import PreparedData
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.tables import table
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.budget import LEAST
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.h2o import H2O
 from dmc_jax.policies.policy import Policy, attend_whole
+from dmc_jax.policies.snapkv import SnapKV
+from dmc_jax.policies.stride import Stride
 from dmc_jax.policies.tova import TOVA
 from dmc_jax.policies.window import Window
 
-OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window}  # what needs no gates
-LEAST_BUDGET = 16  # slots of a row, where a budget grows with the text
+# What needs no gates; of the second kind what cuts a prompt, so that there must be one.
+OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window, "Stride": Stride}
+OF_PROMPTS = {"SnapKV": SnapKV}
 _READ = ("tokens", "targets", "positions")
 
 
@@ -158,6 +162,30 @@ def budget_of_mean(slots: float, length: int) -> int:
     return max(1, round(half - math.sqrt(max(half**2 - 2 * length * slots, 0.0))))
 
 
+def others_like(name: str, row: dict[str, Any]) -> dict[str, Policy]:
+    """Give a method that needs no gates as many slots as something else was measured to hold.
+
+    Args:
+        name: of `OTHERS` or `OF_PROMPTS`; these get the slots at the end of a prompt.
+        row: of `Measured.figures`, or some of it: without `end_slots` there is no "end", without
+            `mean_slots` and a `length` no "mean".
+
+    Returns:
+        "grows": after every token as many as tokens over the ratio at the end. Of a method that can
+        be held to a number of slots also "end": as many as there are at the end; and "mean": so
+        many that there are as many on average.
+    """
+    method, ratio = (OTHERS | OF_PROMPTS)[name], row["ratio_at_end"]
+    if method is Stride:
+        return {"grows": Stride(ratio)}
+    like = {"grows": method(LEAST, ratio=ratio)}
+    if "end_slots" in row and name in OTHERS:
+        like["end"] = method(round(row["end_slots"]))
+    if "mean_slots" in row:
+        like["mean"] = method(budget_of_mean(row["mean_slots"], row["length"]))
+    return like
+
+
 def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Put windows of several texts together."""
     return {name: np.concatenate([part[name] for part in parts]) for name in _READ}
@@ -187,8 +215,9 @@ def beside_others(
     Returns:
         For the dense model, and for each ratio and method: its name ("ours": with the gates),
         `length`, what was `asked`, the others' `budget` ("grows": after every token as many as
-        tokens over the ratio that the gates came to; "fixed": as many as they hold at the end),
-        `Measured.figures`, and the float32 `cache_bytes` at the end of a window.
+        tokens over the ratio that the gates came to; "fixed", which a stride cannot have: as many
+        as they hold at the end), `Measured.figures`, and the float32 `cache_bytes` at the end of a
+        window.
 
     Raises:
         UserError: a ratio that the gates were not measured at.
@@ -206,13 +235,19 @@ def beside_others(
         report(f"{length:,} tokens, {ratio:g}x: ours ...")
         add(gates.at(ratio), method="ours", asked=ratio)
         ours = rows[-1]
-        for name, method in OTHERS.items():
+        for name in OTHERS:
             report(f"{length:,} tokens, {ratio:g}x: {name} ...")
-            about = {"method": name, "asked": ratio}
-            add(method(LEAST_BUDGET, ratio=ours["ratio_at_end"]), **about, budget="grows")
-            add(method(round(ours["end_slots"])), **about, budget="fixed")
-    slot_bytes = 2 * config.head_dim * 4 * config.kv_rows
-    return [row | {"cache_bytes": round(row["end_slots"] * slot_bytes)} for row in rows]
+            like, about = others_like(name, ours), {"method": name, "asked": ratio}
+            add(like["grows"], **about, budget="grows")
+            if "end" in like:
+                add(like["end"], **about, budget="fixed")
+    each = slot_bytes(config)
+    return [row | {"cache_bytes": round(row["end_slots"] * each)} for row in rows]
+
+
+def slot_bytes(config: ModelConfig) -> int:
+    """Bytes of a float32 key and value in every row of a model."""
+    return 2 * config.head_dim * 4 * config.kv_rows
 
 
 def growing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -136,6 +136,60 @@ def attend_until(
     return _in_blocks(attend, q, [x[:, :T] for x in states], of_rows)
 
 
+def attention_to_slots(
+    q: Float[Array, "B W N H"],
+    newest: Int[Array, "B K W"],
+    cache: PagedCache,
+    first: int | Array,
+    seats: Int[Array, " B"],
+) -> Float[Array, "B K G S"]:
+    """Sum what some queries attend to, slot by slot.
+
+    Args:
+        q: queries, rotated.
+        newest: slot that each sees, as it sees all before; -1: it does not count.
+        cache: holds those slots.
+        first: row of the layer's first KV head.
+        seats: the seat of each row of the batch.
+
+    Returns:
+        The sums of weights of every query head, for as many slots as page tables have room for.
+    """
+    (B, W, N, H), K = q.shape, newest.shape[1]
+    table, lengths = (take_rows(x, first, K, seats) for x in (cache.page_table, cache.lengths))
+    slots = table.shape[2] * cache.pages.page_size
+    table, pages = _in_whole_blocks(table, cache.pages)
+    width = pages * cache.pages.page_size
+    q = q.reshape(B, W, K, N // K, H)
+
+    def scores(j):
+        keys, _ = cache.pages.read(jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2))
+        index = j * width + jnp.arange(width)
+        seen = (index < lengths[..., None])[:, :, None] & (index <= newest[..., None])
+        of_keys = H**-0.5 * _einsum("BTKGH,BKSH->BKGTS", q, keys)
+        return jnp.where(seen[:, :, None], of_keys, -jnp.inf)
+
+    def add_up(j, total):
+        return jnp.logaddexp(total, jax.nn.logsumexp(scores(j), axis=-1))
+
+    def weigh(j, weights):
+        some = scores(j)
+        some = jnp.where(some > -jnp.inf, jnp.exp(some - total[..., None]), 0.0).sum(axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(weights, some, j * width, axis=3)
+
+    blocks = pages_of(jnp.minimum(newest + 1, lengths[..., None]).max(), width)
+    total = jnp.full((B, K, N // K, W), -jnp.inf)
+    total = jax.lax.fori_loop(0, blocks, add_up, total)
+    nothing = jnp.zeros((B, K, N // K, table.shape[2] * cache.pages.page_size))
+    return jax.lax.fori_loop(0, blocks, weigh, nothing)[..., :slots]
+
+
+def _in_whole_blocks(table: Int[Array, "B K maxp"], pool: Pages) -> tuple[Array, int]:
+    """Pad page tables to whole blocks of slots; also the pages of a block."""
+    pages = max(1, _SLOT_BLOCK // pool.page_size)
+    return jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)]), pages
+
+
 def _in_blocks(attend, q, of_tokens, of_rows) -> Float[Array, "B T N H"]:
     """Attend with a block of queries at a time.
 
@@ -204,8 +258,7 @@ def _meet_pages(
 ):
     """Let queries meet the slots before `end`, where `seen` of their numbers [s], [B, K, b, s]."""
     page = pool.page_size
-    pages = max(1, _SLOT_BLOCK // page)  # per block of slots
-    table = jnp.pad(table, [(0, 0), (0, 0), (0, -table.shape[2] % pages)])
+    table, pages = _in_whole_blocks(table, pool)
 
     def meet_slots(j, carry):
         ids = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=2)

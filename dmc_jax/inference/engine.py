@@ -103,6 +103,7 @@ class Engine:
         self._limits["settle"] = self._settled
         self._gates, kept = gates, to_json(policy)
         self._threshold = kept.pop("threshold", None)  # each sequence has its own
+        kept.pop("prompt", None)  # likewise
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
         self._model = {"model": to_dict(config), "policy": kept}
         self._model |= {"dtype": dtype, "kv_dtype": kv_dtype, "page_size": page_size}
@@ -155,12 +156,13 @@ class Engine:
                 training, but float32 on a CPU, where XLA copies the whole pool to write to a
                 bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
-            budget: slots of a row, for "tova", "h2o" and "window"; with a ratio, the least.
+            budget: slots of a row, for "tova", "h2o" and "window"; of its prompt, for "snapkv";
+                with a ratio, the least.
             threshold: logit above which "dmc" merges and "dms" drops; None: that of training.
             gates: their file, or the name of some that come with dmc_jax, made for this model; it
                 says whether they drop or merge. None: those that the checkpoint has.
             ratio: tokens per slot that these gates shall come to, None: as `threshold` says; or
-                with which a budget grows.
+                with which a budget grows; or of the segments of "stride".
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
             options: `page_size`, `max_length`, `chunk`, `kv_dtype` of the engine.
 

@@ -43,6 +43,7 @@ class PagedCache:
     free_pages: Int[Array, " P"]  # a stack, of which the first `free_count` count
     free_count: Int[Array, ""]
     failed: Bool[Array, " seats"]  # lacked a page: what it holds is void, until it is freed
+    most_pages: Int[Array, " seats"]  # that a sequence had when it gave some back; 0 before
 
 
 def init(
@@ -87,6 +88,7 @@ def init(
         free_pages=jnp.arange(pages, dtype=jnp.int32),
         free_count=jnp.int32(pages),
         failed=jnp.zeros(seats, bool),
+        most_pages=jnp.zeros(seats, jnp.int32),
     )
 
 
@@ -364,6 +366,7 @@ def free(cache: PagedCache, leaving: Bool[Array, " seats"]) -> PagedCache:
         free_pages=cache.free_pages.at[place].set(cache.page_table.reshape(-1), mode="drop"),
         free_count=cache.free_count + owned.sum(dtype=jnp.int32),
         failed=emptied(cache.failed),
+        most_pages=emptied(cache.most_pages),
     )
 
 

@@ -35,6 +35,7 @@ from dmc_jax.inference.paged_cache import (
     take_rows,
     write,
 )
+from dmc_jax.inference.prompt_cut import cut_prompts
 from dmc_jax.model.llama import Attend
 from dmc_jax.policies.policy import Edit, Policy, Tokens, first_rows
 
@@ -58,7 +59,7 @@ def prefill(
 
     Compiles one layer for each of 32, 128, 512, ... (not above `chunk`) that a chunk's tokens are
     padded to, and every power of two that B is. A prompt continues what its seat holds: free it for
-    a new one.
+    a new one. A policy that cuts prompts does so with the first in a seat.
 
     Args:
         params: of the model.
@@ -81,6 +82,7 @@ def prefill(
     """
     chunk = usual_chunk() if chunk is None else chunk
     _check(cache, prompts, seats, chunk)
+    policy = policy.of_prompts(_whole_prompts(cache, prompts, seats))
     B = _power_of_two(len(prompts))
     # The seat after the last: rows that fill up the batch.
     where = np.full(B, cache.position.size, np.int32)
@@ -224,10 +226,15 @@ def attend_chunk(
         q = own.rotate(q, at, frequencies)
         if edits.until is not None:
             out = attend_until(q, edits, real, cache, first, seats, own.gamma)
-            edits = _once_read(out, edits)
+            edits = edits._replace(slot=_once_read(out, edits.slot))
             return out, _store(cache, edits, real, first, seats)[0], None
         cache, slot = _store(cache, edits, real, first, seats)
-        return attend_pages(q, edits.key, edits.value, slot, cache, first, seats), cache, None
+        out = attend_pages(q, edits.key, edits.value, slot, cache, first, seats)
+        if own.observers:
+            prompt = _once_read(out, own.prompt - at[:, 0])
+            how = {"prompt": prompt, "counts": count, "first": first, "seats": seats}
+            out, cache = cut_prompts(out, q, edits, slot, cache, own, **how)
+        return out, cache, None
 
     return attend if policy.chunked else by_steps
 
@@ -237,14 +244,14 @@ def _readable(cache: PagedCache, seats: Int[Array, " B"]) -> Bool[Array, " B"]:
     return ~cache.failed.at[seats].get(mode="fill", fill_value=True)
 
 
-def _once_read(out: Float[Array, "B T N H"], edits: Edit) -> Edit:
-    """Let edits wait for what attention read.
+def _once_read(out: Float[Array, "B T N H"], x: Int[Array, "*any"]) -> Int[Array, "*any"]:
+    """Let what says where to write wait for what attention read.
 
     XLA copies all pages, twice, where a write to them does not depend on a read that has to come
     before it. What this asks for is never the case.
     """
     never = jnp.isnan(out[0, 0, 0, 0]) & jnp.isinf(out[0, 0, 0, 0])
-    return edits._replace(slot=jnp.where(never, -1, edits.slot))
+    return jnp.where(never, -1, x)
 
 
 # ---- into the pages ---------------------------------------------------------------------------
@@ -292,6 +299,13 @@ def _store(
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is not below `n` >= 1."""
     return 1 << (int(n) - 1).bit_length()
+
+
+def _whole_prompts(cache, prompts, seats) -> Int[Array, " seats"]:
+    """Tokens of the prompt of every seat, 0 where it continues what is there or there is none."""
+    seats = np.asarray(seats)
+    tokens = jnp.zeros_like(cache.position).at[seats].set([len(prompt) for prompt in prompts])
+    return jnp.where(cache.position > 0, 0, tokens)
 
 
 def _check(cache, prompts, seats, chunk) -> None:

@@ -48,6 +48,7 @@ class Tally(NamedTuple):
     position: Int[Array, " seats"]
     slots: Int[Array, " seats"]  # in use, over all rows of each sequence
     pages: Int[Array, " seats"]  # likewise
+    most_pages: Int[Array, " seats"]  # that each sequence had, if it gave some back
 
 
 def init(
@@ -132,7 +133,7 @@ def read_prompts(
         batch: given up.
         parts: each sequence, and how many of its tokens the cache has; all of one width.
         chunk: tokens of a sequence that a pass reads at most.
-        policy: that the batch was made for; of `with_thresholds`, if the sequences differ.
+        policy: that the batch was made for; of `for_requests`, if the sequences differ.
         dtype: of the forward pass.
 
     Returns:
@@ -184,13 +185,15 @@ def _first_tokens(all_seen, seats, seen, logits, sampling, index):
     return all_seen.at[seats].set(seen), chosen
 
 
-def with_thresholds(policy: Policy, seats: Sequence[Request | None]) -> Policy:
-    """Give every seat the threshold of its sequence, where the policy has one.
+def for_requests(policy: Policy, seats: Sequence[Request | None]) -> Policy:
+    """Give every seat its sequence's own threshold and length of prompt, where the policy asks.
 
     Args:
         policy: of the cache.
         seats: the sequence in each, if any.
     """
+    prompts = [len(request.prompt) if request else 0 for request in seats]
+    policy = policy.of_prompts(np.array(prompts, np.int32))
     if policy.threshold is None:
         return policy
     own = [request.params.threshold if request else 0.0 for request in seats]
@@ -243,7 +246,7 @@ def next_tokens(
         active: seats with a sequence.
         sampling: how to choose.
         index: of the token that is chosen, among the new ones of its sequence.
-        policy: that the batch was made for; of `with_thresholds`, if the sequences differ.
+        policy: that the batch was made for; of `for_requests`, if the sequences differ.
         dtype: of the forward pass.
 
     Returns:
@@ -365,6 +368,7 @@ def tally(cache: PagedCache) -> Tally:
         position=cache.position,
         slots=cache.lengths.sum(axis=1),
         pages=pages_of(cache.lengths, page).sum(axis=1),
+        most_pages=cache.most_pages,
     )
 
 
@@ -379,8 +383,10 @@ def usage(cache: PagedCache, counts: Tally, seat: int) -> Usage:
     position, rows = int(counts.position[seat]), cache.lengths.shape[1]
     # A dense model does not count the tokens of its slots.
     dense = dataclasses.replace(cache.pages, tokens=None).page_bytes
+    live = int(counts.pages[seat])
     return Usage(
         ratio=position * rows / int(counts.slots[seat]),
-        live_bytes=int(counts.pages[seat]) * cache.pages.page_bytes,
+        live_bytes=live * cache.pages.page_bytes,
+        peak_bytes=max(live, int(counts.most_pages[seat])) * cache.pages.page_bytes,
         dense_bytes=rows * pages_of(position, cache.pages.page_size) * dense,
     )

@@ -22,10 +22,11 @@ class Usage(NamedTuple):
 
     ratio: float | None  # tokens per slot over all rows, those of the prompt included
     live_bytes: int  # of its pages
+    peak_bytes: int  # of the most that it had at a time: more where its prompt was cut
     dense_bytes: int  # of the pages of the same dtype that a dense model would hold
 
 
-_NOTHING = Usage(None, 0, 0)
+_NOTHING = Usage(None, 0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Result:
     new_tokens: int
     ratio: float | None  # as in `Usage`, when the last token came; None if none did
     live_cache_bytes: int
+    peak_cache_bytes: int  # more than the live ones where a prompt was cut at its end
     dense_cache_bytes: int
     seconds_to_first_token: float | None  # from `submit` or `resume`: with the time in the queue
     tokens_per_second: float  # from it to the last but for compiling; 0 with fewer than two
@@ -260,6 +262,7 @@ def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) ->
         new_tokens=len(request.tokens),
         ratio=request.usage.ratio,
         live_cache_bytes=request.usage.live_bytes,
+        peak_cache_bytes=request.usage.peak_bytes,
         dense_cache_bytes=request.usage.dense_bytes,
         seconds_to_first_token=None if first is None else first - request.submitted,
         tokens_per_second=more / took if more > 0 and took > 0 else 0.0,

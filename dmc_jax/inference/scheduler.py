@@ -179,7 +179,7 @@ class Scheduler:
 
     def _options(self) -> dict[str, Any]:
         """Say what the programs ask for beside arrays."""
-        policy = programs.with_thresholds(self._policy, self._seats)
+        policy = programs.for_requests(self._policy, self._seats)
         return {"policy": policy, "dtype": self._dtype}
 
     def _speaking(self) -> list[Request]:
@@ -229,6 +229,8 @@ class Scheduler:
         counts = self.tally()
         read = counts.position.sum()
         slots_per_token = counts.slots.sum() / read if read else self._config.kv_rows
+        if self._policy.observers and request.rows is None:
+            slots_per_token = self._config.kv_rows  # until its prompt is cut
         tokens = len(request.prompt) + len(request.tokens)
         # Every row begins a page that it does not fill.
         expected = tokens * slots_per_token / self._page_size + self._config.kv_rows

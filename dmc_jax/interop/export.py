@@ -60,6 +60,7 @@ def write_huggingface(
     dtype: np.dtype | None,
     progress: Callable[[int], object],
     shard_bytes: int = SHARD_BYTES,
+    dialect: str | None = None,
 ) -> None:
     """Write any checkpoint as a Hugging Face one, tensor by tensor.
 
@@ -69,10 +70,11 @@ def write_huggingface(
         dtype: of the file; None: as in the source.
         progress: called with the bytes of every tensor written.
         shard_bytes: of a weights file at most; larger models get several and an index.
+        dialect: of the config, as in `config_json`.
 
     Raises:
         OSError: the disk is full.
-        UserError: the source is damaged.
+        UserError: the source is damaged, or the dialect has no words for its sizes.
     """
     tensors = {name: _converted(name, tensor, dtype) for name, tensor in source.tensors.items()}
     written = str(tensors["model.embed_tokens.weight"].dtype)
@@ -85,7 +87,7 @@ def write_huggingface(
             bos = special.bos_id if special.bos_id >= 0 else None
             ids = {"bos_token_id": bos, "eos_token_id": ids_of(special)}
     gated = source.gates is not None
-    config = config_json(source.config, written, source.policy, ids, gated=gated)
+    config = config_json(source.config, written, source.policy, ids, gated=gated, dialect=dialect)
     if isinstance(source.policy, DMC):
         config["dmc"] = {"warning": _WARNING} | dmc_config_json(source.policy)
         _write_json(folder / DMC_CONFIG, dmc_config_json(source.policy))

@@ -22,7 +22,10 @@ ARCHITECTURES = (
     "DeciLMForCausalLM",  # DeciLM, and NVIDIA's Llama-Nemotron
 )
 _MODEL_TYPES = ("llama", "mistral", "deci", "nemotron-nas")
+# How configs say that layers have different KV heads: a list in DeciLM's, Llama-Nemotron's blocks.
+DIALECTS = ("decilm", "nemotron")
 _DYNAMIC = "dynamic"  # a type of scaling
+_MLP_UNIT = 256  # of MLP widths in Llama-Nemotron's notation
 _MOST_LAYERS = 10_000  # a limit for what a stranger's file may ask to be listed
 
 # What must be absent or have this value for the model to be the one that we compute.
@@ -87,10 +90,12 @@ def config_json(
     special: Mapping[str, Any],
     *,
     gated: bool = False,
+    dialect: str | None = None,
 ) -> dict[str, Any]:
     """`config.json` for a model, in the spelling of transformers 4, which 5 reads too.
 
-    Nothing is written twice, so that no edit of one place is lost to another.
+    Nothing is written twice, so that no edit of one place is lost to another; but beside blocks,
+    which say it too, transformers wants the width of the MLP.
 
     Args:
         config: sizes.
@@ -98,12 +103,18 @@ def config_json(
         policy: that it was trained for.
         special: ids of special tokens, such as `bos_token_id`.
         gated: whether gates go along.
+        dialect: one of `DIALECTS`, for the KV heads of each layer; None: DeciLM's where layers
+            differ, and else Llama's own.
 
     Returns:
         What to write as JSON.
+
+    Raises:
+        UserError: sizes that the dialect has no words for.
     """
     kv_heads = config.kv_heads_by_layer
-    equal_layers = len(set(kv_heads)) == 1
+    if dialect is None and len(set(kv_heads)) > 1:
+        dialect = "decilm"
     rope = None
     if config.rope_scaling is not None:
         rope = {
@@ -114,7 +125,7 @@ def config_json(
             "original_max_position_embeddings": config.rope_scaling.original_length,
         }
     written = {
-        "architectures": ["LlamaForCausalLM" if equal_layers else "DeciLMForCausalLM"],
+        "architectures": ["LlamaForCausalLM" if dialect is None else "DeciLMForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -134,9 +145,11 @@ def config_json(
         "torch_dtype": dtype,
         **special,
     }
-    if not equal_layers:
+    if dialect == "decilm":
         written["num_key_value_heads_per_layer"] = list(kv_heads)
-    if isinstance(policy, DMC) or gated or not equal_layers:
+    if dialect == "nemotron":
+        written["block_configs"] = _blocks_of(config)
+    if isinstance(policy, DMC) or gated or dialect is not None:
         written["auto_map"] = {"AutoModelForCausalLM": "modeling_llama_dmc.LlamaDMCForCausalLM"}
     return written
 
@@ -276,8 +289,30 @@ def _nemotron_blocks(
             f"{fields.where}: block_configs gives its layers MLPs of different or absurd "
             "widths, which cannot be read; different KV heads can"
         )
-    mlp_width = int(2 * multiples[0] * width / 3)
-    return math.ceil(mlp_width / 256) * 256, _one_if_equal(kv_heads)
+    return _mlp_width(multiples[0], width), _one_if_equal(kv_heads)
+
+
+def _mlp_width(multiple: float, width: int) -> int:
+    """Read a width as Llama-Nemotron writes it: so many times 2/3 of D, rounded up to 256s."""
+    return math.ceil(int(2 * multiple * width / 3) / _MLP_UNIT) * _MLP_UNIT
+
+
+def _blocks_of(config: ModelConfig) -> list[dict[str, Any]]:
+    """Llama-Nemotron's list of layers; the inverse of `_nemotron_blocks`."""
+    multiple = 3 * config.mlp_width / (2 * config.width)
+    if _mlp_width(multiple, config.width) != config.mlp_width:
+        raise UserError(
+            f"block_configs, the dialect nemotron, has multiples of {_MLP_UNIT} for MLP widths, "
+            f"the model has {config.mlp_width}: choose the dialect decilm"
+        )
+    plain = {"no_op": False, "replace_with_linear": False}
+    return [
+        {
+            "attention": {"n_heads_in_group": config.heads // count} | plain,
+            "ffn": {"ffn_mult": multiple} | plain,
+        }
+        for count in config.kv_heads_by_layer
+    ]
 
 
 def _one_if_equal(kv_heads: list[int]) -> int | tuple[int, ...]:

@@ -12,7 +12,7 @@ which is in a file of its own; no channel is taken from the model. Some time aft
 is dropped (method "dms": Lancucki et al. 2025, arXiv 2506.05345) or merged ("dmc").
 
 Without both it is a dense Llama, whose layers may differ in their number of KV heads
-(`num_key_value_heads_per_layer`).
+(`num_key_value_heads_per_layer`, or `block_configs`).
 """
 
 import math
@@ -234,6 +234,9 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         kv_heads = getattr(config, "num_key_value_heads_per_layer", None)
+        if blocks := getattr(config, "block_configs", None):
+            groups = [block["attention"]["n_heads_in_group"] for block in blocks]
+            kv_heads = [config.num_attention_heads // group for group in groups]
         kv_heads = kv_heads or [config.num_key_value_heads] * config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, count) for count in kv_heads)

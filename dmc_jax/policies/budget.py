@@ -42,10 +42,8 @@ class Budgeted(Policy):
     def __post_init__(self):
         if self.budget < 1:
             raise UserError(f"budget: expected a slot or more for a row, got {self.budget}")
-        if self.ratio is not None and not 1 <= self.ratio <= _MOST_RATIO:
-            raise UserError(
-                f"ratio: expected 1 to {_MOST_RATIO:,} tokens for a slot, got {self.ratio:g}"
-            )
+        if self.ratio is not None:
+            check_ratio(self.ratio)
 
     def most_slots(self, tokens):
         """Say how many slots a row may come to: the budget."""
@@ -77,3 +75,13 @@ class Budgeted(Policy):
         key = self.rotate(token.k[:, None], token.positions[:, None], token.frequencies)[:, 0]
         room = lengths < self.slots_after(token.positions + 1)[:, None]
         return Edit(jnp.where(room, lengths, victim), key, token.v)
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse tokens for a slot that cannot be.
+
+    Raises:
+        UserError: fewer than 1, or more than a million.
+    """
+    if not 1 <= ratio <= _MOST_RATIO:
+        raise UserError(f"ratio: expected 1 to {_MOST_RATIO:,} tokens for a slot, got {ratio:g}")

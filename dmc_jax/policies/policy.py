@@ -39,7 +39,8 @@ class Where(NamedTuple):
 class Record(NamedTuple):
     """What the rows of a layer did with their tokens; in a `ModelOutput`, those of a stack."""
 
-    appends: Float[Array, "*L B T K"]  # 1 where a token took one slot more, else 0
+    # 1 where a token took one slot more, else 0; less what a prompt lost that ends with it.
+    appends: Float[Array, "*L B T K"]
     decisions: Float[Array, "*L B T K"] | None  # what a compression loss counts, where one can
 
 
@@ -99,6 +100,10 @@ class Policy(abc.ABC):
     # Logit above which a token is given up, where the method decides by one: a field then. Of all
     # sequences, or, where a cache is read into, one for each of its seats.
     threshold: ClassVar[float | Array | None] = None
+    # Tokens at the end of a prompt that say what stays of it, where the method cuts prompts: a
+    # chunk's are told to `observe`, and `kept` is asked where the prompt ends. They have a `chunk`.
+    observers: ClassVar[int] = 0
+    prompt: ClassVar[int | Array | None] = None  # its tokens then; of all, or of each as above
     chunked: ClassVar[bool] = (
         False  # it has a `chunk`; else a prompt is read by steps, in each layer
     )
@@ -137,10 +142,21 @@ class Policy(abc.ABC):
         Args:
             seats: of the sequences; one that the cache does not have gets the numbers of another.
         """
-        if np.ndim(self.threshold) == 0:
-            return self
-        own = jnp.asarray(self.threshold).at[seats].get(mode="clip")
-        return dataclasses.replace(self, threshold=own)
+        own = {
+            name: jnp.asarray(getattr(self, name)).at[seats].get(mode="clip")
+            for name in ("threshold", "prompt")
+            if np.ndim(getattr(self, name))
+        }
+        return dataclasses.replace(self, **own) if own else self
+
+    def of_prompts(self, tokens: int | Int[Array | np.ndarray, " B"]) -> "Policy":
+        """Take the lengths of prompts, which only those need that cut them.
+
+        Args:
+            tokens: of every prompt; or of that of each sequence, or of each seat of a cache. 0: it
+                has none.
+        """
+        return self
 
     @abc.abstractmethod
     def rotate(
@@ -204,14 +220,22 @@ class Policy(abc.ABC):
         weights: Float[Array, "B K G S"],
         lengths: Int[Array, "B K"],
     ) -> State:
-        """Look at what the query of a step attended to.
+        """Look at what the query of a step attended to, or all observers of a chunk in sum.
 
         Args:
-            state: of the rows [B, K, ...], after the step.
+            state: of the rows [B, K, ...], after the step or chunk.
             weights: of every query head, 0 beyond the row's slots.
-            lengths: slots that the rows have after the step.
+            lengths: slots that the rows have after it.
         """
         raise NotImplementedError(f"{self.name} does not watch attention")
+
+    def kept(self, state: State) -> Bool[Array, "B K S"]:
+        """Say which slots stay of rows that hold a prompt, a slot a token, and what came after it.
+
+        Args:
+            state: of the rows [B, K, ...], after all observers.
+        """
+        raise NotImplementedError(f"{self.name} does not cut prompts")
 
     def chunk(
         self, state: State, tokens: Tokens, lengths: Int[Array, "B K"], counts: Int[Array, " B"]

@@ -69,6 +69,8 @@ Datas = list[tuple[PreparedData, float]]
 # "policy"; of every ratio "thresholds" and "prices"; "r2" of the fit; unless it is frozen, "model".
 Trained = dict[str, Any]
 
+# As `token_losses` gives them: what they are called in metrics, and their weights in `GatesConfig`.
+_LOSSES = {"loss": "next_token", "distillation": "distillation"}
 _TOWARDS = 0.3  # share of the way to the wanted fraction that a threshold goes in a step
 _RENEWED = 0.2  # of a price in a step
 _COUNTED = 2**24  # tokens of a text
@@ -238,7 +240,10 @@ def make_distill_step(
             models = adapted.adapt(run.gates, model_params, own), model_params
             drawn_from = Noise(noise, (number, run.accumulation))
             metrics = _distill(run, mesh, models, policy, part, batch, drawn_from, counts)
-            return metrics["distillation"] - price * metrics["dropped"], metrics
+            weighed = [
+                getattr(run.gates, _LOSSES[n]) * x for n, x in metrics.items() if n in _LOSSES
+            ]
+            return sum(weighed) - price * metrics["dropped"], metrics
 
         gradient = functools.partial(jax.grad(loss, has_aux=True), learnt)
         grads, metrics = sum_over_parts(gradient, batch, run.accumulation)
@@ -279,7 +284,7 @@ def _among(prediction: Prediction, ids: Array) -> Prediction:
 
 
 def _distill(run, mesh, models, policy, part, batch, noise, counts) -> Metrics:
-    """Divergence and drops of a part of a batch, which add up over the parts.
+    """Losses that have a weight and drops of a part of a batch, which add up over the parts.
 
     `models` are the parameters of the one that learns and of the one that teaches.
 
@@ -293,11 +298,14 @@ def _distill(run, mesh, models, policy, part, batch, noise, counts) -> Metrics:
         return apply_model(run, run.model, mesh, params, part["tokens"], attend)
 
     output = predict(models[0], policy, noise_key=noise.key, noise_part=noise.part)
-    dense = predict(models[1], Dense()).prediction
-    most = min(run.model.vocab_size, run.gates.vocabulary + batch["tokens"].size)
-    ids = jax.lax.top_k(jnp.asarray(counts).at[batch["tokens"]].set(jnp.inf), most)[1]
-    learns, teaches = (_among(each, ids) for each in (output.prediction, dense))
-    _, apart = token_losses(learns, jnp.zeros_like(part["targets"]), teaches)
+    learns = output.prediction
+    dense = predict(models[1], Dense()).prediction if run.gates.distillation else None
+    if not run.gates.next_token:  # the likely ids tell the divergence well enough
+        most = min(run.model.vocab_size, run.gates.vocabulary + batch["tokens"].size)
+        ids = jax.lax.top_k(jnp.asarray(counts).at[batch["tokens"]].set(jnp.inf), most)[1]
+        learns, dense = (_among(each, ids) for each in (learns, dense))
+    targets = part["targets"] if run.gates.next_token else jnp.zeros_like(part["targets"])
+    losses = dict(zip(_LOSSES, token_losses(learns, targets, dense), strict=True))
     real, all_real = (x["segment_ids"] > 0 for x in (part, batch))
     rows = run.model.kv_rows * jnp.maximum(all_real.sum(), 1)
     tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
@@ -307,7 +315,11 @@ def _distill(run, mesh, models, policy, part, batch, noise, counts) -> Metrics:
 
     appended = [record.appends.mean(axis=(1, 2, 3)) for record in output.records]
     return {
-        "distillation": jnp.sum(part["loss_mask"] * apart) / tokens,
+        **{
+            name: jnp.sum(part["loss_mask"] * loss) / tokens
+            for name, loss in losses.items()
+            if getattr(run.gates, _LOSSES[name])
+        },
         "dropped": mean(r.decisions for r in output.records),
         "slope": mean(r.decisions * (1.0 - r.decisions) for r in output.records),
         "merged": (1.0 - jnp.concatenate(appended)) / run.accumulation,  # [L]

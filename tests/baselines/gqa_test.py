@@ -1,11 +1,11 @@
-"""Mean-pooled KV heads: the right heads, the right mean, nothing else touched."""
+"""Mean-pooled KV heads: the right heads, the right mean, nothing else touched; tied is pooled."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmc_jax.baselines.gqa import mean_pool_kv_heads
+from dmc_jax.baselines.gqa import mean_pool_kv_heads, repeat_kv_heads, tie_kv_heads
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import Llama, init_params, layer_stacks
@@ -13,12 +13,12 @@ from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.policy import attend_whole
 
 
-def make_model(kv_heads, layers=2):
+def make_model(kv_heads, layers=2, heads=8):
     config = ModelConfig(
         vocab_size=20,
         width=16,
         layers=layers,
-        heads=8,
+        heads=heads,
         kv_heads=kv_heads,
         head_dim=4,
         mlp_width=24,
@@ -94,3 +94,38 @@ def a_number_that_does_not_divide_is_refused_test(before, after, complaint):
     params, config = make_model(before)
     with pytest.raises(UserError, match=complaint):
         mean_pool_kv_heads(params, config, after)
+
+
+@pytest.mark.parametrize("before, after", [(8, (2, 8)), ((8, 4), (1, 2)), (4, (4, 4))])
+def tied_heads_compute_what_pooled_heads_do_in_the_old_shapes_test(before, after):
+    params, config = make_model(before)
+    tied = tie_kv_heads(params, config, after)
+    assert jax.tree.map(jnp.shape, tied) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(
+        logits(tied, config), logits(*mean_pool_kv_heads(params, config, after)), atol=1e-5
+    )
+    if after != config.kv_heads_by_layer:
+        assert jnp.abs(logits(tied, config) - logits(params, config)).max() > 0.1
+    for name in ("q", "o", "down"):
+        for i in range(2):
+            one, other = layer(tied, config, i, name), layer(params, config, i, name)
+            np.testing.assert_array_equal(one, other)
+
+
+def a_divisor_of_the_queries_that_divides_no_kv_heads_is_pooled_and_tied_test():
+    """As Llama 3.2 3B's 24 queries and 8 KV heads can be 6 or 3."""
+    params, config = make_model(4, heads=12)
+    wide, repeated = repeat_kv_heads(params, config, (12, 12))
+    np.testing.assert_allclose(logits(wide, repeated), logits(params, config), atol=1e-5)
+    tied = tie_kv_heads(wide, repeated, (3, 4))
+    pooled, smaller = mean_pool_kv_heads(params, config, (3, 4))
+    assert smaller.kv_heads == (3, 4)
+    np.testing.assert_allclose(logits(tied, repeated), logits(pooled, smaller), atol=1e-5)
+    # Query heads 0 to 3 read old head 0 three times and old head 1 once.
+    old, new = layer(params, config, 0, "k"), layer(pooled, smaller, 0, "k")
+    np.testing.assert_allclose(new[:, 0], 0.75 * old[:, 0] + 0.25 * old[:, 1], atol=1e-6)
+
+
+def layers_that_are_to_stay_are_not_copied_test():
+    params, config = make_model(8)
+    assert repeat_kv_heads(params, config, (8, 8)) == (params, config)

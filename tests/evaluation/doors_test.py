@@ -83,6 +83,7 @@ def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(
         [dense, "--ratio=2"],
         [dense, "--policy=tova", "--ratio=0.5"],
         [dense, "--budget=8"],
+        [dense, "--policy=snapkv", "--ratio=2"],
     )
     assert (result.returncode, result.stderr) == (0, "")
     about = json.loads(result.stdout)
@@ -92,10 +93,11 @@ def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(
     assert about["dense"]["evaluation"]["ratio"] == 1
     assert about["dense"]["checkpoint"] == about["checkpoint"]
     complaints = (
-        "budget: give the slots of a row with tova, h2o or window, or a ratio",
-        "ratio: give it with tova, h2o, window or a file of gates, not with dense",
+        "budget: give the slots of a row with tova, h2o, window or snapkv, or a ratio",
+        "ratio: give it with tova, h2o, window, snapkv, stride or a file of gates, not with dense",
         "ratio: expected 1 to 1,000,000 tokens for a slot, got 0.5",
-        "budget: give the slots of a row with tova, h2o or window, not with dense",
+        "budget: give the slots of a row with tova, h2o, window or snapkv, not with dense",
+        "prompt: snapkv cuts a prompt at its end: say how many tokens",
     )
     for run, complaint in zip(refused, complaints, strict=True):
         assert complaint in one_line_of_error(run) and run.stdout == ""
@@ -115,7 +117,7 @@ def evaluate_measures_pages_of_int8_beside_the_dense_model_as_it_is_test(finishe
     ours, exact = about["evaluation"]["loss"], about["dense"]["evaluation"]["loss"]
     assert 0 < abs(ours - exact) < 1e-2
     assert "predicted in float32, keys and values in int8\n" in shown.stdout
-    assert "--kv_dtype: here tova attends token by token" in one_line_of_error(refused)
+    assert "--kv_dtype: whole sequences with tova are not rounded" in one_line_of_error(refused)
 
 
 def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_path):
@@ -131,6 +133,18 @@ def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_p
     complaints = ("another tokenizer", "no complete checkpoint", "say where it is with --data=DIR")
     for result, complaint in zip(results, complaints, strict=True):
         assert complaint in one_line_of_error(result) and result.stdout == ""
+
+
+def evaluate_of_tasks_without_their_library_says_how_to_get_it_test(finished_run, tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('lm_eval is not here')")
+    [result] = runs_of(
+        "evaluate", [f"--checkpoint={finished_run}", "--tasks=piqa"], folder=tmp_path
+    )
+    [wanted] = re.findall(r"^lm-eval==\S+", (ROOT / "requirements-parity.txt").read_text(), re.M)
+    assert one_line_of_error(result) == (
+        "error: --tasks needs lm-evaluation-harness (lm_eval is not here): run `pip install "
+        f"{wanted}`"
+    )
 
 
 SUMMARY = re.compile(

@@ -147,6 +147,29 @@ def products_of_half_the_bits_change_little_test(run, directory):
     assert narrow != wide and narrow == pytest.approx(wide, rel=0.1)
 
 
+def the_loss_is_that_of_the_weights_test(run, directory):
+    """Of the next token over all ids, of the teacher over the likely ones; no teacher unasked."""
+    data, model = open_data(run.data.path), open_model(run.init_from)
+    batch = next(iter(training_batches([(data, 1.0)], length=48, batch=2, seed=0)))
+    batch = {name: batch[name] for name in gated.READ}
+    mesh, optimizer = make_mesh(MeshConfig(data=1), jax.devices()[:1]), gated.make_optimizer(run)
+    counts, found = gated.count_ids([(data, 1.0)], 320), {}
+    for weights in ((1.0, 0.0), (1.0, 0.5), (0.0, 0.5)):
+        gates = dataclasses.replace(run.gates, distillation=weights[0], next_token=weights[1])
+        step = gated.make_distill_step(
+            dataclasses.replace(run, gates=gates), mesh, optimizer, counts
+        )
+        state, metrics = step(state_at(run, 4), batch, model.params)
+        found[weights] = metrics | {"bias": np.asarray(state.params["policy"].gates.bias)}
+    alone, both, never = found.values()
+    assert "loss" not in alone and "distillation" not in never
+    assert both["loss"] == pytest.approx(float(never["loss"]), rel=1e-5)
+    assert np.log(320) * 0.5 < both["loss"] < np.log(320) * 1.5
+    assert both["distillation"] == pytest.approx(float(alone["distillation"]), rel=0.05)
+    moved = [each["bias"] - state_at(run, 4).params["policy"].gates.bias for each in found.values()]
+    assert not np.allclose(moved[0], moved[1]) and not np.allclose(moved[1], moved[2])
+
+
 def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, directory):
     """Of a model that attends to something: one whose weights are larger than a fresh one's."""
     data, model = open_data(run.data.path), open_model(run.init_from)
@@ -235,7 +258,8 @@ def what_cannot_be_is_refused_in_a_line_test(finished_run, data, other_data, tmp
         (dense, [texts, short], "windows of more than 48 tokens; got 30"),
         (dense, [texts, one], "gates.delay must be at least 1"),
         (dense, [texts, "--config.gates.method=tova"], "expected dms or dmc"),
-        (dense, [texts, "--config.gates.model=some"], "expected frozen, lora or all"),
+        (dense, [texts, "--config.gates.model=some"], "expected frozen or lora or all"),
+        (dense, [texts, "--config.gates.distillation=0"], "both weights of the loss are 0"),
         (dense, [texts, "--config.gates.margin=1"], "gates.margin must be 0 or more, for"),
         (dense, [texts, "--config.gates.ratios=(2.0,1.5)"], "above 1 that rise"),
         (dense, [texts, "--config.stages=distill"], "closed_form, which must stand before it"),

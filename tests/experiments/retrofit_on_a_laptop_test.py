@@ -45,8 +45,15 @@ def gates_are_made_measured_and_exported_and_a_second_run_goes_on_test(folder):
     assert gates.policy.name == "dms" and gates.about["distilled_tokens"] == 3 * 64
     report = json.loads((folder / RUN / "report" / "comparison.json").read_text())
     methods = [row["method"] for row in report["rows"]]
-    assert list(dict.fromkeys(methods)) == ["dense", "ours", "TOVA", "H2O", "StreamingLLM"]
-    ours, *others = report["rows"][1:8]
+    assert list(dict.fromkeys(methods)) == [
+        "dense",
+        "ours",
+        "TOVA",
+        "H2O",
+        "StreamingLLM",
+        "Stride",
+    ]
+    ours, *others = report["rows"][1:9]
     assert ours["ratio_at_end"] > 1.2
     for row in others:
         assert abs(row["end_slots"] - ours["end_slots"]) < 1

@@ -284,7 +284,7 @@ def reserved_bytes_are_those_of_the_arrays_test():
     pool = 2 * PAGES * PAGE * SMALL.head_dim * 4
     rings = SEATS * ROWS * (2 * WINDOW * SMALL.head_dim + WINDOW + 1) * 4
     table = SEATS * ROWS * (MAX_LENGTH // PAGE + 1) * 4  # and the lengths
-    assert paged_cache.bytes_reserved(cache) == pool + rings + table + PAGES * 4 + 4 + SEATS * 5
+    assert paged_cache.bytes_reserved(cache) == pool + rings + table + PAGES * 4 + 4 + SEATS * 9
 
 
 # ---- decoding over pages ----------------------------------------------------------------------

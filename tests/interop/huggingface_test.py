@@ -20,7 +20,7 @@ from dmc_jax.interop.dmc_jax import write_dmc_jax
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source, recognise
 from dmc_jax.interop.huggingface import open_huggingface
-from dmc_jax.interop.huggingface_config import config_json, model_config
+from dmc_jax.interop.huggingface_config import DIALECTS, config_json, model_config
 from dmc_jax.interop.parameters import flatten, leaf_shapes, read_params
 from dmc_jax.model.llama import Llama, init_params
 from dmc_jax.model.presets import PRESETS
@@ -300,9 +300,17 @@ def large_exports_are_split_under_an_index_test(tmp_path):
 # ---- configs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def a_written_config_reads_back_as_the_same_sizes_test(preset):
-    written = config_json(PRESETS[preset], "bfloat16", Dense(), {})
+@pytest.mark.parametrize(
+    "preset, dialect",
+    [
+        (preset, dialect)
+        for preset, config in PRESETS.items()
+        for dialect in (None, *DIALECTS)
+        if dialect != "nemotron" or config.mlp_width % 256 == 0
+    ],
+)
+def a_written_config_reads_back_as_the_same_sizes_test(preset, dialect):
+    written = config_json(PRESETS[preset], "bfloat16", Dense(), {}, dialect=dialect)
     assert model_config("config.json", json.loads(json.dumps(written))) == (PRESETS[preset], ())
 
 

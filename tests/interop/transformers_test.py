@@ -15,6 +15,7 @@ from dmc_jax.interop.compare import logits_of
 from dmc_jax.interop.export import write_huggingface
 from dmc_jax.interop.formats import open_source
 from dmc_jax.interop.gates import with_gates
+from dmc_jax.interop.huggingface_config import DIALECTS
 from dmc_jax.policies.dmc import DMC
 from tests.interop.checkpoint_files import (
     assert_same_bits,
@@ -274,10 +275,13 @@ def remote_code_pads_on_the_right_and_scores_what_it_is_given_test(tmp_path):
     np.testing.assert_allclose(loss, -log_likelihood.mean(), rtol=1e-5)
 
 
-def remote_code_computes_dense_models_of_unequal_layers_test(tmp_path):
-    sizes = Sizes(V=40, L=3)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def remote_code_computes_dense_models_of_unequal_layers_test(dialect, tmp_path):
+    sizes = Sizes(V=40, L=3, F=256)
     weights, changes = of_unequal_layers(random_weights(sizes, np.float32), sizes, (4, 1, 2))
     write_checkpoint(tmp_path / "hf", sizes, weights, **changes)
-    folder = exported(open_source(tmp_path / "hf"), tmp_path / "back")
+    folder = tmp_path / "back"
+    folder.mkdir()
+    write_huggingface(open_source(tmp_path / "hf"), folder, None, lambda _: None, dialect=dialect)
     model = loaded(AutoModelForCausalLM, folder, trust_remote_code=True)
     np.testing.assert_allclose(computed(model), ours(folder), atol=TOLERANCE, rtol=0)

@@ -29,6 +29,8 @@ from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.h2o import H2O
 from dmc_jax.policies.policy import attend_whole
+from dmc_jax.policies.snapkv import SnapKV
+from dmc_jax.policies.stride import Stride
 from dmc_jax.policies.tova import TOVA
 from dmc_jax.policies.window import Window
 from tests.inference import chunks
@@ -65,11 +67,19 @@ TABLE = {
     "dmc by gates, delay 16, unlimited": DelayedDMC(
         some_gates(importance=True), -0.5, settings=DMCSettings(None, offset=0.0)
     ),
+    "stride, 2.5 tokens": Stride(2.5),
+    "stride, 3 tokens, delay 5": Stride(3, delay=5),
+    "stride, a token": Stride(1.0),
     "tova, 11 slots": TOVA(11),
     "tova, 8 slots, without the channel": TOVA(8, channel_scale=0.0),
     "tova, 5 slots, 2.5 tokens for one": TOVA(5, ratio=2.5),
     "h2o, 11 slots, without the channel": H2O(11, channel_scale=0.0),
     "h2o, 3 slots, 2 tokens for one": H2O(3, ratio=2.0, recent=0.3),
+    "snapkv, 9 slots of 22": SnapKV(9, observers=4, kernel=3, prompt=22),
+    "snapkv, 2.5 tokens for one, without the channel": SnapKV(
+        3, ratio=2.5, observers=5, prompt=13, channel_scale=0.0
+    ),
+    "snapkv, 4 tokens for one, fewer slots than observers": SnapKV(2, ratio=4.0, prompt=37),
     "window, 11 slots, without the channel": Window(11, channel_scale=0.0),
     "window, 3 slots": Window(3, sinks=1),
     "window, 40 slots": Window(40),
@@ -80,10 +90,11 @@ T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
 # Of each method one in `make test`; in the engine, which takes longest, of each kind of method.
-IN_ENGINE = ("dmc, window 3", "dms, delay 5", "dmc by gates, delay 5")
+IN_ENGINE = ("dmc, window 3", "dms, delay 5", "dmc by gates, delay 5", "snapkv, 9 slots of 22")
 QUICK = (
     *IN_ENGINE,
     "dense",
+    "stride, 2.5 tokens",
     "tova, 8 slots, without the channel",
     "window, 6 slots, 3 tokens for one",
 )
@@ -156,10 +167,15 @@ def read_rest(params, config, policy, cache, tokens, at):
 
 
 def read_chunks_then_rest(policy, tokens, splits, dtype="float32"):
-    """Read both sequences; `splits` has (tokens of the first, of the second) of every chunk."""
+    """Read both sequences; `splits` has (tokens of the first, of the second) of every chunk.
+
+    What is left of a prompt that is cut at its end is read in chunks too: of no more than that.
+    """
     params, config = model()
     cache, logits = empty_cache(config, policy, dtype), np.zeros((2, T, 50), np.float32)
     at, seats = np.zeros(2, np.int32), np.array([1, 0], np.int32)
+    left = np.maximum(0, (policy.prompt or 0) - np.sum([(0, 0), *splits], axis=0))
+    splits = [*splits, *(np.clip(left - i, 0, CHUNK) for i in range(0, left.max(), CHUNK))]
     for counts in splits:
         counts, chunk = np.array(counts, np.int32), np.full((2, CHUNK), 49, np.int32)
         for row in range(2):
@@ -234,14 +250,8 @@ def pages_of_int8_mean_the_same_in_any_chunks_and_one_token_at_a_time_test(polic
 @pytest.mark.parametrize(
     "name, dtype",
     [
-        ("dense", "float32"),
-        ("dense", "int8"),
-        ("dmc, window 3", "float32"),
-        ("dmc, window 3", "int8"),
-        ("dms, delay 5", "float32"),
-        ("dmc by gates, delay 5", "float32"),
-        ("dmc by gates, delay 5", "int8"),
-        ("window, 40 slots", "float32"),
+        *((name, "float32") for name in (*IN_ENGINE, "dense", "window, 40 slots")),
+        *((name, "int8") for name in ("dense", "dmc, window 3", "dmc by gates, delay 5")),
     ],
 )
 def a_chunk_is_read_without_a_copy_of_the_pages_test(name, dtype):
@@ -261,7 +271,7 @@ def a_chunk_is_read_without_a_copy_of_the_pages_test(name, dtype):
     "name",
     [
         "dms, delay 5",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dmc, window 3", IN_ENGINE[-1])),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (IN_ENGINE[0], IN_ENGINE[2])),
     ],
 )
 def every_seat_of_a_cache_has_a_threshold_of_its_own_test(name):
@@ -348,16 +358,27 @@ def thresholds_of_many_values_are_one_program_test():
         (
             DMC(DMCSettings()),
             {"name": "none"},
-            "policy: expected dense or dmc or dms or tova or h2o or window, got 'none'",
+            "policy: expected dense or dmc or .* or window or snapkv, got .none",
         ),
         (Dense(), {"name": "dmc"}, "dmc needs a model that was trained for it"),
         (DMC(DMCSettings()), {"window": -1}, "window: expected tokens, or 0 for no limit, got -1"),
         *[
-            (Dense(), {"name": name}, "budget: .* with tova, h2o or window, or a ratio")
-            for name in ("tova", "h2o", "window")
+            (Dense(), {"name": name}, "budget: .* with tova, h2o, window or snapkv, or a ratio")
+            for name in ("tova", "h2o", "window", "snapkv")
         ],
-        (DMC(DMCSettings()), {"budget": 9}, "budget: .* with tova, h2o or window, not with dmc"),
-        (Dense(), {"ratio": 2.0}, "ratio: .* h2o, window or a file of gates, not with dense"),
+        (
+            DMC(DMCSettings()),
+            {"budget": 9},
+            "budget: .* with tova, h2o, window or snapkv, not with dmc",
+        ),
+        (Dense(), {"ratio": 2.0}, "ratio: .* snapkv, stride or a file of gates, not with dense"),
+        (Dense(), {"name": "stride"}, "ratio: give the tokens of a slot with stride"),
+        (Dense(), {"name": "stride", "ratio": 0.9}, "ratio: expected 1 to 1,000,000 tokens"),
+        (Dense(), {"name": "stride", "ratio": 2, "budget": 9}, "budget: .* not with stride"),
+        (DMC(DMCSettings()), {"name": "stride", "ratio": 2}, "stride: .* pretrained"),
+        (Dense(), {"name": "snapkv", "budget": 32}, "more slots than the 32 of a prompt's last"),
+        (Dense(), {"name": "snapkv", "ratio": 2, "prompt": 0}, "prompt: expected a token or more"),
+        (Dense(), {"name": "tova", "budget": 9, "prompt": 5}, "prompt: .* matters to snapkv"),
         (Dense(), {"name": "tova", "budget": 0}, "budget: expected a slot or more"),
         (Dense(), {"name": "window", "budget": 4}, "more slots than the 4 of the first tokens"),
         (Dense(), {"name": "h2o", "ratio": 0.5}, "ratio: expected 1 to 1,000,000 tokens"),
@@ -392,6 +413,10 @@ def a_model_runs_with_what_it_was_trained_for_unless_told_otherwise_test():
     assert policy_for(trained, name="tova", budget=9) == TOVA(9, channel_scale=0.0)
     assert policy_for(trained, name="h2o", ratio=4) == H2O(16, ratio=4, channel_scale=0.0)
     assert policy_for(Dense(), name="window", budget=9, ratio=2.5) == Window(9, ratio=2.5)
+    assert policy_for(Dense(), name="stride", ratio=2) == Stride(2.0)
+    assert policy_for(trained, name="snapkv", budget=64) == SnapKV(64, channel_scale=0.0)
+    cut = policy_for(Dense(), name="snapkv", ratio=4, prompt=500)
+    assert cut == SnapKV(16, ratio=4, prompt=500)
     gates = DMS(some_gates(), 0.3)
     assert policy_for(Dense(), gates=gates, ratio=2.0) is gates  # which were looked up for it
     assert policy_for(Dense(), gates=gates, threshold=2.0).threshold == 2.0

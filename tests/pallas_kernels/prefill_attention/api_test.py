@@ -204,6 +204,7 @@ def attention_of_prefill_is_the_same_by_xla_and_by_the_kernel_test(workload):
     cache = paged_cache.PagedCache(
         *(Pages(*pools), table, lengths, (), *[jnp.zeros(workload.batch, jnp.int32)] * 2),
         *(jnp.int32(0), jnp.zeros(workload.batch, bool)),
+        most_pages=jnp.zeros(workload.batch, jnp.int32),
     )
     outs = [
         np.asarray(

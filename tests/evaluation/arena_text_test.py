@@ -1,28 +1,33 @@
-"""The benchmark of gates on a tiny model: what it measures, against whom, and how often."""
+"""The arena's text on a tiny model: what is measured, against whom, how often, and its table."""
 
 import dataclasses
 import json
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gates as benchmark
 from dmc_jax.checkpoints.gates import load_gates, save_gates
 from dmc_jax.checkpoints.models import open_model
-from dmc_jax.evaluation.side_by_side import budget_of_mean, single_windows
+from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.errors import UserError
+from dmc_jax.evaluation import arena
+from dmc_jax.evaluation.arena import Arena, ArenaConfig, TextConfig, about_gates, with_margins
+from dmc_jax.evaluation.arena_tables import position_table, text_table
+from dmc_jax.evaluation.record import open_record
+from dmc_jax.evaluation.side_by_side import Measured, budget_of_mean, single_windows
 from dmc_jax.interop.formats import open_source
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.policy import attend_whole
 from tests.interop.gates_files import write_gates
 from tests.tiny_run import make_data, save_model
 
 T, WINDOWS, RATIO = 64, 4, 1.5
-OTHERS = ["TOVA", "StreamingLLM"]
+OTHERS = "TOVA", "StreamingLLM"
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +60,28 @@ def files(folder, model):
 
 @pytest.fixture
 def run(model, data, monkeypatch):
-    """Takes files of gates and an output; gives its JSON and the policies measured."""
+    """Takes files of gates and a record's file; gives its JSON and the policies measured."""
 
     def main(files, output):
-        policies, measure = [], benchmark.measure
+        policies, measure = [], arena.measure
 
-        def counted(*args, policy, **options):
-            policies.append(policy)
-            return measure(*args, policy=policy, **options)
+        def counted(*args, **options):
+            policies.append(args[3])
+            return measure(*args, **options)
 
+        config = ArenaConfig(
+            others=OTHERS,
+            ratios=(RATIO, 99.0),
+            budgets=("grows", "end", "mean"),
+            contests=("text",),
+            text=TextConfig(split="train", lengths=(T,), windows=WINDOWS, batch=WINDOWS),
+        )
+        gates = tuple(load_gates(file, model.config) for file in files)
+        about = {"gates": about_gates(gates)}
+        record = open_record(output, about, (), joins=("gates",))
         with monkeypatch.context() as patch:
-            patch.setattr(benchmark, "measure", counted)
-            common = f"--checkpoint={model.path}", f"--data={data.path}", f"--output={output}"
-            sizes = f"--lengths={T}", f"--windows={WINDOWS}", f"--batch={WINDOWS}"
-            ratios = "--ratios", str(RATIO), "99"
-            what = "--split=train", "--others", *OTHERS, "--gates", *map(str, files)
-            benchmark.main([*common, *sizes, *ratios, *what])
+            patch.setattr(arena, "measure", counted)
+            arena.run(Arena(config, model, None, None, gates, (data,), record, None, None))
         return json.loads(output.read_text()), policies
 
     return main
@@ -90,7 +101,7 @@ def a_ratio_is_measured_with_each_file_and_once_with_the_others_test(record):
 
 
 def slots_are_those_that_the_budgets_name_test(record):
-    ours = record["rows"][0]
+    ours = record["rows"][1]
     t = np.arange(1, T + 1)
     budgets = {
         "grows": np.maximum(16, t // ours["ratio_at_end"]),
@@ -120,45 +131,75 @@ def rows_are_paired_with_the_dense_model_by_window_test(record, model, data, fil
         return -np.take_along_axis(rates, some["targets"][..., None], 2)[..., 0]
 
     dense = nats(Dense())
-    assert record["dense_nats"][str(T)] == pytest.approx(dense.mean(), abs=1e-3)
-    for file, row in zip(files, record["rows"][:: len(record["rows"]) - 1], strict=True):
+    first, *rows = record["rows"]
+    assert first["method"] == "dense" and first["rises"] == [0.0] * WINDOWS
+    assert first["nats"] == pytest.approx(dense.mean(), abs=1e-3)
+    for file, row in zip(files, rows[:2], strict=True):
         rises = (nats(load_gates(file, model.config).at(RATIO)) - dense).mean(axis=1)
         assert np.abs(rises).max() > 1e-3
         np.testing.assert_allclose(row["rises"], rises, atol=2e-5)
         percent = 100 * math.expm1(rises.mean())
         assert row["perplexity_percent"] == pytest.approx(percent, abs=5e-3)
+        assert row["percent_by_position"] == {f"0-{T}": pytest.approx(percent, abs=5e-3)}
+        assert row["peak_bytes"] == pytest.approx(row["end_slots"] * first["peak_bytes"] / T, abs=1)
 
 
 def a_second_run_measures_only_what_is_left_test(run, files, tmp_path):
     file = tmp_path / "gates.json"
     first, policies = run(files[:1], file)
-    assert len(policies) == 1 + len(first["rows"]) == 1 + 1 + 3 * len(OTHERS)
+    assert len(policies) == len(first["rows"]) == 1 + 1 + 3 * len(OTHERS)
     again, policies = run(files[:1], file)
-    assert again["rows"] == first["rows"] and policies == [Dense()]
+    assert again["rows"] == first["rows"] and not policies
     both, policies = run(files, file)  # a seed more
     assert both["rows"][:-1] == first["rows"] and len(policies) == 2
     file.write_text(json.dumps(both | {"rows": both["rows"][:3]}))
     assert len(run(files, file)[1]) == 1 + len(both["rows"]) - 3
 
 
-def gates_that_cannot_be_told_apart_and_figures_of_others_are_refused_test(
-    run, files, tmp_path, capsys
-):
-    run(files[:1], tmp_path / "one.json")
-    text = (tmp_path / "one.json").read_text()
-    for given, complaint in (
-        (files[1:], "one.json is of other text or gates: name another --output"),
-        ([files[0], files[0]], "cannot be told apart, got seed5, seed5"),
-    ):
-        with pytest.raises(SystemExit):
-            run(given, tmp_path / "one.json")
-        assert complaint in capsys.readouterr().err
-    assert (tmp_path / "one.json").read_text() == text
+def gates_that_cannot_be_told_apart_are_refused_test(run, files, tmp_path):
+    with pytest.raises(UserError, match="cannot be told apart, got seed5, seed5"):
+        run([files[0], files[0]], tmp_path / "one.json")
 
 
-def no_place_of_this_machine_is_written_test(record):
-    assert not re.search(r'["=,: ]/', json.dumps(record))
-    assert "--checkpoint=" in record["machine"]["command"]
+def without_gates_others_are_measured_at_the_ratio_itself_test(run, tmp_path):
+    rows = run([], tmp_path / "none.json")[0]["rows"]
+    told = [(row["method"], row.get("budget"), row.get("like")) for row in rows]
+    assert told == [("dense", None, None)] + [
+        (name, "grows", ratio) for ratio in (RATIO, 99.0) for name in OTHERS
+    ]
+    assert rows[1]["end_slots"] == T // RATIO
+
+
+def gates_that_merge_take_part_again_with_margins_test(files, model):
+    stored = load_gates(files[0], model.config)
+    some = dataclasses.replace(stored.policy.gates, gamma=jnp.zeros(model.config.kv_rows))
+    settings = DMCSettings(window=12, offset=0.0)
+    merging = dataclasses.replace(stored, policy=DelayedDMC(some, 0.0, 4, settings))
+    all_of_them = with_margins((stored, merging), (0.5, 2.0))
+    assert [each.policy.name for each in all_of_them] == ["dms", "dmc", "dmc", "dmc"]
+    kinds = [about["kind"] for about in about_gates(all_of_them[1:]).values()]
+    names = [*about_gates(all_of_them[1:])]
+    assert names == ["seed5", "seed5, margin 0.5", "seed5, margin 2"]
+    assert [kind.split(", ")[2] for kind in kinds[1:]] == ["margin 0.5", "margin 2"]
+    assert all(each.table == merging.table for each in all_of_them[2:])
+
+
+def nats_are_told_by_where_a_token_stands_test():
+    rng = np.random.default_rng(0)
+    dense, one = (
+        Measured(rng.normal(size=(3, 300)), np.zeros((3, 300)), np.ones((3, 300)), None)
+        for _ in range(2)
+    )
+    row = arena.text_row(one, dense, 10)
+    rises = one.nats - dense.nats
+    places = {"0-128": (0, 128), "128-256": (128, 256), "256-300": (256, 300)}
+    assert row["percent_by_position"] == {
+        name: pytest.approx(100 * np.expm1(rises[:, a:b].mean()), abs=1e-3)
+        for name, (a, b) in places.items()
+    }
+    assert row["mean_bytes"] == row["peak_bytes"] == 10
+    table = position_table([{"length": 300, "method": "x", **row}]).splitlines()
+    assert table[0].count("|") == table[2].count("|") == 8
 
 
 def a_summary_has_means_over_seeds_and_differences_on_the_same_windows_test():
@@ -166,7 +207,7 @@ def a_summary_has_means_over_seeds_and_differences_on_the_same_windows_test():
         rises = np.array(rises)
         figures = {"perplexity_percent": 100 * math.expm1(rises.mean()), "ratio_at_end": 2.0}
         case = {"length": 512, "windows": 2, "method": method, "rises": rises.tolist()}
-        return case | figures | about
+        return case | figures | {"ratio_of_means": 1.8} | about
 
     rows = [
         row("a0", [0.01, 0.03], asked=2.0),
@@ -175,13 +216,12 @@ def a_summary_has_means_over_seeds_and_differences_on_the_same_windows_test():
         row("a1", [0.03, 0.05], asked=2.0),
         row("b", [0.5, 0.5], asked=4.0),
     ]
-    kinds = {"a0": {"kind": "a"}, "a1": {"kind": "a"}, "b": {"kind": "b"}}
-    table = benchmark.summary({"gates": kinds, "rows": rows}).splitlines()
+    table = text_table(rows, {"a": ["a0", "a1"], "b": ["b"]}).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[0][5:] == ["perplexity", "slots", "TOVA", "H2O"]
+    assert cells[0][6:] == ["perplexity", "slots", "TOVA", "H2O"]
     # Means over seeds: 0.02 and 0.04; TOVA is 0.08 and 0.10 above them, H2O 0.18 and 0.16.
     ours = "+3.0 ± 2.0 % (+2.0 to +4.1)"
-    assert cells[2] == ["512", "2", "2x", "a", "2.00x", ours, "end", "+9.4 ± 2.0 %", ""]
-    assert cells[3] == ["512", "2", "2x", "a", "2.00x", ours, "mean", "", "+18.5 ± 2.0 %"]
-    assert cells[4] == ["512", "2", "4x", "b", "2.00x", "+64.9 ± 0.0 %", "", "", ""]
+    assert cells[2] == ["512", "2", "2x", "a", "2.00x", "1.80x", ours, "end", "+9.4 ± 2.0 %", ""]
+    assert cells[3] == ["512", "2", "2x", "a", "2.00x", "1.80x", ours, "mean", "", "+18.5 ± 2.0 %"]
+    assert cells[4] == ["512", "2", "4x", "b", "2.00x", "1.80x", "+64.9 ± 0.0 %", "", "", ""]
     assert len(cells) == 5

@@ -1,4 +1,4 @@
-"""The benchmark of tasks on a model of two layers: equal slots, solved cells, no code unasked."""
+"""The arena's tasks on a model of two layers: equal slots, solved cells, no code unasked."""
 
 import gzip
 import json
@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import tasks
-from dmc_jax.checkpoints.gates import Measured, StoredGates, model_hash, save_gates
+from dmc_jax.checkpoints.gates import Measured, StoredGates, load_gates, model_hash, save_gates
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.gates import Gates
-from dmc_jax.evaluation import human_eval
+from dmc_jax.evaluation import arena, human_eval
+from dmc_jax.evaluation.arena import Arena, ArenaConfig, FunctionConfig, NeedleConfig, about_gates
 from dmc_jax.evaluation.human_eval import PROBLEMS
-from dmc_jax.model.llama import init_params
+from dmc_jax.evaluation.record import open_record
+from dmc_jax.inference.engine import Engine
+from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.model.llama import init_params, unstack_layers
 from dmc_jax.policies.dms import DMS
 from tests.evaluation.byte_tokenizer import ByteTokenizer
 
@@ -40,7 +43,7 @@ ENTRY = {
     "canonical_solution": "    return 1\n",
 }
 ESSAYS = {"a.txt": b"One thing is small. Two are more. " * 9}
-SMALL = ["--lengths", "256", "--depths", "20", "90", "--trials", "1", "--plain", "--ratios", "2"]
+NEEDLES = NeedleConfig(lengths=(256,), depths=(20.0, 90.0), trials=1)
 
 
 def some_gates(params):
@@ -57,34 +60,34 @@ def params():
 
 
 @pytest.fixture
-def run(params, tmp_path, monkeypatch, capsys):
-    """The command, as on a machine that has all it needs."""
+def run(params, tmp_path, monkeypatch):
+    """Takes fields of a config; gives the record's rows and what was said."""
     save_gates(tmp_path / "some_dms.safetensors", some_gates(params))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    model = types.SimpleNamespace(
-        params=params, config=CONFIG, tokenizer=tmp_path / "tokenizer.json"
-    )
+    gates = (load_gates(tmp_path / "some_dms.safetensors", CONFIG),)
     content = gzip.compress(f"{json.dumps(ENTRY)}\n".encode() * 3)
-    monkeypatch.setattr(tasks, "open_model", lambda path: model)
-    monkeypatch.setattr(tasks, "load_tokenizer_of", lambda model: ByteTokenizer())
     files = {PROBLEMS: {"problems": content}}
-    monkeypatch.setattr(tasks, "package_files", lambda *file: files.get(file, ESSAYS))
+    monkeypatch.setattr(arena, "package_files", lambda *file: files.get(file, ESSAYS))
+    model = types.SimpleNamespace(params=params, config=CONFIG)
+    unstacked, text = unstack_layers(params, CONFIG, "float32"), ByteTokenizer()
 
-    def run(*flags):
-        output = tmp_path / "tasks.json"
-        base = "--checkpoint=x", f"--gates={tmp_path}/some_dms.safetensors", f"--output={output}"
-        capsys.readouterr()
-        tasks.main([*base, *SMALL, *flags])
-        record = json.loads(output.read_text())
-        return record["rows"], [
-            line for line in capsys.readouterr().out.splitlines() if "{" in line
-        ]
+    def write(policy, prompts, new_tokens, stop):
+        engine = Engine(unstacked, CONFIG, text, policy=policy, max_sequences=8, kv_bytes=2**24)
+        params = SamplingParams(new_tokens, temperature=0.0, stop=tuple(stop))
+        return engine.generate(prompts, params)
+
+    def run(*contests, **fields):
+        said = []
+        record = open_record(tmp_path / "tasks.json", {"gates": about_gates(gates)}, ())
+        record.report = said.append
+        config = ArenaConfig(contests=contests, ratios=(2.0,), needles=NEEDLES, **fields)
+        arena.run(Arena(config, model, text, None, gates, (), record, write, None))
+        return json.loads((tmp_path / "tasks.json").read_text())["rows"], said
 
     return run
 
 
 def cells_that_the_dense_model_does_not_solve_are_not_compared_test(run):
-    rows, said = run("--tasks", "passkey")
+    rows, said = run("passkey")
     assert [row["method"] for row in rows] == ["dense"]
     assert rows[0]["found"] == {"20": 0.0, "90": 0.0} and rows[0]["ratio_at_end"] == 1.0
     assert "the dense model solves nothing to compare with" in said[-1]
@@ -93,8 +96,7 @@ def cells_that_the_dense_model_does_not_solve_are_not_compared_test(run):
 def methods_are_compared_where_it_does_at_the_gates_slots_and_once_test(run, monkeypatch):
     shares = iter([0.2, 1.0])  # of dense, at 20 and 90 percent; then of whoever comes
     monkeypatch.setattr("dmc_jax.evaluation.needle.found", lambda *_: next(shares, 0.5))
-    flags = "--tasks", "needle", "--others", "StreamingLLM", "--budgets", "grows"
-    rows, said = run(*flags)
+    rows, said = run("needle", others=("StreamingLLM",))
     assert [row["method"] for row in rows] == ["dense", "some_dms", "StreamingLLM"]
     assert len(said) == 3
     ours = rows[1]
@@ -105,7 +107,7 @@ def methods_are_compared_where_it_does_at_the_gates_slots_and_once_test(run, mon
         assert row["cache_bytes"] < row["dense_bytes"]
         assert row["length"] == 256 and row.get("like", 2.0) == 2.0
     # A second run goes on where the first was.
-    again, said = run(*flags, "end")
+    again, said = run("needle", others=("StreamingLLM",), budgets=("grows", "end"))
     assert again[:3] == rows and len(said) == 1
     assert again[3]["end_slots"] == pytest.approx(ours["end_slots"], abs=0.51)
 
@@ -113,8 +115,7 @@ def methods_are_compared_where_it_does_at_the_gates_slots_and_once_test(run, mon
 def what_the_model_wrote_is_run_only_when_asked_for_test(run, monkeypatch, tmp_path):
     programs = []
     monkeypatch.setattr(human_eval, "verdict", lambda text: programs.append(text) or "passed")
-    flags = "--tasks", "humaneval", "--new_tokens", "8", "--others"
-    rows, _ = run(*flags)
+    rows, _ = run("humaneval", others=(), functions=FunctionConfig(new_tokens=8))
     assert not programs and len(rows) == 2
     for row in rows:
         assert not {"pass_at_1", "passed"} & row.keys() and row["run_code"] is False
@@ -122,17 +123,9 @@ def what_the_model_wrote_is_run_only_when_asked_for_test(run, monkeypatch, tmp_p
         assert row["mean_new_tokens"] == np.mean(row["new_tokens"])
         # That of a model that knows nothing, per byte.
         assert row["solution_nats"] == pytest.approx(np.log(259), abs=0.3)
-    rows, _ = run(*flags, "--run_code")
+    asked = FunctionConfig(new_tokens=8, run_code=True)
+    rows, _ = run("humaneval", others=(), functions=asked)
     assert len(programs) == 6 and len(rows) == 4
     assert all(text.startswith('def one():\n    """ One. """') for text in programs)
     assert rows[2]["passed"] == [1, 1, 1] and rows[3]["pass_at_1"] == 1.0
     assert rows[2]["network"] in ("cut", "open")
-
-
-def a_record_of_other_gates_is_left_alone_test(run, tmp_path, capsys):
-    content = json.dumps({"chat": False, "gates": {"others": {}}, "rows": []})
-    (tmp_path / "tasks.json").write_text(content)
-    with pytest.raises(SystemExit):
-        run("--tasks", "passkey")
-    assert "is of other prompts or gates: name another --output" in capsys.readouterr().err
-    assert (tmp_path / "tasks.json").read_text() == content
