@@ -30,7 +30,7 @@ from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
-from dmc_jax.evaluation.tables import head_table
+from dmc_jax.evaluation.tables import evaluation_text, headline
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prompts import parse_bytes
 from dmc_jax.inference.requests import Result
@@ -233,7 +233,7 @@ def _measure_text(stored: StoredModel) -> tuple[dict, str]:
             _measure(reference.load(mesh), reference.policy, data, length, mesh)
         ),
     }
-    return about, _as_text(about)
+    return about, evaluation_text(about)
 
 
 def _measure_tasks(stored: StoredModel) -> tuple[dict, str]:
@@ -284,7 +284,7 @@ def _measure_tasks(stored: StoredModel) -> tuple[dict, str]:
     ratio = adapter.tokens_per_slot
     about = _about(model, policy) | {"length": length, "chat": chat, "limit": _LIMIT.value}
     about |= {"tasks": results, "ratio": ratio}
-    return about, f"{_headline(about)}\n{ratio:.2f} tokens per slot\n\n{as_text(results)}"
+    return about, f"{headline(about)}\n{ratio:.2f} tokens per slot\n\n{as_text(results)}"
 
 
 def _writer(
@@ -394,46 +394,6 @@ def _about(model: LoadedModel, policy: Policy) -> dict:
         "policy": to_json(policy),
         "threshold": getattr(policy, "threshold", 0.0),
     }
-
-
-def _headline(about: dict) -> str:
-    held_to = about["policy"].keys() & {"budget", "ratio"}
-    return (
-        f"{about['checkpoint']} ({about['stage']}, step {about['step']}, "
-        + (f"merging above {about['threshold']:.4g}" if about["mode"] == "dmc" else about["mode"])
-        + "".join(f", {name} {about['policy'][name]:g}" for name in sorted(held_to))
-        + ")"
-    )
-
-
-def _as_text(about: dict) -> str:
-    ours, dense = about["evaluation"], about["dense"]
-    columns = [("this model", ours)]
-    if dense is not None:
-        columns.append(("dense before", dense["evaluation"]))
-    rows = [
-        ("loss (nats a token)", "loss", ".4f"),
-        ("perplexity", "perplexity", ".3f"),
-        ("bits per byte", "bits_per_byte", ".4f"),
-        ("tokens per slot", "ratio", ".2f"),
-    ]
-    lines = [
-        _headline(about),
-        f"{about['data']}, {about['split']}: {ours['windows']:,} windows of {about['length']:,} "
-        f"tokens, {ours['tokens']:,} predicted in {about['dtype']}"
-        + (f", keys and values in {about['kv_dtype']}" if _KV_DTYPE.value else ""),
-        "",
-        f"{'':<20}" + "".join(f"{name:>14}" for name, _ in columns),
-    ]
-    lines += [
-        f"{label:<20}" + "".join(f"{figures[key]:>14{form}}" for _, figures in columns)
-        for label, key, form in rows
-    ]
-    if about["mode"] == "dmc":
-        where = dense and f"dense before the retrofit: {dense['checkpoint']}"
-        absent = "the dense model from before the retrofit is not there; name it with --dense=DIR"
-        lines += ["", where or absent, "", "tokens per slot", "", head_table(ours)]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
