@@ -2,6 +2,7 @@
 
     python -m benchmarks.end_to_end                              # --resume goes on after a cut
     python -m benchmarks.end_to_end --quick --model=tiny         # on any device: whether it works
+    python -m benchmarks.end_to_end --kv_dtype=int8              # pages of int8, another file
     python -m benchmarks.end_to_end --compile 2/8                # only fills JAX's program cache
 
 What is timed is the engine's own step, `inference.programs.next_tokens`: forward pass, merging or
@@ -30,6 +31,7 @@ copying measured in the same run. No step can be faster unless it reads less.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -281,6 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="7b", choices=sorted(PRESETS))
     parser.add_argument("--page", type=int, default=16, help="slots of a page")
+    parser.add_argument("--kv_dtype", default=DTYPE, choices=(DTYPE, "int8"), help="of pages")
     parser.add_argument("--reserve", type=float, default=4e9, help="bytes for activations")
     parser.add_argument("--dollars-per-hour", type=float, help="adds dollars a million new tokens")
     parser.add_argument("--seconds", type=float, default=540, help="begin none that may end later")
@@ -300,15 +303,19 @@ def main(arguments: list[str] | None = None) -> None:
             f"the benchmark needs a GPU that JAX sees, and it sees {device.device_kind}; "
             "try --quick --model=tiny"
         )
-    name = "end_to_end_quick.json" if options.quick else "end_to_end.json"
+    name = "end_to_end" if options.kv_dtype == DTYPE else f"end_to_end_{options.kv_dtype}"
+    name = f"{name}_quick.json" if options.quick else f"{name}.json"
     file = options.output or timing.result_file(name)
     config, steps = PRESETS[options.model], 4 if options.quick else 16
+    make = functools.partial(
+        Setup, config, page=options.page, steps=steps, kv_dtype=options.kv_dtype
+    )
     if options.compile:
-        setup = Setup(config, jax.eval_shape(random_params, config), options.page, steps, 1.0)
+        setup = make(jax.eval_shape(random_params, config), rate=1.0)
         part, parts = map(int, options.compile.split("/"))
         return compile_runs(setup, _planned(setup, options, device)[1][part::parts], until)
     rate = max(timing.copy_rates(2**22 if options.quick else 2**30).values())
-    setup = Setup(config, random_params(config), options.page, steps, rate)
+    setup = make(random_params(config), rate=rate)
     memories, runs = _planned(setup, options, device)
     command = " ".join(["python -m benchmarks.end_to_end", *arguments])
     report = {
@@ -316,6 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": timing.machine(command),
         "model": options.model,
         "dtype": DTYPE,
+        "kv_dtype": options.kv_dtype,
         "implementations_that_run": [
             x for x in api.IMPLEMENTATIONS.names if not api.unavailable(x)
         ],
@@ -328,8 +336,11 @@ def main(arguments: list[str] | None = None) -> None:
     }
     if options.resume and file.exists():
         old = json.loads(file.read_text())
-        if old["machine"]["device"] != report["machine"]["device"] or old["model"] != options.model:
-            parser.error(f"--resume: {file} is of another device or model; take another --output")
+        theirs = old["machine"]["device"], old["model"], old.get("kv_dtype", DTYPE)
+        if theirs != (report["machine"]["device"], options.model, options.kv_dtype):
+            parser.error(
+                f"--resume: {file} is of another device, model or kv_dtype; take another --output"
+            )
         report["results"] = old["results"]
     print(f"{options.model} on {device.device_kind}; copy {rate / 1e9:.1f} GB/s")
     run_all(setup, runs, report, file, until, options.dollars_per_hour)

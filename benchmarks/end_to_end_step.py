@@ -20,13 +20,13 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.inference import paged_cache, programs
 from dmc_jax.inference.paged_cache import PagedCache
-from dmc_jax.inference.pages import Pages
 from dmc_jax.inference.prefill import prefill
 from dmc_jax.inference.sampling import SamplingParams, stack_params
 from dmc_jax.model.llama import init_params, unstack_layers
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Policy
+from pallas_kernels.quantisation import quantise
 
 DTYPE = "bfloat16"
 POINTS, WEIGHTS = (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6)  # Simpson's rule
@@ -67,6 +67,7 @@ class Setup:
     page: int
     steps: int  # timed at a point
     rate: float  # bytes a second of copying
+    kv_dtype: str = DTYPE  # of pages
 
     @property
     def weight_bytes(self) -> int:
@@ -143,15 +144,19 @@ def new_cache(setup: Setup, run: Run, batch: int, key: Array) -> PagedCache:
         pages=batch * pages,
         page_size=setup.page,
         max_length=total,
-        dtype=jnp.dtype(DTYPE),
+        dtype=setup.kv_dtype,
         tokens=jnp.dtype(DTYPE),
     )
     shape = min(batch * pages, _BLOCK_PAGES), *cache.pages.k.shape[1:]
-    pools = [
-        _repeated(jax.random.normal(key, shape, DTYPE), batch * pages)
-        for key in jax.random.split(key)
-    ]
-    return dataclasses.replace(cache, pages=Pages(*pools))
+    blocks = {
+        name: jax.random.normal(key, shape, DTYPE)
+        for name, key in zip("kv", jax.random.split(key), strict=True)
+    }
+    if setup.kv_dtype == "int8":
+        for name in "kv":
+            blocks[name], blocks[f"{name}_scale"] = quantise(blocks[name], DTYPE)
+    pools = {name: _repeated(block, batch * pages) for name, block in blocks.items()}
+    return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, **pools))
 
 
 def _repeated(block, pages):
@@ -326,7 +331,7 @@ def prefill_times(
     # As large for all prompts and ratios: so all of a policy run the same programs.
     rows, longest = setup.config.kv_rows, setup.config.max_length
     sizes = {"page_size": setup.page, "max_length": longest}
-    sizes |= dict.fromkeys(("dtype", "tokens"), jnp.dtype(DTYPE))
+    sizes |= {"dtype": setup.kv_dtype, "tokens": jnp.dtype(DTYPE)}
     pages = rows * paged_cache.pages_of(longest, setup.page)
     cache = paged_cache.init(setup.config, policy, seats=1, pages=pages, **sizes)
     prompt = np.random.default_rng(0).integers(0, setup.config.vocab_size, tokens)
@@ -354,7 +359,7 @@ def measure(setup: Setup, run: Run) -> dict:
     """
     decoder = Decoder(setup, run)
     grown = decoder.set_threshold()
-    slot_bytes = 2 * setup.config.head_dim * jnp.dtype(DTYPE).itemsize
+    slot_bytes = decoder.cache.pages.page_bytes / setup.page
     points = []
     for point in POINTS:
         tokens = run.prompt + round(point * run.new)
@@ -394,7 +399,7 @@ def measure(setup: Setup, run: Run) -> dict:
         "floor_weights_and_cache": round(1e3 * run.batch / mean("floor_milliseconds"), 1),
         "copy_bytes_per_second": setup.rate,
         "points": points,
-        "threshold": float(getattr(decoder.policy, "threshold", 0.0)),
+        "threshold": float(decoder.policy.threshold or 0.0),  # a dense model has none
         "slots_per_token_in_the_steps": round(grown, 4),
         "cache_bytes": cache_bytes,
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,

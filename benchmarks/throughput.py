@@ -34,9 +34,14 @@ PROMPT, NEW, PAGE = 512, 256, 16
 SEQUENCE_BYTES = (PROMPT + NEW) * MODEL.kv_rows * 2 * MODEL.head_dim * 4
 
 
-def serve(model: RandomModel, ratio: float, kv_bytes: int, requests: int) -> dict:
+def serve(
+    model: RandomModel, ratio: float, kv_bytes: int, requests: int, kv_dtype: str = "float32"
+) -> dict:
     """Serves all requests at one ratio, 1 for dense, and says what that took."""
-    seats = min(requests, max(1, round(1.1 * ratio * kv_bytes / SEQUENCE_BYTES)))
+    slots = ratio * kv_bytes / SEQUENCE_BYTES
+    if kv_dtype == "int8":
+        slots *= 4 * MODEL.head_dim / (MODEL.head_dim + 4)  # with a float32 scale
+    seats = min(requests, max(1, round(1.1 * slots)))
     engine = Engine(
         model.params,
         model.config,
@@ -46,6 +51,7 @@ def serve(model: RandomModel, ratio: float, kv_bytes: int, requests: int) -> dic
         kv_bytes=kv_bytes,
         page_size=PAGE,
         max_length=PROMPT + NEW,
+        kv_dtype=kv_dtype,
     )
     prompts = random_model.random_tokens(model.config, requests, PROMPT, seed=2).tolist()
     warm_up(engine, prompts[0], NEW)

@@ -21,6 +21,7 @@ from dmc_jax.errors import UserError
 from dmc_jax.inference import compiling
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.output import EXISTING, Output, as_json, check_output, results_file
+from dmc_jax.inference.pages import KV_DTYPES
 from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts, read_text
 from dmc_jax.inference.requests import Event, Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
@@ -107,6 +108,13 @@ _DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16"],
     "Of the computation; default: that of the checkpoint, but float32 on a CPU.",
 )
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype",
+    None,
+    KV_DTYPES,
+    "Of keys and values in the cache, int8 with a scale for each; default: that of the "
+    "computation.",
+)
 
 
 def main() -> int:
@@ -132,6 +140,7 @@ def main() -> int:
         ratio=_RATIO.value,
         add_bos=_ADD_BOS.value,
         dtype=_DTYPE.value,
+        kv_dtype=_KV_DTYPE.value,
     )
     ask = functools.partial(_ask, engine, Path(_TOKENIZER.value or model.tokenizer))
     with results_file(output) as write:

@@ -30,12 +30,12 @@ from dmc_jax.data.prepared import PreparedData, open_data
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.perplexity import Evaluation, evaluate
-from dmc_jax.evaluation.tables import head_table
+from dmc_jax.evaluation.tables import evaluation_text, headline
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prompts import parse_bytes
 from dmc_jax.inference.requests import Result
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.model.causal_attention import choose_attention, evaluation_attention
+from dmc_jax.model.causal_attention import choose_attention, evaluation_attention, over_int8
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.model.sharding import make_mesh
 from dmc_jax.policies.choice import BUDGETED, POLICIES, Gated, policy_for, to_json
@@ -141,6 +141,12 @@ _DTYPE = flags.DEFINE_enum(
     "Of the computation; default: that of training; for other formats bfloat16 where the weights "
     "are, and else float32.",
 )
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype",
+    None,
+    ["int8"],
+    "Keep keys and values as pages of int8 do; beside it stands the dense model as it is.",
+)
 _JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of text.")
 
 _MESH = MeshConfig(data=1, fsdp=-1)  # all devices share the windows, and each has a part of a model
@@ -187,6 +193,11 @@ def _policy(model: LoadedModel) -> tuple[Policy, StoredGates | None]:
                 "flag out or name a checkpoint of the retrofit or finetune stage"
             )
         policy = dataclasses.replace(policy, threshold=_THRESHOLD.value)
+    if _KV_DTYPE.value and policy.name in BUDGETED:
+        raise UserError(
+            f"--kv_dtype: whole sequences with {policy.name} are not rounded as pages are; leave "
+            "the flag out, or take another policy"
+        )
     return policy, gates
 
 
@@ -211,7 +222,9 @@ def _measure_text(stored: StoredModel) -> tuple[dict, str]:
         "data": str(data.path),
         "split": _SPLIT.value,
         "length": length,
-        "evaluation": dataclasses.asdict(_measure(model, policy, data, length, mesh)),
+        "evaluation": dataclasses.asdict(
+            _measure(model, policy, data, length, mesh, _KV_DTYPE.value)
+        ),
     }
     del model  # two models at a time would not fit where one just does
     about["dense"] = reference and {
@@ -220,7 +233,7 @@ def _measure_text(stored: StoredModel) -> tuple[dict, str]:
             _measure(reference.load(mesh), reference.policy, data, length, mesh)
         ),
     }
-    return about, _as_text(about)
+    return about, evaluation_text(about)
 
 
 def _measure_tasks(stored: StoredModel) -> tuple[dict, str]:
@@ -242,6 +255,7 @@ def _measure_tasks(stored: StoredModel) -> tuple[dict, str]:
     tokenizer = load_tokenizer_of(stored, _TOKENIZER.value, _ADD_BOS.value)
     path = Path(_TOKENIZER.value or stored.tokenizer)
     kv_bytes, dtype = parse_bytes(_KV_BYTES.value), _dtype(stored)
+    attention = choose_attention()
     tasks = find_tasks(
         _TASKS.value,
         folder=_TASK_PATH.value and Path(_TASK_PATH.value),
@@ -253,20 +267,24 @@ def _measure_tasks(stored: StoredModel) -> tuple[dict, str]:
     adapter = HarnessModel(
         *(model.params, model.config, tokenizer, policy),
         write=_writer(
-            *(model, tokenizer, policy, gates), max_length=length, kv_bytes=kv_bytes, dtype=dtype
+            *(model, tokenizer, policy, gates),
+            max_length=length,
+            kv_bytes=kv_bytes,
+            dtype=dtype,
+            kv_dtype=_KV_DTYPE.value,
         ),
         tokenizer_path=path,
         batch=_BATCH.value,
         max_length=length,
         dtype=dtype,
-        attention=choose_attention(),
+        attention=over_int8(attention) if _KV_DTYPE.value else attention,
     )
     chat = _APPLY_CHAT_TEMPLATE.value
     results = run_tasks(adapter, tasks, limit=_LIMIT.value, chat=chat)
     ratio = adapter.tokens_per_slot
     about = _about(model, policy) | {"length": length, "chat": chat, "limit": _LIMIT.value}
     about |= {"tasks": results, "ratio": ratio}
-    return about, f"{_headline(about)}\n{ratio:.2f} tokens per slot\n\n{as_text(results)}"
+    return about, f"{headline(about)}\n{ratio:.2f} tokens per slot\n\n{as_text(results)}"
 
 
 def _writer(
@@ -313,7 +331,7 @@ def _task_metadata() -> dict[str, Any]:
 def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
     """The model before the retrofit: this run's pretraining, else what the run started from.
 
-    Of a dense model that runs with another policy it is that model itself.
+    Of a dense model that runs with another policy, or in int8, it is that model itself.
     """
     if _DENSE.value:
         dense = find_model(_DENSE.value)
@@ -321,7 +339,8 @@ def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
             raise UserError(f"--dense: {dense.path} merges; name a dense checkpoint")
         return dense
     if isinstance(model.policy, Dense):
-        return None if isinstance(policy, Dense) else find_model(_CHECKPOINT.value)
+        itself = isinstance(policy, Dense) and not _KV_DTYPE.value
+        return None if itself else find_model(_CHECKPOINT.value)
     if model.metadata.run is None:
         return None
     start = model.metadata.run.init_from
@@ -334,11 +353,17 @@ def _dense_model(model: StoredModel, policy: Policy) -> StoredModel | None:
 
 
 def _measure(
-    model: LoadedModel, policy: Policy, data: PreparedData, length: int, mesh: Mesh
+    model: LoadedModel,
+    policy: Policy,
+    data: PreparedData,
+    length: int,
+    mesh: Mesh,
+    kv_dtype: str | None = None,
 ) -> Evaluation:
-    """Evaluate as the end of a stage does: in the precision of training."""
+    """Evaluate as the end of a stage does: in the precision of training, but for `kv_dtype`."""
     check_tokenizer_of(model, data)
     run = model.metadata.run or RunConfig  # the class has the defaults
+    attention = evaluation_attention(run.attention, run.attention_block, mesh)
     return evaluate(
         model.params,
         model.config,
@@ -349,7 +374,7 @@ def _measure(
         batch=_BATCH.value,
         limit=_WINDOWS.value,
         dtype=_dtype(model),
-        attention=evaluation_attention(run.attention, run.attention_block, mesh),
+        attention=over_int8(attention) if kv_dtype else attention,
         mesh=mesh,
     )
 
@@ -364,49 +389,11 @@ def _about(model: LoadedModel, policy: Policy) -> dict:
         "stage": model.metadata.stage,
         "step": model.metadata.step,
         "dtype": _dtype(model),
+        "kv_dtype": _KV_DTYPE.value or _dtype(model),
         "mode": policy.name,
         "policy": to_json(policy),
         "threshold": getattr(policy, "threshold", 0.0),
     }
-
-
-def _headline(about: dict) -> str:
-    held_to = about["policy"].keys() & {"budget", "ratio"}
-    return (
-        f"{about['checkpoint']} ({about['stage']}, step {about['step']}, "
-        + (f"merging above {about['threshold']:.4g}" if about["mode"] == "dmc" else about["mode"])
-        + "".join(f", {name} {about['policy'][name]:g}" for name in sorted(held_to))
-        + ")"
-    )
-
-
-def _as_text(about: dict) -> str:
-    ours, dense = about["evaluation"], about["dense"]
-    columns = [("this model", ours)]
-    if dense is not None:
-        columns.append(("dense before", dense["evaluation"]))
-    rows = [
-        ("loss (nats a token)", "loss", ".4f"),
-        ("perplexity", "perplexity", ".3f"),
-        ("bits per byte", "bits_per_byte", ".4f"),
-        ("tokens per slot", "ratio", ".2f"),
-    ]
-    lines = [
-        _headline(about),
-        f"{about['data']}, {about['split']}: {ours['windows']:,} windows of {about['length']:,} "
-        f"tokens, {ours['tokens']:,} predicted in {about['dtype']}",
-        "",
-        f"{'':<20}" + "".join(f"{name:>14}" for name, _ in columns),
-    ]
-    lines += [
-        f"{label:<20}" + "".join(f"{figures[key]:>14{form}}" for _, figures in columns)
-        for label, key, form in rows
-    ]
-    if about["mode"] == "dmc":
-        where = dense and f"dense before the retrofit: {dense['checkpoint']}"
-        absent = "the dense model from before the retrofit is not there; name it with --dense=DIR"
-        lines += ["", where or absent, "", "tokens per slot", "", head_table(ours)]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

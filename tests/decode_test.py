@@ -110,6 +110,22 @@ def a_bad_prompt_costs_that_prompt_and_is_named_test(flags, tmp_path):
     assert [second[n]["tokens"] for n in (0, 6, 7)] == [results[n]["tokens"] for n in (0, 6, 7)]
 
 
+def pages_of_int8_take_a_quarter_and_their_scales_test(flags):
+    wide, narrow, unknown = runs_of(
+        "decode",
+        [*flags, "--prompt=abba", "--json"],
+        [*flags, "--prompt=abba", "--json", "--kv_dtype=int8"],
+        [*flags, "--prompt=abba", "--kv_dtype=int4"],
+    )
+    results = [json.loads(run.stdout) for run in (wide, narrow)]
+    assert results[0]["new_tokens"] == results[1]["new_tokens"] > 0
+    # Heads of 16 numbers: 64 bytes are 16, and 4 for the scale.
+    of_dense = [result["dense_cache_bytes"] for result in results]
+    assert of_dense[1] / of_dense[0] == 20 / 64
+    assert results[1]["live_cache_bytes"] <= of_dense[1]
+    assert unknown.returncode == 2 and "kv_dtype" in unknown.stderr
+
+
 def a_result_that_is_there_stays_until_a_new_one_is_complete_test(flags, tmp_path):
     output, prompts = tmp_path / "output", tmp_path / "prompts"
     output.write_text("old")

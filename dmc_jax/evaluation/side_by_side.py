@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from dmc_jax.checkpoints.gates import StoredGates
 from dmc_jax.config import ModelConfig
+from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.core.losses import token_losses
 from dmc_jax.data.loader import windows
 from dmc_jax.data.prepared import PreparedData
@@ -113,6 +114,7 @@ def measure(
     *,
     batch: int = 1,
     dense: Measured | None = None,
+    attention: CausalAttention = causal_attention,
 ) -> Measured:
     """Run a model over windows with a policy.
 
@@ -123,6 +125,7 @@ def measure(
         policy: what its rows keep.
         batch: windows at a time.
         dense: what this gave for the same windows by `Dense`; None: that is run first.
+        attention: what computes the attention itself; see `model.causal_attention`.
     """
     if dense is None and not isinstance(policy, Dense):
         dense = measure(params, config, some, Dense(), batch=batch)
@@ -130,14 +133,14 @@ def measure(
     for at in range(0, len(some["tokens"]), batch):
         part = {name: x[at : at + batch] for name, x in some.items()}
         taught = None if dense is None else dense.hidden[at : at + batch]
-        got.append(jax.device_get(_measure(params, config, part, policy, taught)))
+        got.append(jax.device_get(_measure(params, config, part, policy, taught, attention)))
     nats, apart, slots, hidden = (np.concatenate(x) for x in zip(*got, strict=True))
     return Measured(nats, apart, slots / config.kv_rows, hidden)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _measure(params, config, batch, policy, taught):
-    attend = attend_whole(policy, config, batch["positions"])
+@functools.partial(jax.jit, static_argnames=("config", "attention"))
+def _measure(params, config, batch, policy, taught, attention):
+    attend = attend_whole(policy, config, batch["positions"], attention=attention)
     output = Llama(config).apply({"params": params}, batch["tokens"], attend=attend)
     prediction = output.prediction
     teacher = None if taught is None else dataclasses.replace(prediction, hidden=taught)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -141,3 +142,54 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[
         for width, name in zip(widths, header, strict=True)
     )
     return "\n".join((row(header), f"|{'|'.join(rule)}|", *map(row, lines)))
+
+
+def headline(about: dict[str, Any]) -> str:
+    """Name a checkpoint and what its rows kept.
+
+    Args:
+        about: as `dmc_jax.evaluate --json` prints it.
+    """
+    held_to = about["policy"].keys() & {"budget", "ratio"}
+    return (
+        f"{about['checkpoint']} ({about['stage']}, step {about['step']}, "
+        + (f"merging above {about['threshold']:.4g}" if about["mode"] == "dmc" else about["mode"])
+        + "".join(f", {name} {about['policy'][name]:g}" for name in sorted(held_to))
+        + ")"
+    )
+
+
+def evaluation_text(about: dict[str, Any]) -> str:
+    """Lay out what was measured on held-out text, the dense model beside it if there is one.
+
+    Args:
+        about: as for `headline`.
+    """
+    ours, dense = about["evaluation"], about["dense"]
+    other = about["kv_dtype"] != about["dtype"]
+    columns = [("this model", ours)]
+    if dense is not None:
+        columns.append(("dense before", dense["evaluation"]))
+    rows = [
+        ("loss (nats a token)", "loss", ".4f"),
+        ("perplexity", "perplexity", ".3f"),
+        ("bits per byte", "bits_per_byte", ".4f"),
+        ("tokens per slot", "ratio", ".2f"),
+    ]
+    lines = [
+        headline(about),
+        f"{about['data']}, {about['split']}: {ours['windows']:,} windows of {about['length']:,} "
+        f"tokens, {ours['tokens']:,} predicted in {about['dtype']}"
+        + (f", keys and values in {about['kv_dtype']}" if other else ""),
+        "",
+        f"{'':<20}" + "".join(f"{name:>14}" for name, _ in columns),
+    ]
+    lines += [
+        f"{label:<20}" + "".join(f"{figures[key]:>14{form}}" for _, figures in columns)
+        for label, key, form in rows
+    ]
+    if about["mode"] == "dmc":
+        where = dense and f"dense before the retrofit: {dense['checkpoint']}"
+        absent = "the dense model from before the retrofit is not there; name it with --dense=DIR"
+        lines += ["", where or absent, "", "tokens per slot", "", head_table(ours)]
+    return "\n".join(lines)

@@ -60,12 +60,15 @@ def attend_pages(
             first=first,
             scale=q.shape[-1] ** -0.5,
             implementation=implementation,
+            k_scale=cache.pages.k_scale,
+            v_scale=cache.pages.v_scale,
         )
     K = own_k.shape[2]
     table, lengths = (take_rows(x, first, K, seats) for x in (cache.page_table, cache.lengths))
+    own_k, own_v = cache.pages.rounded(own_k), cache.pages.rounded(own_v)
 
     def attend(q, own_k, own_v, slot):  # of a block of queries
-        carry = _own(q, own_k, own_v, cache.pages.dtype)
+        carry = _own(q, own_k, own_v)
         end = jnp.minimum(slot.max(), lengths.max())
 
         def seen(index):
@@ -103,13 +106,14 @@ def attend_until(
     table, lengths = (take_rows(x, first, K, seats) for x in (cache.page_table, cache.lengths))
     slots = table.shape[2] * cache.pages.page_size
     rows = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    own, edits, n = edits, edits.side_by_side(), len(edits.writes())
+    edits, n = edits.side_by_side(), len(edits.writes())
     real, writer = jnp.tile(real, n)[:, None], jnp.tile(jnp.arange(T), n)
     there = edits.slot >= 0
     slot = jnp.where(real & there, edits.slot, slots)
     never = jnp.full((B, K, slots), T, jnp.int32)
     gone = never.at[(*rows, slot)].min(writer, mode="drop")  # first token to write there
-    keys, values = (x.transpose(0, 2, 1, 3).astype(dtype) for x in (edits.key, edits.value))
+    states = [cache.pages.rounded(x) for x in (edits.key, edits.value)]
+    keys, values = (x.transpose(0, 2, 1, 3) for x in states)
     until = jnp.where(there, edits.until, -1)
     # Of what its own token wrote, a query begins with the first.
     since = writer + (jnp.arange(n * T) < T)
@@ -119,7 +123,7 @@ def attend_until(
     def attend(q, own_k, own_v, t, *own_mass):  # of a block of queries, t its tokens
         t = t[..., None]
         written = (since <= t) & (until[:, :, None] > t)  # [B, K, b, n T]
-        carry = _own(q, own_k, own_v, dtype, *own_mass)
+        carry = _own(q, own_k, own_v, *own_mass)
         carry = _meet(carry, q, keys, values, written, dtype, mass)
 
         def seen(index):
@@ -129,7 +133,7 @@ def attend_until(
         return _result(carry, q.dtype)
 
     of_rows = (order,) if mass is None else (order, mass[..., :T])
-    return _in_blocks(attend, q, (own.key, own.value), of_rows)
+    return _in_blocks(attend, q, [x[:, :T] for x in states], of_rows)
 
 
 def attention_to_slots(
@@ -211,12 +215,11 @@ def _in_blocks(attend, q, of_tokens, of_rows) -> Float[Array, "B T N H"]:
 # ---- a running softmax: peak and total [B, K, G, b], weighted sum [B, K, G, b, H] ---------------
 
 
-def _own(q, own_k, own_v, dtype, mass=None):
+def _own(q, own_k, own_v, mass=None):
     """Begin with a token's own state, which it would read from a page: rounded as pages are.
 
     `mass` is added to its score, [B, K, b].
     """
-    own_k, own_v = own_k.astype(dtype), own_v.astype(dtype)
     own = q.shape[-1] ** -0.5 * _einsum("BTKGH,BTKH->BKGT", q, own_k)
     if mass is not None:
         own += mass[:, :, None]

@@ -22,7 +22,7 @@ from dmc_jax.inference.paged_cache import (
 )
 from dmc_jax.model.llama import Attend, forward
 from dmc_jax.policies.policy import Policy, Tokens, first_rows
-from pallas_kernels.cache_update.api import XLA, choose
+from pallas_kernels.cache_update.api import XLA, State, choose
 from pallas_kernels.decode_attention.api import (
     Plan,
     decode_attention,
@@ -61,15 +61,18 @@ def read_token(
     """
     kernel = choose(implementation) if policy.launches and seats is None else XLA
     if kernel != XLA:
-        rotated, k_pages, v_pages, lengths, state = policy.launch(
-            *(cache.pages.k, cache.pages.v, cache.lengths, cache.state, token),
+        pages = cache.pages
+        rotated, held, state = policy.launch(
+            State(pages.k, pages.v, cache.lengths, None, pages.k_scale, pages.v_scale),
+            *(cache.state, token),
             page_table=cache.page_table,
             first=first,
             active=active,
             implementation=kernel,
         )
-        pages = dataclasses.replace(cache.pages, k=k_pages, v=v_pages)
-        return rotated, dataclasses.replace(cache, pages=pages, lengths=lengths, state=state)
+        scales = {"k_scale": held.k_scale, "v_scale": held.v_scale}
+        pages = dataclasses.replace(pages, k=held.k_pages, v=held.v_pages, **scales)
+        return rotated, dataclasses.replace(cache, pages=pages, lengths=held.lengths, state=state)
     K = token.k.shape[1]
     rows = functools.partial(take_rows, first=first, heads=K, seats=seats)
     lengths, before = rows(cache.lengths), jax.tree.map(rows, cache.state)
@@ -136,6 +139,7 @@ def attend_token(
     # order lets XLA update it in place.
     queries = rotated.reshape(B * K, N // K, H), cache.pages.k, cache.pages.v
     options = {"scale": H**-0.5, "implementation": implementation}
+    options |= {"k_scale": cache.pages.k_scale, "v_scale": cache.pages.v_scale}
     if policy.gamma is not None:
         options |= {"tokens": cache.pages.tokens, "gamma": jnp.tile(policy.gamma, B)}
     if plan is not None:

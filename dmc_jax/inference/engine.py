@@ -19,6 +19,7 @@ from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, loa
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
+from dmc_jax.inference.pages import KV_DTYPES
 from dmc_jax.inference.requests import (
     Event,
     Params,
@@ -34,6 +35,8 @@ from dmc_jax.inference.snapshot import Snapshot
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.choice import policy_for, to_json
 from dmc_jax.policies.policy import Policy
+
+_DTYPES = ("float32", "bfloat16")  # of the forward pass
 
 
 class Engine:
@@ -58,6 +61,7 @@ class Engine:
         max_length: int | None = None,
         chunk: int | None = None,
         dtype: str = "float32",
+        kv_dtype: str | None = None,
     ):
         """Allocate the cache.
 
@@ -74,13 +78,20 @@ class Engine:
             max_length: tokens of a prompt and its continuation; None: what the model knows.
             chunk: tokens of prompts that a step reads at most, a power of two of 16 or more:
                 between two tokens nobody waits for more. None: 512, on a GPU 1,024.
-            dtype: of the forward pass, keys and values: float32 or bfloat16.
+            dtype: of the forward pass: float32 or bfloat16.
+            kv_dtype: of keys and values in the pool: float32, bfloat16, or int8 with a scale for
+                each key and each value; None: that of the forward pass.
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
-                sequence, a length that the model does not know, a bad `chunk`, or what
-                `paged_cache.init` refuses.
+                sequence, a length that the model does not know, a bad `chunk`, an unknown dtype, or
+                what `paged_cache.init` refuses.
         """
+        kv_dtype = dtype if kv_dtype is None else kv_dtype
+        allowed = {"dtype": (dtype, _DTYPES), "kv_dtype": (kv_dtype, KV_DTYPES)}
+        for name, (given, known) in allowed.items():
+            if given not in known:
+                raise UserError(f"{name}: expected {' or '.join(known)}, got {given!r}")
         self.config, self.tokenizer = config, tokenizer
         self.max_sequences, self.page_size = max_sequences, page_size
         self.max_length = config.max_length if max_length is None else max_length
@@ -95,7 +106,7 @@ class Engine:
         kept.pop("prompt", None)  # likewise
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
         self._model = {"model": to_dict(config), "policy": kept}
-        self._model |= {"dtype": dtype, "page_size": page_size}
+        self._model |= {"dtype": dtype, "kv_dtype": kv_dtype, "page_size": page_size}
         self._model = json.loads(json.dumps(self._model))
         self._scheduler = Scheduler(
             params,
@@ -103,6 +114,7 @@ class Engine:
             tokenizer,
             policy=policy,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             seats=max_sequences,
             page_size=page_size,
             pages=pages,
@@ -140,8 +152,9 @@ class Engine:
             policy: a name in `policies.choice`, such as "dense" to let a DMC model take a slot for
                 every token; None: what the model was trained for.
             tokenizer: its file; None: where it was in training, or came along.
-            dtype: of the forward pass and the cache; None: that of training, but float32 on a
-                CPU, where XLA copies the whole pool to write to a bfloat16 one.
+            dtype: of the forward pass, and of the cache without a `kv_dtype`; None: that of
+                training, but float32 on a CPU, where XLA copies the whole pool to write to a
+                bfloat16 one.
             window: merge window in tokens, 0 for an unlimited one; None: that of training.
             budget: slots of a row, for "tova", "h2o" and "window"; of its prompt, for "snapkv";
                 with a ratio, the least.
@@ -151,7 +164,7 @@ class Engine:
             ratio: tokens per slot that these gates shall come to, None: as `threshold` says; or
                 with which a budget grows; or of the segments of "stride".
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
-            options: `page_size`, `max_length`, `chunk` of the engine.
+            options: `page_size`, `max_length`, `chunk`, `kv_dtype` of the engine.
 
         Raises:
             UserError: no checkpoint there, another tokenizer, an unknown policy, or as for an

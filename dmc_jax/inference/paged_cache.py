@@ -66,8 +66,9 @@ def init(
         pages: P, in the pool.
         page_size: slots per page, a power of two.
         max_length: tokens that a sequence may come to, whose slots size the page tables.
-        dtype: of keys and values in the pages, float32 or bfloat16.
-        tokens: dtype in which the policy remembers tokens: that of the forward pass, or wider.
+        dtype: of keys and values in the pages, one of `pages.KV_DTYPES`.
+        tokens: dtype in which the policy remembers tokens: that of the forward pass, or wider. Keys
+            and values in int8 are read as such, too.
 
     Raises:
         UserError: a size below 1, or what `empty_pages` refuses.
@@ -76,7 +77,7 @@ def init(
         if size < 1:
             raise UserError(f"cache: {name} must be 1 or more, got {size}")
     counted = policy.gamma is not None
-    pool = empty_pages(pages, page_size, config.head_dim, dtype, counted=counted)
+    pool = empty_pages(pages, page_size, config.head_dim, dtype, counted=counted, scale=tokens)
     rows, longest = (seats, config.kv_rows), policy.most_slots(max_length)
     return PagedCache(
         pages=pool,

@@ -1,4 +1,10 @@
-"""The pool of pages that keys and values lie in: the one place that knows how they are stored."""
+"""The pool of pages that keys and values lie in: the one place that knows how they are stored.
+
+Pages of int8 have a scale for every key and every value. A slot is rounded anew each time that it
+is written, also the newest one of a row that merges: there the average is taken of what the policy
+remembers of the open segment, unrounded, and never of what a page holds. So a slot of many tokens
+is off by one rounding, as a slot of one is.
+"""
 
 import dataclasses
 
@@ -6,10 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Float, Int, Int8, UInt16
 
 from dmc_jax.errors import UserError
-from pallas_kernels.decode_attention.api import DTYPES, SMALLEST_PAGE
+from pallas_kernels.decode_attention.api import SMALLEST_PAGE
+from pallas_kernels.quantisation import dequantise, quantise, rounded
+
+KV_DTYPES = ("float32", "bfloat16", "int8")  # of keys and values in pages
 
 
 @jax.tree_util.register_dataclass
@@ -17,9 +26,12 @@ from pallas_kernels.decode_attention.api import DTYPES, SMALLEST_PAGE
 class Pages:
     """P pages of slots; every array has the axis of pages first. Kernels are handed the arrays."""
 
-    k: Float[Array, "P page H"]  # rotated, each key at the position of its newest token
-    v: Float[Array, "P page H"]
+    # Rotated, each key at the position of its newest token.
+    k: Float[Array, "P page H"] | Int8[Array, "P page H"]
+    v: Float[Array, "P page H"] | Int8[Array, "P page H"]
     tokens: UInt16[Array, "P page"] | None = None  # in each slot, where a policy asks for them
+    k_scale: Float[Array, "P page"] | None = None  # of each key, and of each value, in int8
+    v_scale: Float[Array, "P page"] | None = None
 
     @property
     def count(self) -> int:
@@ -34,7 +46,7 @@ class Pages:
     @property
     def dtype(self) -> jnp.dtype:
         """Of a key or value that was read."""
-        return self.k.dtype
+        return (self.k if self.k_scale is None else self.k_scale).dtype
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +55,7 @@ class Pages:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page: the keys and the values of its slots, and how many tokens they hold."""
+        """Bytes of a page: the keys and the values of its slots, and what is kept beside them."""
         return self.nbytes // self.count
 
     def read(
@@ -57,7 +69,11 @@ class Pages:
         Returns:
             (keys, values).
         """
-        return _gather(self.k, ids), _gather(self.v, ids)
+        keys, values = _gather(self.k, ids), _gather(self.v, ids)
+        if self.k_scale is None:
+            return keys, values
+        scales = _gather(self.k_scale, ids), _gather(self.v_scale, ids)
+        return dequantise(keys, scales[0]), dequantise(values, scales[1])
 
     def read_tokens(self, ids: Int[Array, "*rows n"]) -> UInt16[Array, "*rows slots"]:
         """Read how many tokens the slots of some pages hold, in order.
@@ -65,7 +81,11 @@ class Pages:
         Args:
             ids: as for `read`.
         """
-        return self.tokens.at[ids].get(mode="clip").reshape(*ids.shape[:-1], -1)
+        return _gather(self.tokens, ids)
+
+    def rounded(self, x: Float[Array, "*n H"]) -> Float[Array, "*n H"]:
+        """Round keys or values as one that is read from a slot was."""
+        return x.astype(self.dtype) if self.k_scale is None else rounded(x, self.dtype)
 
     def write(
         self,
@@ -82,15 +102,18 @@ class Pages:
             tokens: whose they are, where pages say that; more than two bytes can hold are as many
                 as these can.
         """
-        counts = self.tokens
-        if counts is not None:
-            most = jnp.iinfo(counts.dtype).max
-            tokens = jnp.minimum(tokens, most).astype(counts.dtype)
-            counts = counts.at[at].set(tokens, mode="drop")
-        return Pages(
-            self.k.at[at].set(keys.astype(self.k.dtype), mode="drop"),
-            self.v.at[at].set(values.astype(self.v.dtype), mode="drop"),
-            counts,
+        new = {"k": keys, "v": values}
+        if self.k_scale is not None:
+            new["k"], new["k_scale"] = quantise(keys, self.dtype)
+            new["v"], new["v_scale"] = quantise(values, self.dtype)
+        if self.tokens is not None:
+            new["tokens"] = jnp.minimum(tokens, jnp.iinfo(self.tokens.dtype).max)
+
+        def written(pool, x):
+            return pool.at[at].set(x.astype(pool.dtype), mode="drop")
+
+        return dataclasses.replace(
+            self, **{name: written(getattr(self, name), x) for name, x in new.items()}
         )
 
     def take(self, ids: Int[Array | np.ndarray, " n"]) -> "Pages":
@@ -103,7 +126,13 @@ class Pages:
 
 
 def empty_pages(
-    count: int, page_size: int, head_dim: int, dtype: DTypeLike, *, counted: bool = False
+    count: int,
+    page_size: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    *,
+    counted: bool = False,
+    scale: DTypeLike = jnp.float32,
 ) -> Pages:
     """Allocate a pool.
 
@@ -111,8 +140,9 @@ def empty_pages(
         count: P.
         page_size: slots per page, a power of two.
         head_dim: H.
-        dtype: of keys and values, float32 or bfloat16.
+        dtype: of keys and values, one of `KV_DTYPES`.
         counted: whether slots say how many tokens they hold.
+        scale: dtype of the scales of int8, and so of what is read.
 
     Raises:
         UserError: no page, a page size that is no power of two of 8 or more, another dtype.
@@ -123,16 +153,20 @@ def empty_pages(
         raise UserError(
             f"cache: page_size must be a power of two, {SMALLEST_PAGE} or more, got {page_size}"
         )
-    if jnp.dtype(dtype) not in DTYPES:
-        raise UserError(f"cache: expected dtype float32 or bfloat16, got {jnp.dtype(dtype)}")
-    pool = (count, page_size, head_dim)
-    tokens = jnp.ones(pool[:2], jnp.uint16) if counted else None
-    return Pages(jnp.zeros(pool, dtype), jnp.zeros(pool, dtype), tokens)
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in KV_DTYPES:
+        raise UserError(f"cache: expected dtype {' or '.join(KV_DTYPES)}, got {name}")
+    slots = (count, page_size)
+    return Pages(
+        *(jnp.zeros((*slots, head_dim), name) for _ in range(2)),
+        jnp.ones(slots, jnp.uint16) if counted else None,
+        *(jnp.zeros(slots, scale) if name == "int8" else None for _ in range(2)),
+    )
 
 
 def _gather(pool: Array, ids: Array) -> Array:
     # XLA for CPU widens a bfloat16 pool before it gathers, and would do that once for the whole
     # pool, in front of a loop. Behind this barrier only what is read gets widened.
     pool, ids = jax.lax.optimization_barrier((pool, ids))
-    slots = pool.at[ids].get(mode="clip")  # [*rows, n, page, H]
-    return slots.reshape(*ids.shape[:-1], -1, pool.shape[-1])
+    slots = pool.at[ids].get(mode="clip")  # [*rows, n, page, *any]
+    return slots.reshape(*ids.shape[:-1], -1, *pool.shape[2:])

@@ -62,6 +62,7 @@ def init(
     max_length: int,
     room: int,
     dtype: str,
+    kv_dtype: str,
 ) -> Batch:
     """Allocate a batch without sequences.
 
@@ -74,7 +75,8 @@ def init(
         page_size: slots per page.
         max_length: tokens of a sequence.
         room: tokens that page tables have room for so far; see `widen`.
-        dtype: of keys and values.
+        dtype: of the forward pass.
+        kv_dtype: of keys and values, one of `pages.KV_DTYPES`.
 
     Raises:
         UserError: not one of `pages` and `kv_bytes`, fewer pages than a token takes, or as in
@@ -83,7 +85,7 @@ def init(
     if (pages is None) == (kv_bytes is None):
         raise UserError("engine: give one of pages and kv_bytes")
     sizes = {"page_size": page_size, "max_length": room}
-    sizes |= dict.fromkeys(("dtype", "tokens"), jnp.dtype(dtype))
+    sizes |= {"dtype": kv_dtype, "tokens": jnp.dtype(dtype)}
     of_cache = functools.partial(paged_cache.init, config, policy, seats=seats, **sizes)
     rows = config.kv_rows
     # Without a pool yet: it refuses sizes that the next lines could not divide by.

@@ -23,7 +23,7 @@ class Usage(NamedTuple):
     ratio: float | None  # tokens per slot over all rows, those of the prompt included
     live_bytes: int  # of its pages
     peak_bytes: int  # of the most that it had at a time: more where its prompt was cut
-    dense_bytes: int  # of the pages that a dense model would hold
+    dense_bytes: int  # of the pages of the same dtype that a dense model would hold
 
 
 _NOTHING = Usage(None, 0, 0, 0)

@@ -42,6 +42,7 @@ class Scheduler:
         *,
         policy: Policy,
         dtype: str,
+        kv_dtype: str,
         seats: int,
         page_size: int,
         max_length: int,
@@ -55,7 +56,8 @@ class Scheduler:
             config: its sizes.
             tokenizer: of the texts; its EOS ends a sequence.
             policy: of the cache.
-            dtype: of the forward pass, keys and values.
+            dtype: of the forward pass.
+            kv_dtype: of keys and values, one of `pages.KV_DTYPES`.
             seats: sequences that run at a time.
             page_size: slots per page.
             max_length: tokens of a sequence.
@@ -84,6 +86,7 @@ class Scheduler:
             page_size=page_size,
             max_length=max_length,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             **pool,
         )
         self._max_length, self._room = max_length, min(max_length, _ROOM)

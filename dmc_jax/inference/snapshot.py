@@ -90,6 +90,8 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
             rows = dataclasses.replace(rows, state=_with_tokens(rows.state))
         if about.get("version", 1) < 3:  # the threshold was the engine's
             params["threshold"] = about["model"].get("policy", {}).pop("threshold", None)
+        if about.get("version", 1) < 4:  # pages were of the dtype of the forward pass
+            about["model"]["kv_dtype"] = about["model"].get("dtype")
         return Snapshot(
             model=about["model"],
             prompt=tuple(about["prompt"]),
@@ -197,14 +199,16 @@ def _bucket(n: int) -> int:
 # NumPy's files know no bfloat16: its bits are kept, and their dtype says what they are.
 _BITS = np.uint16
 _STATE = "state"  # before the names of its leaves
-_VERSION = 3  # files of version 1 do not say it
+_SCALES = "k_scale", "v_scale"  # of int8
+_VERSION = 4  # files of version 1 do not say it
 
 
 def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
+    beside = {name: getattr(rows.pages, name) for name in ("tokens", *_SCALES)}
     return {
         "k_pages": _as_bits(rows.pages.k),
         "v_pages": _as_bits(rows.pages.v),
-        **({} if rows.pages.tokens is None else {"tokens": rows.pages.tokens}),
+        **{name: _as_bits(x) for name, x in beside.items() if x is not None},
         "lengths": rows.lengths,
         "position": np.array(rows.position),
         **{_STATE + name: _as_bits(np.asarray(leaf)) for name, leaf in rows.state.items()},
@@ -214,7 +218,9 @@ def _to_arrays(rows: CachedRows) -> dict[str, np.ndarray]:
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedRows:
     return CachedRows(
         pages=Pages(
-            *(_as_numbers(arrays[name]) for name in ("k_pages", "v_pages")), arrays.get("tokens")
+            *(_as_numbers(arrays[name]) for name in ("k_pages", "v_pages")),
+            arrays.get("tokens"),
+            *(_as_numbers(arrays[name]) if name in arrays else None for name in _SCALES),
         ),
         lengths=arrays["lengths"],
         state={

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.errors import UserError
 from pallas_kernels.causal_attention import api as kernels
+from pallas_kernels.quantisation import rounded
 
 
 def choose_attention(
@@ -49,6 +50,23 @@ def evaluation_attention(
         mesh: as for `choose_attention`.
     """
     return choose_attention("xla" if trained_with == "xla" else "auto", block=block, mesh=mesh)
+
+
+@functools.cache
+def over_int8(attention: CausalAttention) -> CausalAttention:
+    """Let attention see keys and values as pages of int8 would hold them.
+
+    What a policy gives it as keys are the slots, rotated, as they were after each token: so this is
+    decoding over such pages, for every policy but those that attend token by token.
+
+    Args:
+        attention: what computes it.
+    """
+
+    def attend(q, k, v, key_bias=None, **how):
+        return attention(q, rounded(k, k.dtype), rounded(v, v.dtype), key_bias, **how)
+
+    return attend
 
 
 @functools.cache

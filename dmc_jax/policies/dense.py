@@ -10,7 +10,7 @@ from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DECISION_CHANNEL, dense_attention
 from dmc_jax.core.rope import rotate
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
-from pallas_kernels.cache_update.api import State, cache_update
+from pallas_kernels.cache_update.api import cache_update
 
 
 @jax.tree_util.register_dataclass
@@ -63,12 +63,10 @@ class Dense(Policy):
 
     # ---- a step in one launch -----------------------------------------------------------------
 
-    def launch(
-        self, k_pages, v_pages, lengths, state, token, *, page_table, first, active, implementation
-    ):
+    def launch(self, held, state, token, *, page_table, first, active, implementation):
         """Do a step: the rotations and the pages."""
-        rotated, (k_pages, v_pages, lengths, _) = cache_update(
-            State(k_pages, v_pages, lengths, None),
+        rotated, held = cache_update(
+            held,
             *(token.q, token.k, token.v),
             page_table=page_table,
             first=first,
@@ -78,7 +76,7 @@ class Dense(Policy):
             channel=1.0 if self.channel_scale is None else self.channel_scale,
             implementation=implementation,
         )
-        return rotated, k_pages, v_pages, lengths, state
+        return rotated, held, state
 
 
 def rotate_scaled(x, positions, frequencies, channel_scale):

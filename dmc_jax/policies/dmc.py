@@ -20,7 +20,7 @@ from dmc_jax.core.dmc import (
 )
 from dmc_jax.core.pooling import pool_chunk
 from dmc_jax.policies.policy import Attended, Edit, Policy, Record
-from pallas_kernels.cache_update.api import Segment, State, cache_update
+from pallas_kernels.cache_update.api import Segment, cache_update
 
 
 @jax.tree_util.register_dataclass
@@ -96,12 +96,10 @@ class DMC(Policy):
 
     # ---- a step in one launch -----------------------------------------------------------------
 
-    def launch(
-        self, k_pages, v_pages, lengths, state, token, *, page_table, first, active, implementation
-    ):
+    def launch(self, held, state, token, *, page_table, first, active, implementation):
         """Do a step: decision and importance, the ring, the average, its rotation and the pages."""
-        rotated, (k_pages, v_pages, lengths, segment) = cache_update(
-            State(k_pages, v_pages, lengths, Segment(**vars(state))),
+        rotated, held = cache_update(
+            held._replace(segment=Segment(**vars(state))),
             *(token.q, token.k, token.v),
             page_table=page_table,
             first=first,
@@ -115,4 +113,4 @@ class DMC(Policy):
             window=self.settings.window,
             implementation=implementation,
         )
-        return rotated, k_pages, v_pages, lengths, OpenSegment(*segment)
+        return rotated, held, OpenSegment(*held.segment)

@@ -22,6 +22,7 @@ from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.core.dmc import segment_starts
 from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies
 from dmc_jax.model.llama import Attend, ModelOutput
+from pallas_kernels.cache_update import api as cache_update
 
 State = Any  # a pytree of arrays [*rows, ...]: what a row remembers beside its slots
 
@@ -256,9 +257,7 @@ class Policy(abc.ABC):
 
     def launch(
         self,
-        k_pages: Float[Array, "P page H"],
-        v_pages: Float[Array, "P page H"],
-        lengths: Int[Array, "seats R"],
+        held: cache_update.State,
         state: State,
         token: Tokens,
         *,
@@ -266,12 +265,12 @@ class Policy(abc.ABC):
         first: int | Array,
         active: Bool[Array, " seats"],
         implementation: str,
-    ) -> tuple[Array, Array, Array, Array, State]:
+    ) -> tuple[Array, cache_update.State, State]:
         """Do a step of all sequences in one layer by a kernel.
 
         Args:
-            k_pages, v_pages: the pool.
-            lengths, state: of the rows of all layers.
+            held: the pool, and the lengths of the rows of all layers, without a segment.
+            state: of these rows.
             token: of every seat.
             page_table: of all rows, -1 where a row has no page for the slot after its last.
             first: row of the layer's first KV head.
@@ -279,7 +278,7 @@ class Policy(abc.ABC):
             implementation: of `pallas_kernels.cache_update`.
 
         Returns:
-            (the queries, rotated; keys and values of the pool, lengths and state after the token).
+            (the queries, rotated; pool and lengths after the token, the state after it).
             A row that would take a slot for which it has no page has the length ~n for its n.
         """
         raise NotImplementedError(f"{self.name} has no kernel")

@@ -13,19 +13,17 @@ not repeated here: `choose` says whether to take it.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from pallas_kernels import target
 from pallas_kernels.cache_update import settings
-from pallas_kernels.contract import check_groups
+from pallas_kernels.contract import FLOATS, check_groups, check_pools
 from pallas_kernels.implementations import XLA, Implementations
 
 __all__ = ["IMPLEMENTATIONS", "XLA", "Segment", "State", "cache_update", "choose", "unavailable"]
 
 IMPLEMENTATIONS = Implementations("cache_update", ("reference", "triton"))
 unavailable = IMPLEMENTATIONS.unavailable
-
-_STORED = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 class Segment(NamedTuple):
@@ -45,10 +43,12 @@ class Segment(NamedTuple):
 class State(NamedTuple):
     """What an update changes. R counts the rows of all layers of a sequence."""
 
-    k_pages: Float[Array, "P page H"]
-    v_pages: Float[Array, "P page H"]
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"]
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"]
     lengths: Int[Array, "seats R"]  # slots in use; ~n of a row of n that had no page for one more
     segment: Segment | None  # None: nothing is merged
+    k_scale: Float[Array, "P page"] | None = None  # of int8, see `quantisation`
+    v_scale: Float[Array, "P page"] | None = None
 
 
 def cache_update(
@@ -95,7 +95,8 @@ def cache_update(
     Returns:
         (the queries, rotated, in their dtype; those of sequences that are not active mean nothing;
         the state after the token). Averages are float32, rounded to the dtype of `k_t` before the
-        rotation of keys and after it, to that of the pages last.
+        rotation of keys and after it, to that of the pages last; for int8 quantised anew, whatever
+        the slot held.
 
     Raises:
         ValueError: an unknown implementation, or shapes or dtypes that break the contract.
@@ -149,9 +150,9 @@ def _validate(state, q, k_t, v_t, window, page_table, frequencies) -> None:
     N, R, W = q.shape[1], page_table.shape[1], window or 1
     expected = {
         "q": (q, (seats, N, H), (k_t.dtype,)),
-        "k_t": (k_t, (seats, K, H), _STORED),
+        "k_t": (k_t, (seats, K, H), FLOATS),
         "v_t": (v_t, (seats, K, H), (k_t.dtype,)),
-        "k_pages": (state.k_pages, (*state.k_pages.shape[:2], H), _STORED),
+        "k_pages": (state.k_pages, (*state.k_pages.shape[:2], H), (*FLOATS, jnp.int8)),
         "v_pages": (state.v_pages, state.k_pages.shape, (state.k_pages.dtype,)),
         "lengths": (state.lengths, (seats, R), (jnp.int32,)),
         "page_table": (page_table, (seats, R, page_table.shape[2]), (jnp.int32,)),
@@ -171,6 +172,7 @@ def _validate(state, q, k_t, v_t, window, page_table, frequencies) -> None:
         if array.dtype not in dtypes:
             allowed = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
             raise ValueError(f"{name} must be {allowed}, got {array.dtype}")
+    check_pools(state.k_pages, state.v_pages, state.k_scale, state.v_scale)
     if H % 2:
         raise ValueError(f"H must be even for the rotation, got {H}")
     if K > R:

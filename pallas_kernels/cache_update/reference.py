@@ -79,9 +79,18 @@ def _update(
             continue
         state.lengths[row] = slot + 1
         to = table[row][entry], slot % page
-        state.k_pages[to] = _rotated(key.astype(k_t.dtype), *turn).astype(state.k_pages.dtype)
-        state.v_pages[to] = value.astype(state.v_pages.dtype)
+        key = _rotated(key.astype(k_t.dtype), *turn)
+        _put(state.k_pages, state.k_scale, to, key)
+        _put(state.v_pages, state.v_scale, to, value)
     return rotated, state
+
+
+def _put(pages, scales, to, x):
+    """Write a key or a value to a slot."""
+    if scales is not None:
+        scales[to] = np.abs(x.astype(np.float64)).max() / 127
+        x = np.rint(x.astype(np.float64) / max(np.float64(scales[to]), 2.0**-126)).clip(-127, 127)
+    pages[to] = x.astype(pages.dtype)
 
 
 def _joined(segment, row, new, joins, unlimited):

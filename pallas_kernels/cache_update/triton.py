@@ -38,13 +38,15 @@ _LEAST_WIDTH = 16
 @triton.jit
 @no_type_check
 def update_rows(
-    k_pages_before,  # these seven are the last seven: see `launch`
+    k_pages_before,  # these nine are the last nine: see `launch`
     v_pages_before,
     lengths_before,
     keys_before,
     values_before,
     weights_before,
     count_before,
+    k_scale_before,
+    v_scale_before,
     token_ptr,  # [seats, K * G + 2 * K, H]: queries, keys, values
     table_ptr,  # [seats, R, maxp]
     active_ptr,  # [seats], int32
@@ -61,6 +63,8 @@ def update_rows(
     values_ptr,
     weights_ptr,  # [seats, R, W], float32
     count_ptr,  # [seats, R]
+    k_scale_ptr,  # [P, PAGE]; these two are of any shape where pages are not int8
+    v_scale_ptr,
     OFFSET: tl.constexpr,
     EPS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -71,6 +75,7 @@ def update_rows(
     H: tl.constexpr,
     MERGES: tl.constexpr,
     UNLIMITED: tl.constexpr,  # window: the ring's one entry is the average of all tokens
+    SCALED: tl.constexpr,  # pages are int8
     HALF: tl.constexpr,  # H / 2, padded to a power of two
     ENTRIES: tl.constexpr,  # of the ring at a time, a power of two
 ):
@@ -185,6 +190,14 @@ def update_rows(
     tl.store(lengths_ptr + row, tl.where(page >= 0, slot + 1, -1 - length))
 
     to = page.to(tl.int64) * (PAGE * H) + (slot % PAGE) * H
+    if SCALED:
+        of_slot = page.to(tl.int64) * PAGE + slot % PAGE
+        scale = (tl.max(tl.abs(value), 0) / 127).to(v_scale_ptr.dtype.element_ty)
+        tl.store(v_scale_ptr + of_slot, scale, mask=page >= 0)
+        scale = scale.to(tl.float32)
+        # A half goes up here, and to the even one in `quantisation`.
+        value = tl.floor(value / tl.where(scale == 0, 1.0, scale) + 0.5)
+        value = tl.minimum(tl.maximum(value, -127.0), 127.0)
     value = value.to(v_pages_ptr.dtype.element_ty)
     tl.store(v_pages_ptr + to + h, value, mask=tl.where(real, page >= 0, False))
     left, right = tl.split(tl.trans(tl.reshape(key * scaled, [2, HALF])))
@@ -192,6 +205,18 @@ def update_rows(
     turned_right = (right * cos + left * sin).to(k_ptr.dtype.element_ty).to(tl.float32)
     turned_right = turned_right * tl.where(f == H // 2 - 1, channel, 1.0)
     turned_right = turned_right.to(k_ptr.dtype.element_ty)
+    if SCALED:
+        turned_left = turned_left.to(tl.float32)
+        turned_right = turned_right.to(tl.float32)
+        most = tl.maximum(tl.max(tl.abs(turned_left), 0), tl.max(tl.abs(turned_right), 0))
+        scale = (most / 127).to(k_scale_ptr.dtype.element_ty)
+        tl.store(k_scale_ptr + of_slot, scale, mask=page >= 0)
+        scale = scale.to(tl.float32)
+        step = tl.where(scale == 0, 1.0, scale)
+        turned_left = tl.floor(turned_left / step + 0.5)
+        turned_left = tl.minimum(tl.maximum(turned_left, -127.0), 127.0)
+        turned_right = tl.floor(turned_right / step + 0.5)
+        turned_right = tl.minimum(tl.maximum(turned_right, -127.0), 127.0)
     writes = tl.where(f < H // 2, page >= 0, False)
     to_left = k_pages_ptr + to + f
     tl.store(to_left, turned_left.to(k_pages_ptr.dtype.element_ty), mask=writes)
@@ -257,9 +282,9 @@ def _update(
 ):
     angles = position[:, None].astype(jnp.float32) * frequencies  # [seats, H/2]
     constants = update_constants(state, q, k_t, unlimited, settings)
-    *pages, segment = state
-    merges = segment is not None
-    changed = *pages, *(segment if merges else [jnp.zeros(1)] * 4)
+    changed = *state[:3], *(state.segment or [None] * 4), state.k_scale, state.v_scale
+    there = [i for i, x in enumerate(changed) if x is not None]
+    changed = [jnp.zeros(1) if x is None else x for x in changed]
     rotated, *after = launch(
         update_rows,
         # Where they are parts of one product, as they are of the model, XLA finds that again.
@@ -269,7 +294,7 @@ def _update(
         jnp.stack([first, jnp.int32(page_table.shape[2])]),
         *(threshold, channel.reshape(1)),
         out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *changed)),
-        in_place={i: i + 1 for i in range(len(changed) if merges else len(pages))},
+        in_place={i: i + 1 for i in there},
         grid=(k_t.shape[0] * k_t.shape[1],),
         num_warps=warps_for(constants, settings),
         num_stages=1,
@@ -278,7 +303,9 @@ def _update(
         EPS=eps,
         **constants,
     )
-    return rotated, State(*after[:3], Segment(*after[3:]) if merges else None)
+    after = [x if i in there else None for i, x in enumerate(after)]
+    segment = state.segment and Segment(*after[3:7])
+    return rotated, State(*after[:3], segment, *after[7:])
 
 
 def update_constants(
@@ -296,6 +323,7 @@ def update_constants(
         "H": H,
         "MERGES": state.segment is not None,
         "UNLIMITED": unlimited,
+        "SCALED": state.k_scale is not None,
         "HALF": max(triton.next_power_of_2(H), _LEAST_WIDTH) // 2,
         "ENTRIES": min(triton.next_power_of_2(W), settings.entries),
     }

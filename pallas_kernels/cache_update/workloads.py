@@ -86,7 +86,9 @@ def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
     table[beyond] = rng.choice((-1, -(2**31), 2**31 - 1), int(beyond.sum()))
     active = rng.random(seats) < 0.8
     active[:2], active[2:][-1:] = True, False
-    empty = jnp.full((P, page, H), jnp.nan, workload.pages)
+    quantised = workload.pages == "int8"
+    empty = jnp.full((P, page, H), 99 if quantised else jnp.nan, workload.pages)
+    scales = [jnp.full((P, page), jnp.nan, workload.tokens)] * 2 if quantised else []
     tokens = workload.tokens if workload.window else jnp.float32
     segment = Segment(
         *(jnp.asarray(x, tokens) for x in (keys, values)),
@@ -94,7 +96,7 @@ def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
         jnp.asarray(count),
     )
     merges = workload.window != 0
-    state = State(empty, empty, jnp.asarray(lengths), segment if merges else None)
+    state = State(empty, empty, jnp.asarray(lengths), segment if merges else None, *scales)
     others = {
         "page_table": jnp.asarray(table),
         "first": first,
@@ -125,4 +127,7 @@ CORRECTNESS = (
     Workload(3, 3, 3, 37, 24, 8),
     Workload(3, 5, 2, 0, 64, 16, 2),
     Workload(3, 2, 2, 0, 80, 8, 1, "bfloat16", "bfloat16"),
+    Workload(3, 5, 2, 12, 64, 16, 4, "int8"),
+    Workload(2, 3, 2, None, 80, 8, 1, "int8", "bfloat16"),
+    Workload(3, 2, 2, 0, 24, 8, 2, "int8"),
 )

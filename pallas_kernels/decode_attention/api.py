@@ -13,17 +13,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Float, Int, Int8, UInt16
 
-from pallas_kernels.contract import check_axes, check_dtypes
+from pallas_kernels.contract import FLOATS, check_axes, check_dtypes, check_pools
 from pallas_kernels.implementations import Implementations
 
 IMPLEMENTATIONS = Implementations("decode_attention", ("reference", "xla", "triton", "tpu"))
 unavailable = IMPLEMENTATIONS.unavailable
 
 SMALLEST_PAGE = 8
-
-DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 @jax.tree_util.register_dataclass
@@ -48,8 +46,8 @@ class Plan:
 
 def decode_attention(
     q: Float[Array, "rows G H"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "*seats R maxp"],
     lengths: Int[Array, "*seats R"],
     *,
@@ -59,6 +57,8 @@ def decode_attention(
     plan: Plan | None = None,
     tokens: UInt16[Array, "P page"] | None = None,
     gamma: Float[Array, " rows"] | None = None,
+    k_scale: Float[Array, "P page"] | None = None,
+    v_scale: Float[Array, "P page"] | None = None,
 ) -> Float[Array, "rows G H"]:
     """Softmax attention of G queries a row over the first `lengths[r]` slots of that row.
 
@@ -68,8 +68,8 @@ def decode_attention(
 
     Args:
         q: queries, float32 or bfloat16.
-        k_pages, v_pages: the pool, float32 or bfloat16. Pages and slots that no row uses may hold
-            anything, NaN included.
+        k_pages, v_pages: the pool, float32, bfloat16, or int8 with scales. Pages and slots that no
+            row uses may hold anything, NaN included.
         page_table: int32, of these rows, or with an axis of sequences of the rows of all layers:
             then q has the rows of one layer, those of the first sequence first. Entries past a
             row's last page may be any number at all; those before must name a page of the pool.
@@ -82,6 +82,8 @@ def decode_attention(
             an implementation that works by a plan makes its own.
         tokens: in every slot of the pool, 1 or more where it is used.
         gamma: of every row; with `tokens`, or both None.
+        k_scale, v_scale: of int8, by what a slot's key and its value are multiplied, float32 or
+            bfloat16; see `quantisation`. None: the pool is not int8.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
@@ -95,6 +97,7 @@ def decode_attention(
     module = IMPLEMENTATIONS.load(name)
     _validate(q, k_pages, v_pages, page_table, lengths)
     mass = _mass(q, k_pages, tokens, gamma)
+    scales = check_pools(k_pages, v_pages, k_scale, v_scale)
     if page_table.ndim == 2:
         page_table, lengths = page_table[None], lengths[None]
     if not hasattr(module, "plan_rows"):
@@ -102,7 +105,7 @@ def decode_attention(
             raise ValueError(f"implementation {name!r} of decode_attention works without a plan")
         table, lengths = (rows_of(x, first, q.shape[0]) for x in (page_table, lengths))
         lengths = _clip(lengths, table, k_pages)
-        return module.decode_attention(q, k_pages, v_pages, table, lengths, scale, mass)
+        return module.decode_attention(q, k_pages, v_pages, table, lengths, scale, mass, scales)
     if plan is None:
         lengths = _clip(lengths, page_table, k_pages)
     elif plan.of_row.shape[-1] != q.shape[0] + 1:
@@ -112,7 +115,7 @@ def decode_attention(
         )
     # A plan's lengths are clipped, and none is exceeded.
     return module.decode_attention(
-        q, k_pages, v_pages, page_table, lengths, scale, plan, mass, first=first
+        q, k_pages, v_pages, page_table, lengths, scale, plan, mass, scales, first=first
     )
 
 
@@ -126,18 +129,21 @@ def rows_of(
 
 def decode_attention_and_weights(
     q: Float[Array, "R G H"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
     *,
     scale: float,
     implementation: str | None = None,
+    k_scale: Float[Array, "P page"] | None = None,
+    v_scale: Float[Array, "P page"] | None = None,
 ) -> tuple[Float[Array, "R G H"], Float[Array, "R G maxp*page"]]:
     """Attend as `decode_attention` does, and say how much each query attended to each slot.
 
     Args:
         q, k_pages, v_pages, page_table, lengths, scale: as for `decode_attention`.
+        k_scale, v_scale: likewise.
         implementation: a name in `IMPLEMENTATIONS`; None: "xla".
 
     Returns:
@@ -155,14 +161,16 @@ def decode_attention_and_weights(
             f"implementation {name!r} of decode_attention cannot give the weights: take 'xla'"
         )
     _validate(q, k_pages, v_pages, page_table, lengths)
+    scales = check_pools(k_pages, v_pages, k_scale, v_scale)
+    lengths = _clip(lengths, page_table, k_pages)
     return module.decode_attention_and_weights(
-        q, k_pages, v_pages, page_table, _clip(lengths, page_table, k_pages), scale
+        q, k_pages, v_pages, page_table, lengths, scale, scales
     )
 
 
 def plan_decode_attention(
     lengths: Int[Array, "*L R"],
-    k_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     *,
     longest: int,
     implementation: str | None = None,
@@ -248,7 +256,5 @@ def _validate(q, k_pages, v_pages, page_table, lengths) -> None:
     page = k_pages.shape[1]
     if page < SMALLEST_PAGE or page & (page - 1):
         raise ValueError(f"page must be a power of two >= {SMALLEST_PAGE}, got {page}")
-    check_dtypes({"q": q, "k_pages": k_pages, "v_pages": v_pages}, *DTYPES)
-    if k_pages.dtype != v_pages.dtype:
-        raise ValueError(f"k_pages is {k_pages.dtype} but v_pages {v_pages.dtype}: must be equal")
+    check_dtypes({"q": q}, *FLOATS)
     check_dtypes({"page_table": page_table, "lengths": lengths}, jnp.int32)

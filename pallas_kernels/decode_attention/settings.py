@@ -32,9 +32,11 @@ class Settings:
 
         Args:
             width: head width in the kernel, a power of two.
-            itemsize: bytes of an element of the pool.
+            itemsize: bytes of an element of the pool; one of int8 is two where products take it,
+                and registers are what a larger block would lack.
         """
-        return min(max(self.block_bytes // (width * itemsize), _LEAST_BLOCK), _MOST_BLOCK)
+        slots = self.block_bytes // (width * max(itemsize, 2))
+        return min(max(slots, _LEAST_BLOCK), _MOST_BLOCK)
 
 
 # What tuning chooses from. All keep at least 64 KiB per multiprocessor on their way on a GPU with

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Float, Int, Int8, UInt16
 
 from pallas_kernels import target
 
@@ -56,14 +56,23 @@ def unavailable() -> str | None:
 @jax.jit
 def decode_attention(
     q: Float[Array, "R G H"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
     mass: tuple[UInt16[Array, "P page"], Float[Array, "R"]] | None = None,
+    scales: tuple[Float[Array, "P page"], Float[Array, "P page"]] | None = None,
 ) -> Float[Array, "R G H"]:
-    """Attend block by block; see `api.decode_attention` for the contract."""
+    """Attend block by block; see `api.decode_attention` for the contract.
+
+    Raises:
+        ValueError: pages of int8.
+    """
+    if scales is not None:
+        raise ValueError(
+            "implementation 'tpu' of decode_attention does not read pages of int8: take 'xla'"
+        )
     R, G, H = q.shape
     page = k_pages.shape[1]
     pages = min(_IDS, max(1, _BLOCK_SLOTS // page), pl.next_power_of_2(page_table.shape[1]))

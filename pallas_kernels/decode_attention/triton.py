@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Float, Int, Int8, UInt16
 
 from pallas_kernels import target
 from pallas_kernels.decode_attention.api import Plan, rows_of
@@ -67,6 +67,8 @@ def attend_items(
     of_row_ptr,  # [layers, rows + 1]
     tokens_ptr,  # [P, PAGE], uint16; this and the next mean nothing without MASS
     gamma_ptr,  # [rows]
+    k_scale_ptr,  # [P, PAGE]; this and the next mean nothing without SCALED
+    v_scale_ptr,
     out_ptr,  # [rows, G, H]
     partial_ptr,  # [items, G, H], float32
     lse_ptr,  # [items, G], float32, to base 2
@@ -79,6 +81,7 @@ def attend_items(
     BLOCK: tl.constexpr,  # slots at a time
     WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
     MASS: tl.constexpr,  # scores rise by gamma log tokens
+    SCALED: tl.constexpr,  # keys and values are int8
 ):
     """One program per stretch of the plan; item i of many goes to partial[i] and lse[i]."""
     R, first, maxp = tl.load(at_ptr), tl.load(at_ptr + 1), tl.load(at_ptr + 2)
@@ -121,8 +124,12 @@ def attend_items(
             keys = tl.load(k_ptr + at[:, None] + h, mask=mask, other=0.0).to(dtype)
             values = tl.load(v_ptr + at[:, None] + h, mask=mask, other=0.0).to(dtype)
             scores = tl.dot(q, tl.trans(keys), input_precision=precision) * factor
+            of_slot = page.to(tl.int64) * PAGE + slot % PAGE
+            if SCALED:
+                k_scale = tl.load(k_scale_ptr + of_slot, mask=live, other=0.0).to(tl.float32)
+                v_scale = tl.load(v_scale_ptr + of_slot, mask=live, other=0.0).to(tl.float32)
+                scores *= k_scale[None, :]
             if MASS:
-                of_slot = page.to(tl.int64) * PAGE + slot % PAGE
                 tokens = tl.load(tokens_ptr + of_slot, mask=live, other=1).to(tl.float32)
                 scores += (gamma * tl.log2(tokens))[None, :]
             scores = tl.where(live[None, :], scores, float("-inf"))
@@ -130,6 +137,8 @@ def attend_items(
             shrink = tl.exp2(peak - higher)
             weights = tl.exp2(scores - higher[:, None])
             total = total * shrink + tl.sum(weights, 1)
+            if SCALED:
+                weights *= v_scale[None, :]
             weighted = tl.dot(
                 weights.to(dtype), values, weighted * shrink[:, None], input_precision=precision
             )
@@ -201,13 +210,14 @@ def join_items(
 
 def decode_attention(
     q: Float[Array, "rows G H"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "seats R maxp"],
     lengths: Int[Array, "seats R"],
     scale: float,
     plan: Plan | None = None,
     mass: tuple[UInt16[Array, "P page"], Float[Array, "rows"]] | None = None,
+    scales: tuple[Float[Array, "P page"], Float[Array, "P page"]] | None = None,
     *,
     first: int | Int[Array, ""] = 0,
     settings: Settings | None = None,
@@ -225,6 +235,7 @@ def decode_attention(
         plan,
         _where(q, page_table, first, plan),
         mass,
+        scales,
         settings=settings,
         capability=target.current().capability,
         launch=launch,
@@ -244,7 +255,7 @@ def _where(q, page_table, first, plan) -> Int[Array, " 6"]:
 
 def plan_rows(
     lengths: Int[Array, "*L rows"],
-    k_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     settings: Settings | None = None,
 ) -> Plan:
     """Make the plan, of one layer or of several, that suits this pool on this device.
@@ -264,7 +275,20 @@ def plan_rows(
 
 @functools.partial(jax.jit, static_argnames=("settings", "capability", "launch"))
 def _attend(
-    q, k_pages, v_pages, page_table, lengths, scale, plan, at, mass, *, settings, capability, launch
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    lengths,
+    scale,
+    plan,
+    at,
+    mass,
+    scales,
+    *,
+    settings,
+    capability,
+    launch,
 ):
     rows, G, H = q.shape
     items, programs = plan.row.shape[-1], plan.of_program.shape[-1] - 1
@@ -274,7 +298,9 @@ def _attend(
         attend_items,
         *(q, k_pages, v_pages, page_table, lengths),
         *(factor, at, plan.row, plan.begin, plan.end, plan.of_program, plan.of_row),
-        *((lengths, factor) if mass is None else mass),  # without: what is not read
+        # Without: what is not read.
+        *((lengths, factor) if mass is None else mass),
+        *((factor, factor) if scales is None else scales),
         out=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((items, G, H), jnp.float32),
@@ -315,6 +341,7 @@ def attend_constants(
         "BLOCK": block,
         "WIDEN": widens(q, k_pages),
         "MASS": massive,
+        "SCALED": k_pages.dtype == jnp.int8,
     }
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt16
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped, UInt16
 
 # Larger items waste more on rows that end inside one; smaller ones mean more merging. Measured
 # with H = 64: 4096 slots a step (1 MiB of float32 keys) is as good as any for 32 to 2048 rows.
@@ -42,28 +42,32 @@ class _Partial(NamedTuple):
 @jax.jit
 def decode_attention(
     q: Float[Array, "R G H"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
     mass: tuple[UInt16[Array, "P page"], Float[Array, "R"]] | None = None,
+    scales: tuple[Float[Array, "P page"], Float[Array, "P page"]] | None = None,
 ) -> Float[Array, "R G H"]:
     """Attend 64 items a step; see `api.decode_attention` for the contract."""
-    return _decode(q, k_pages, v_pages, page_table, lengths, scale, mass, scored=False)[0]
+    pools = k_pages, v_pages, scales
+    return _decode(q, pools, page_table, lengths, scale, mass, scored=False)[0]
 
 
 @jax.jit
 def decode_attention_and_weights(
     q: Float[Array, "R G H"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "R maxp"],
     lengths: Int[Array, "R"],
     scale: float | Float[Array, ""],
+    scales: tuple[Float[Array, "P page"], Float[Array, "P page"]] | None = None,
 ) -> tuple[Float[Array, "R G H"], Float[Array, "R G S"]]:
     """Keep the scores of all items; see `api.decode_attention_and_weights` for the contract."""
-    out, scores = _decode(q, k_pages, v_pages, page_table, lengths, scale, None, scored=True)
+    pools = k_pages, v_pages, scales
+    out, scores = _decode(q, pools, page_table, lengths, scale, None, scored=True)
     live = scores != _MASKED  # NaN is live
     peak = scores.max(axis=(1, 3), keepdims=True)
     weights = jnp.where(live, jnp.exp(scores - peak), 0.0)  # [R, items, G, slots]
@@ -73,10 +77,10 @@ def decode_attention_and_weights(
     return out, weights.reshape(*q.shape[:2], -1)[..., :capacity]
 
 
-def _decode(q, k_pages, v_pages, page_table, lengths, scale, mass, *, scored: bool):
+def _decode(q, pools, page_table, lengths, scale, mass, *, scored: bool):
     """Attend; where `scored`, keep the scores [R, items, G, slots], which else are None."""
     R, G, H = q.shape
-    page = k_pages.shape[1]
+    page = pools[0].shape[1]
     item_pages = max(1, _ITEM_SLOTS // page)
     item_slots = item_pages * page
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % item_pages)))
@@ -93,14 +97,13 @@ def _decode(q, k_pages, v_pages, page_table, lengths, scale, mass, *, scored: bo
         index = item - (ends - items)[known]  # of the item in its row
         live = jnp.arange(item_slots) < (lengths[known] - index * item_slots)[:, None]
         pages = table.at[known, index].get(mode="clip")  # [n, item_pages]
-        keys, values = (_gather(pool, pages) for pool in (k_pages, v_pages))  # [n, slots, H]
+        keys, values, scales = jax.tree.map(lambda pool: _gather(pool, pages), pools)
         bias = None
         if mass is not None:
             tokens, gamma = mass
-            tokens = tokens.at[pages].get(mode="clip").reshape(n, item_slots)
-            bias = gamma[known][:, None] * jnp.log(tokens.astype(jnp.float32))
+            bias = gamma[known][:, None] * jnp.log(_gather(tokens, pages))
         queries = q[known].astype(jnp.float32) * scale
-        partial, scores_i = _attend(queries, keys, values, live, row, bias)
+        partial, scores_i = _attend(queries, keys, values, live, row, bias, scales)
         if scored:
             scores = scores.at[row, index].set(scores_i, mode="drop")
         merged, last = _merge_rows(
@@ -126,14 +129,16 @@ def _decode(q, k_pages, v_pages, page_table, lengths, scale, mass, *, scored: bo
     return out.astype(q.dtype), scores
 
 
-def _gather(pool: Array, pages: Int[Array, "n item_pages"]) -> Float[Array, "n slots H"]:
+def _gather(
+    pool: Shaped[Array, "P page *any"], pages: Int[Array, "n item_pages"]
+) -> Float[Array, "n slots *any"]:
     """Read the pages of every item as float32; "clip" because unused entries may be anything."""
     # XLA for CPU (seen in jax 0.10.2) widens a bfloat16 operand before it gathers, and as the pool
     # is the same in every step, moves that float32 copy of the whole pool in front of the loop.
     # Behind this barrier the pool seems to change with the step: only what is read gets widened.
     pool, pages = jax.lax.optimization_barrier((pool, pages))
     rows = pool.at[pages].get(mode="clip").astype(jnp.float32)
-    return rows.reshape(pages.shape[0], -1, pool.shape[-1])
+    return rows.reshape(pages.shape[0], -1, *pool.shape[2:])
 
 
 def _attend(
@@ -143,17 +148,23 @@ def _attend(
     live: Bool[Array, "n slots"],
     row: Int[Array, "n"],
     bias: Float[Array, "n slots"] | None,
+    scales: tuple[Float[Array, "n slots"], Float[Array, "n slots"]] | None,
 ) -> tuple[_Partial, Float[Array, "n G slots"]]:
     """Attend over each item on its own; also its scores."""
     # Dead slots may hold NaN, and 0 * NaN is NaN: a zero weight is no mask.
     values = jnp.where(live[..., None], values, 0.0)
     scores = jnp.einsum("nGH,nSH->nGS", q, keys, precision="highest")
+    if scales is not None:
+        scores *= scales[0][:, None]
     if bias is not None:
         scores += bias[:, None]
     scores = jnp.where(live[:, None, :], scores, _MASKED)
     peak = scores.max(axis=-1)
     weights = jnp.exp(scores - peak[..., None])
-    weighted = jnp.einsum("nGS,nSH->nGH", weights, values, precision="highest")
+    of_values = weights
+    if scales is not None:
+        of_values = weights * jnp.where(live, scales[1], 0.0)[:, None]
+    weighted = jnp.einsum("nGS,nSH->nGH", of_values, values, precision="highest")
     return _Partial(row, peak, weights.sum(axis=-1), weighted), scores
 
 

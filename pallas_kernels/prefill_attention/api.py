@@ -10,10 +10,11 @@ says whether to take it.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
-from pallas_kernels.contract import check_axes, check_dtypes, check_groups
+from pallas_kernels.contract import FLOATS, check_axes, check_dtypes, check_groups, check_pools
 from pallas_kernels.implementations import XLA, Implementations
+from pallas_kernels.quantisation import rounded
 
 __all__ = ["IMPLEMENTATIONS", "XLA", "choose", "prefill_attention", "unavailable"]
 
@@ -26,8 +27,8 @@ def prefill_attention(
     own_k: Float[Array, "B T K H"],
     own_v: Float[Array, "B T K H"],
     slot: Int[Array, "B K T"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "seats R maxp"],
     lengths: Int[Array, "seats R"],
     seats: Int[Array, " B"],
@@ -35,6 +36,8 @@ def prefill_attention(
     first: int | Int[Array, ""],
     scale: float,
     implementation: str,
+    k_scale: Float[Array, "P page"] | None = None,
+    v_scale: Float[Array, "P page"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the slots before a token's own, and over what the token wrote.
 
@@ -44,12 +47,12 @@ def prefill_attention(
     Args:
         q: queries, rotated where positions matter; float32 or bfloat16, as all of these.
         own_k, own_v: what each token wrote, keys rotated. It counts as the pool would hold it,
-            rounded to the pool's dtype.
+            rounded to the pool's dtype or quantised.
         slot: int32, where it wrote to; the token sees the slots before, none where that is 0 or
             less. Work ends at the greatest slot of neighbouring tokens, which suits slots that do
             not fall along T.
-        k_pages, v_pages: the pool. Pages and slots that no row uses may hold anything, NaN
-            included.
+        k_pages, v_pages: the pool, which may be int8 with scales. Pages and slots that no row uses
+            may hold anything, NaN included.
         page_table: int32, of the rows of all layers. Entries past a row's last page may be any
             number at all; those before must name a page of the pool.
         lengths: int32, slots in use; no token sees more, whatever its `slot` says.
@@ -57,6 +60,7 @@ def prefill_attention(
         first: row of the layer's first KV head; its rows are `first` to `first + K - 1`.
         scale: factor on the dot products.
         implementation: one of `IMPLEMENTATIONS.names`; it never falls back to another.
+        k_scale, v_scale: of int8, as for `decode_attention`.
 
     Returns:
         The attention output in the dtype of `q`; softmax and sums are float32.
@@ -67,11 +71,15 @@ def prefill_attention(
     """
     module = IMPLEMENTATIONS.load(implementation)
     _validate(q, own_k, own_v, slot, k_pages, v_pages, page_table, lengths, seats)
+    scales = check_pools(k_pages, v_pages, k_scale, v_scale)
+    if scales is not None:
+        own_k, own_v = (rounded(own, k_scale.dtype) for own in (own_k, own_v))
     return module.prefill_attention(
         *(q, own_k, own_v, slot, k_pages, v_pages, page_table, lengths),
         jnp.clip(seats, 0, page_table.shape[0] - 1),
         first=jnp.asarray(first, jnp.int32),
         scale=scale,
+        scales=scales,
     )
 
 
@@ -102,12 +110,9 @@ def _validate(q, own_k, own_v, slot, k_pages, v_pages, page_table, lengths, seat
             "seats": (seats, "B"),
         }
     )
-    pools = {"k_pages": k_pages, "v_pages": v_pages}
-    check_dtypes({"q": q, "own_k": own_k, "own_v": own_v} | pools, jnp.float32, jnp.bfloat16)
+    check_dtypes({"q": q, "own_k": own_k, "own_v": own_v}, *FLOATS)
     integers = {"slot": slot, "page_table": page_table, "lengths": lengths, "seats": seats}
     check_dtypes(integers, jnp.int32)
-    if k_pages.dtype != v_pages.dtype:
-        raise ValueError(f"k_pages is {k_pages.dtype} but v_pages {v_pages.dtype}: must be equal")
     check_groups(sizes)
     if sizes["K"] > sizes["R"]:
         raise ValueError(

@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -16,18 +16,24 @@ def prefill_attention(
     own_k: Float[Array, "B T K H"],
     own_v: Float[Array, "B T K H"],
     slot: Int[Array, "B K T"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "seats R maxp"],
     lengths: Int[Array, "seats R"],
     seats: Int[Array, " B"],
     *,
     first: Int[Array, ""],
     scale: float,
+    scales: tuple[Float[Array, "P page"], Float[Array, "P page"]] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend row by row; see `api.prefill_attention` for the contract."""
     B, T, N, H = q.shape
     K = own_k.shape[2]
+    if scales is not None:
+        k_pages, v_pages = (
+            pool.astype(jnp.float32) * of_slots.astype(jnp.float32)[..., None]
+            for pool, of_slots in zip((k_pages, v_pages), scales, strict=True)
+        )  # as which each token's own are rounded already
 
     def wide(x):
         return x.astype(jnp.float32)

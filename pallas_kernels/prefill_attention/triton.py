@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import target
 from pallas_kernels.prefill_attention.settings import FLOAT32, Settings, settings_for
@@ -41,6 +41,8 @@ def attend(
     lengths_ptr,  # [seats, R]
     seats_ptr,  # [B]
     sizes_ptr,  # [4]: T, R, maxp, first; no other of these compiles the kernel anew
+    k_scale_ptr,  # [P, PAGE]; this and the next mean nothing without SCALED
+    v_scale_ptr,
     out_ptr,  # [B, T, N, H]
     FACTOR: tl.constexpr,  # scale / ln 2
     K: tl.constexpr,
@@ -51,6 +53,7 @@ def attend(
     QUERIES: tl.constexpr,  # G times as many tokens, and padding
     SLOTS: tl.constexpr,  # a block
     WIDEN: tl.constexpr,  # compute in float32; else in bfloat16, with sums in float32
+    SCALED: tl.constexpr,  # keys and values of pages are int8
 ):
     """One program per block of tokens and row; the last blocks, which see most, come first."""
     TOKENS: tl.constexpr = QUERIES // G
@@ -80,10 +83,12 @@ def attend(
     own = (t * K + head)[:, None] * H + h
     own_k = tl.load(own_k_ptr + tokens * (K * H) + own, mask=real, other=0.0)
     own_v = tl.load(own_v_ptr + tokens * (K * H) + own, mask=real, other=0.0)
-    own_k = own_k.to(k_ptr.dtype.element_ty).to(tl.float32)
-    peak = tl.sum(q.to(tl.float32) * own_k, 1) * FACTOR
+    if not SCALED:  # else they are rounded already
+        own_k = own_k.to(k_ptr.dtype.element_ty)
+        own_v = own_v.to(v_ptr.dtype.element_ty)
+    peak = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * FACTOR
     total = tl.full([QUERIES], 1.0, tl.float32)
-    weighted = own_v.to(v_ptr.dtype.element_ty).to(tl.float32)
+    weighted = own_v.to(tl.float32)
 
     end = tl.max(slot, 0)
     for start in tl.range(0, end, SLOTS):
@@ -98,11 +103,18 @@ def attend(
         keys = tl.load(k_ptr + at_s[:, None] + h, mask=mask, other=0.0).to(dtype)
         values = tl.load(v_ptr + at_s[:, None] + h, mask=mask, other=0.0).to(dtype)
         scores = tl.dot(q, tl.trans(keys), input_precision=precision) * FACTOR
+        if SCALED:
+            of_slot = page.to(tl.int64) * PAGE + s % PAGE
+            k_scale = tl.load(k_scale_ptr + of_slot, mask=live, other=0.0).to(tl.float32)
+            v_scale = tl.load(v_scale_ptr + of_slot, mask=live, other=0.0).to(tl.float32)
+            scores *= k_scale[None, :]
         scores = tl.where(s[None, :] < slot[:, None], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         shrink = tl.exp2(peak - higher)
         weights = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(weights, 1)
+        if SCALED:
+            weights *= v_scale[None, :]
         weighted = tl.dot(
             weights.to(dtype), values, weighted * shrink[:, None], input_precision=precision
         )
@@ -116,14 +128,15 @@ def prefill_attention(
     own_k: Float[Array, "B T K H"],
     own_v: Float[Array, "B T K H"],
     slot: Int[Array, "B K T"],
-    k_pages: Float[Array, "P page H"],
-    v_pages: Float[Array, "P page H"],
+    k_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
+    v_pages: Float[Array, "P page H"] | Int8[Array, "P page H"],
     page_table: Int[Array, "seats R maxp"],
     lengths: Int[Array, "seats R"],
     seats: Int[Array, " B"],
     *,
     first: Int[Array, ""],
     scale: float,
+    scales: tuple[Float[Array, "P page"], Float[Array, "P page"]] | None = None,
     settings: Settings | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend; see `api.prefill_attention` for the contract.
@@ -139,7 +152,7 @@ def prefill_attention(
         raise ValueError(f"q has {T * N * H} elements a sequence, expected fewer than 2**31")
     kind = target.current().kind
     return _attend(
-        *(q, own_k, own_v, slot, k_pages, v_pages, page_table, lengths, seats, first),
+        *(q, own_k, own_v, slot, k_pages, v_pages, page_table, lengths, seats, first, scales),
         scale=float(scale),
         settings=settings or (FLOAT32 if _widens(q, k_pages) else settings_for(kind)),
         capability=target.current().capability,
@@ -149,16 +162,16 @@ def prefill_attention(
 
 @functools.partial(jax.jit, static_argnames=("scale", "settings", "capability", "launch"))
 def _attend(*arrays, scale, settings, capability, launch):
-    *arrays, first = arrays
+    *arrays, first, scales = arrays
     q, own_k, _, _, k_pages, _, page_table, *_ = arrays
     B, T, N, _ = q.shape
     K = own_k.shape[2]
     fixed = constants(q, own_k, k_pages, scale, settings)
-    sizes = T, *page_table.shape[1:], first
+    sizes = jnp.stack([jnp.asarray(x, jnp.int32) for x in (T, *page_table.shape[1:], first)])
     (out,) = launch(
         attend,
         *arrays,
-        jnp.stack([jnp.asarray(x, jnp.int32) for x in sizes]),
+        *(sizes, *((sizes, sizes) if scales is None else scales)),  # without: what is not read
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         grid=(-(-T // (fixed["QUERIES"] // fixed["G"])), B * K),
         num_warps=settings.warps,
@@ -183,6 +196,7 @@ def constants(q: Any, own_k: Any, k_pages: Any, scale: float, settings: Settings
         "QUERIES": max(settings.queries, _power_of_two(N // K)),
         "SLOTS": settings.slots,
         "WIDEN": _widens(q, k_pages),
+        "SCALED": k_pages.dtype == jnp.int8,
     }
 
 

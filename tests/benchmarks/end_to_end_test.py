@@ -171,3 +171,16 @@ def a_quick_run_on_a_cpu_measures_all_ratios_test(tmp_path):
         assert one["slots_per_token_in_the_steps"] == pytest.approx(1 / one["ratio"], abs=0.1)
         lives = [point["live_bytes"] for point in one["points"]]
         assert lives == sorted(lives)
+
+
+def more_dense_sequences_fit_in_int8_and_their_steps_are_measured_test(setup):
+    dense = dataclasses.replace(RUN, ratio=1, memory=None)
+    narrow = dataclasses.replace(setup, kv_dtype="int8")
+    memory = setup.weight_bytes + 10**6
+    fit = [end_to_end_step.largest_batch(one, dense, memory, 0) for one in (setup, narrow)]
+    assert fit[1] > 1.4 * fit[0]  # 16 numbers are 18 bytes in place of 32
+    found = end_to_end_step.measure(narrow, dense)
+    tokens = [point["tokens"] for point in found["points"]]
+    live = [dense.batch * CONFIG.kv_rows * n * 2 * (16 + 2) for n in tokens]
+    assert [point["live_bytes"] for point in found["points"]] == live
+    assert found["threshold"] == 0 and found["tokens_per_second"] > 0

@@ -103,6 +103,23 @@ def evaluate_measures_a_policy_that_was_not_trained_beside_the_dense_model_test(
         assert complaint in one_line_of_error(run) and run.stdout == ""
 
 
+def evaluate_measures_pages_of_int8_beside_the_dense_model_as_it_is_test(finished_run):
+    dense, narrow = f"--checkpoint={finished_run}/pretrain", "--kv_dtype=int8"
+    result, shown, refused = runs_of(
+        "evaluate",
+        [dense, narrow, "--windows=8", "--json"],
+        [f"--checkpoint={finished_run}", narrow, "--windows=8"],
+        [dense, narrow, "--policy=tova", "--budget=8"],
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    about = json.loads(result.stdout)
+    assert (about["dtype"], about["kv_dtype"]) == ("float32", "int8")
+    ours, exact = about["evaluation"]["loss"], about["dense"]["evaluation"]["loss"]
+    assert 0 < abs(ours - exact) < 1e-2
+    assert "predicted in float32, keys and values in int8\n" in shown.stdout
+    assert "--kv_dtype: whole sequences with tova are not rounded" in one_line_of_error(refused)
+
+
 def evaluate_refuses_what_it_cannot_measure_test(finished_run, other_data, tmp_path):
     moved = latest(shutil.copytree(finished_run / "retrofit", tmp_path / "moved/retrofit"))
     about = dataclasses.replace(load_metadata(moved), data=str(tmp_path / "gone"))

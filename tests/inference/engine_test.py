@@ -11,6 +11,7 @@ import pytest
 
 from dmc_jax.checkpoints import models
 from dmc_jax.checkpoints.metadata import Metadata
+from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import RunFailure, UserError
@@ -20,6 +21,7 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
 from dmc_jax.inference.snapshot import load_snapshot
+from dmc_jax.model.causal_attention import over_int8
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
@@ -127,19 +129,19 @@ def departures(monkeypatch):
 # ---- the same output, whoever is there --------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def evaluated(params, config, settings, tokens):
+@functools.partial(jax.jit, static_argnums=(1, 2, 4))
+def evaluated(params, config, settings, tokens, attention):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    attend = attend_whole(policy_of(settings), config, positions)
+    attend = attend_whole(policy_of(settings), config, positions, attention=attention)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 
-def what_follows(said, model, settings=SETTINGS):
+def what_follows(said, model, settings=SETTINGS, attention=causal_attention):
     """What the model makes of whole sequences, padded to equal numbers and lengths."""
     tokens = np.zeros((6, T), np.int32)
     for row, ids in zip(tokens, said, strict=False):
         row[: len(ids)] = ids
-    return evaluated(*model, settings, tokens)
+    return evaluated(*model, settings, tokens, attention)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +403,54 @@ def bytes_are_as_good_as_pages_test(tiny_model):
     assert engine.free_pages == 40
 
 
+# ---- pages of int8 ----------------------------------------------------------------------------
+
+INT8_PAGE_BYTES = 2 * PAGE * (16 + 4)  # with a float32 scale for each key and value
+
+
+@pytest.fixture(scope="module")
+def in_int8(tiny_model):
+    return build_engine(tiny_model, pages=10_000, kv_dtype="int8")
+
+
+def greedy_tokens_over_int8_are_those_of_whole_sequences_so_rounded_test(tiny_model, in_int8):
+    prompts = some_prompts(6)
+    results = in_int8.generate(prompts, greedy(16))
+    said = [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)]
+    logits = np.asarray(
+        what_follows(said, tiny_model, attention=over_int8(causal_attention)).logits
+    )
+    for row, prompt, result in zip(logits, prompts, results, strict=True):
+        chosen = np.array(result.tokens)
+        row = row[len(prompt) - 1 :][: len(chosen)]
+        # Here and there a number lies where a last bit decides to which side it is rounded.
+        assert (row.max(axis=-1) - row[np.arange(len(chosen)), chosen] < 0.01).all()
+
+
+def pages_of_int8_are_counted_with_their_scales_test(tiny_model, in_int8, roomy):
+    engine = build_engine(
+        tiny_model, pages=None, kv_bytes=40 * INT8_PAGE_BYTES + 1, kv_dtype="int8"
+    )
+    assert engine.free_pages == 40
+    prompt = some_prompts(1, seed=8)[0]
+    narrow, wide = (one.generate([prompt], greedy(1))[0] for one in (in_int8, roomy))
+    assert narrow.dense_cache_bytes / wide.dense_cache_bytes == INT8_PAGE_BYTES / PAGE_BYTES
+    assert narrow.live_cache_bytes % INT8_PAGE_BYTES == 0
+    assert ROWS * INT8_PAGE_BYTES <= narrow.live_cache_bytes <= narrow.dense_cache_bytes
+    half = build_engine(tiny_model, pages=40, kv_dtype="int8", dtype="bfloat16")
+    read = half.generate([prompt], greedy(1))[0]
+    pages = ROWS * -(-len(prompt) // PAGE)
+    assert read.dense_cache_bytes == pages * 2 * PAGE * (16 + 2)  # a bfloat16 scale
+
+
+def a_snapshot_of_other_pages_is_refused_test(in_int8, roomy):
+    sequence = in_int8.submit(some_prompts(1)[0], greedy(4))
+    with pytest.raises(UserError, match="the snapshot's kv_dtype is int8, this engine's is float"):
+        roomy.resume(in_int8.snapshot(sequence))
+    in_int8.cancel(sequence)
+    in_int8.step()
+
+
 # ---- ends -------------------------------------------------------------------------------------
 
 
@@ -520,7 +570,8 @@ def bad_prompts_are_refused_at_once_and_with_all_others_test(roomy, prompts, par
         ({"page_size": 0}, "page_size must be a power of two"),
         ({"max_sequences": 0}, "seats must be 1 or more"),
         ({"max_length": 129}, "made for 128, got 129"),
-        ({"dtype": "float16"}, "float32 or bfloat16"),
+        ({"dtype": "float16"}, "dtype: expected float32 or bfloat16, got 'float16'"),
+        ({"kv_dtype": "int4"}, "kv_dtype: expected float32 or bfloat16 or int8, got 'int4'"),
     ],
 )
 def an_engine_that_cannot_be_is_refused_test(tiny_model, changes, complaint):
@@ -588,14 +639,20 @@ def results_of(engine, *sequences):
 
 
 @pytest.mark.parametrize(
-    ("window", "threshold", "dtype"),
-    [(12, HALF, "float32"), (None, HALF, "bfloat16"), (12, None, "float32")],
+    ("window", "threshold", "dtype", "kv_dtype"),
+    [
+        (12, HALF, "float32", None),
+        (None, HALF, "bfloat16", None),
+        (12, None, "float32", None),
+        (12, HALF, "float32", "int8"),
+        pytest.param(12, HALF, "bfloat16", "int8", marks=pytest.mark.slow),
+    ],
 )
 def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(
-    tiny_model, build_model, tmp_path, window, threshold, dtype
+    tiny_model, build_model, tmp_path, window, threshold, dtype, kv_dtype
 ):
     settings = None if threshold is None else DMCSettings(offset=0.0, window=window)
-    options = {"policy": policy_of(settings), "dtype": dtype}
+    options = {"policy": policy_of(settings), "dtype": dtype, "kv_dtype": kv_dtype}
     model = tiny_model if settings == SETTINGS else build_model(layers=1)
     make = functools.partial(build_engine, model, pages=10_000, **options)
     engine, [first, other] = make(), some_prompts(2, seed=3)

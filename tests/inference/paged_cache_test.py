@@ -13,10 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.gates import Gates
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.inference import decoding, paged_cache
 from dmc_jax.model.llama import Llama
+from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Tokens, attend_whole
@@ -268,7 +270,7 @@ def a_row_longer_than_its_page_table_is_reported_test():
         ({"pages": 0}, "pages must be 1 or more, got 0"),
         ({"seats": 0}, "seats must be 1 or more, got 0"),
         ({"max_length": 0}, "max_length must be 1 or more, got 0"),
-        ({"dtype": jnp.float16}, "float32 or bfloat16, got float16"),
+        ({"dtype": jnp.float16}, "float32 or bfloat16 or int8, got float16"),
     ],
 )
 def a_cache_that_cannot_be_is_refused_test(changes, complaint):
@@ -413,6 +415,49 @@ def bfloat16_pages_hold_the_float32_average_rounded_once_test(tiny_model):
         ]
     for wide, narrow in zip(pages[jnp.float32], pages[jnp.bfloat16], strict=True):
         np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
+
+
+@pytest.mark.parametrize("merges", ["window 12", "unlimited window", "by gates, 5 tokens later"])
+def an_int8_slot_is_off_by_one_rounding_however_often_it_was_written_test(merges):
+    """Half a step at every time: the average is never taken of what a page holds."""
+    steps, rng = 200, np.random.default_rng(0)
+    if merges.startswith("by gates"):
+        row = jnp.full((SMALL.kv_rows, SMALL.width), 0.3, jnp.float32)
+        mean = jnp.zeros((SMALL.layers, SMALL.width), jnp.float32)
+        gates = Gates(mean, mean + 1, row, jnp.ones(SMALL.kv_rows, jnp.float32), None, None, None)
+        policy = DelayedDMC(gates, delay=5).of_layer(0, 0, 2)
+    else:
+        window = 12 if merges == "window 12" else None
+        policy = DMC(DMCSettings(window=window, offset=0.0), -1.5)
+    tokens = rng.normal(size=(3, steps, 1, 2, SMALL.head_dim)).astype(np.float32)
+    inputs = rng.normal(size=(steps, 1, SMALL.width)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnames="dtype")
+    def slots_over_time(dtype):
+        sizes = {"seats": 1, "pages": 100, "page_size": PAGE, "max_length": steps}
+        cache = paged_cache.init(SMALL, policy, dtype=dtype, **sizes)
+
+        def step(cache, now):
+            (q, k, v), x = now
+            token = Tokens(q, k, v, cache.position, FREQUENCIES, x)
+            cache, reads, granted = decoding.begin_step(cache, jnp.ones(1, bool))
+            _, cache = decoding.read_token(cache, policy, 0, token, active=reads)
+            cache = decoding.end_step(cache, jnp.ones(1, bool), granted)
+            return cache, (*cache.pages.read(cache.page_table[0, :2]), cache.lengths[0, :2])
+
+        _, held = jax.lax.scan(step, cache, (tuple(tokens), inputs))
+        return held
+
+    *exact, lengths = map(np.asarray, slots_over_time("float32"))  # [steps, 2, slots, H]
+    *rounded, same = map(np.asarray, slots_over_time("int8"))
+    np.testing.assert_array_equal(lengths, same)
+    assert lengths[-1].min() > 4 and lengths[-1].max() < steps / 2  # segments of many tokens
+    for before, after in zip(exact, rounded, strict=True):
+        live = np.arange(before.shape[2]) < lengths[..., None]
+        half_a_step = np.abs(before).max(axis=-1) / 254
+        off = np.abs(after - before).max(axis=-1)
+        assert (off[live] <= 1.0001 * half_a_step[live]).all()
+        assert off[live].max() > 0
 
 
 def sequences_that_are_not_active_stay_as_they_are_and_attend_to_nothing_test():

@@ -23,6 +23,9 @@ def snapshot_with_open_segments(dtype, counted=False):
     weights = np.where(there, rng.uniform(0.1, 1, there.shape), 0).astype(np.float32)
     state = {".keys": keys, ".values": values, ".weights": weights}
     pages = Pages(*(rng.normal(size=(2, 2, 8, 6)).astype(dtype)))
+    if dtype == np.int8:
+        scales = rng.uniform(0.1, 1, (2, 2, 8)).astype(jnp.bfloat16)
+        pages = dataclasses.replace(pages, k_scale=scales[0], v_scale=scales[1])
     if counted:
         pages = dataclasses.replace(pages, tokens=rng.integers(1, 12, (2, 8)).astype(np.uint16))
     state[".count"] = there.sum(axis=1).astype(np.int32)
@@ -31,7 +34,7 @@ def snapshot_with_open_segments(dtype, counted=False):
 
 
 @pytest.mark.parametrize("counted", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8])
 def a_snapshot_is_read_as_it_was_saved_test(tmp_path, dtype, counted):
     snapshot = snapshot_with_open_segments(dtype, counted)
     snapshot.save(tmp_path / "it")
@@ -42,6 +45,20 @@ def a_snapshot_is_read_as_it_was_saved_test(tmp_path, dtype, counted):
     for name, array in snapshot.rows.state.items():
         assert loaded.rows.state[name].dtype == array.dtype
         np.testing.assert_array_equal(loaded.rows.state[name], array)
+
+
+def pages_of_older_snapshots_are_of_the_dtype_of_the_forward_pass_test(tmp_path):
+    snapshot = snapshot_with_open_segments(jnp.bfloat16)
+    dataclasses.replace(snapshot, model={"dtype": "bfloat16"}).save(tmp_path / "it")
+    with np.load(tmp_path / "it") as file:
+        arrays = dict(file)
+    about = json.loads(str(arrays["about"])) | {"version": 3}
+    arrays["about"] = np.array(json.dumps(about))
+    np.savez(tmp_path / "old.npz", **arrays)
+    assert load_snapshot(tmp_path / "old.npz").model == {
+        "dtype": "bfloat16",
+        "kv_dtype": "bfloat16",
+    }
 
 
 def open_segments_that_were_saved_as_products_are_read_as_tokens_test(tmp_path):

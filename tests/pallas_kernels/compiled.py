@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint16": "*u16"}
+_POINTERS |= {"int8": "*i8"}
 
 REGISTERS = 65536  # of a multiprocessor
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor's shared memory

@@ -26,7 +26,7 @@ from pallas_kernels.implementations import Implementations
 GPU = target.Target(platform="gpu", kind="interpreted", cores=2, capability=90)
 TPU = target.Target(platform="tpu", kind="interpreted", cores=1, capability=None)
 
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "int32": "i32", "uint16": "u16"}
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "int32": "i32", "uint16": "u16", "int8": "i8"}
 
 # Triton's interpreter keeps the index of the program that it is running in a global.
 _one_at_a_time = threading.Lock()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.core.gates import Gates
 from dmc_jax.data.tokenizer import Tokenizer
@@ -19,8 +20,9 @@ from dmc_jax.inference import decoding, layers, paged_cache
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.prefill import attend_chunk
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.model.causal_attention import over_int8
 from dmc_jax.model.llama import Llama, unstack_layers
-from dmc_jax.policies.choice import POLICIES, Trained, from_json, policy_for, to_json
+from dmc_jax.policies.choice import BUDGETED, POLICIES, Trained, from_json, policy_for, to_json
 from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
@@ -124,9 +126,9 @@ def some_tokens(seed=1, batch=2, length=T):
     return np.random.default_rng(seed).integers(0, 50, (batch, length)).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def whole(params, config, policy, tokens, positions, segment_ids=None):
-    attend = attend_whole(policy, config, positions, segment_ids)
+@functools.partial(jax.jit, static_argnames=("config", "attention"))
+def whole(params, config, policy, tokens, positions, segment_ids=None, attention=causal_attention):
+    attend = attend_whole(policy, config, positions, segment_ids, attention=attention)
     return Llama(config).apply({"params": params}, tokens, attend=attend)
 
 
@@ -134,11 +136,11 @@ def positions_of(tokens):
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def empty_cache(config, policy):
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def empty_cache(config, policy, dtype):
     """Three seats, in pages of NaN, and of slots without tokens."""
     cache = paged_cache.init(
-        *(config, policy), seats=3, pages=90, page_size=PAGE, max_length=T, dtype=jnp.float32
+        *(config, policy), seats=3, pages=90, page_size=PAGE, max_length=T, dtype=dtype
     )
     poison = jax.tree.map(
         lambda x: x * (jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0), cache.pages
@@ -164,13 +166,13 @@ def read_rest(params, config, policy, cache, tokens, at):
     return cache, logits.swapaxes(0, 1)[:2]
 
 
-def read_chunks_then_rest(policy, tokens, splits):
+def read_chunks_then_rest(policy, tokens, splits, dtype="float32"):
     """Read both sequences; `splits` has (tokens of the first, of the second) of every chunk.
 
     What is left of a prompt that is cut at its end is read in chunks too: of no more than that.
     """
     params, config = model()
-    cache, logits = empty_cache(config, policy), np.zeros((2, T, 50), np.float32)
+    cache, logits = empty_cache(config, policy, dtype), np.zeros((2, T, 50), np.float32)
     at, seats = np.zeros(2, np.int32), np.array([1, 0], np.int32)
     left = np.maximum(0, (policy.prompt or 0) - np.sum([(0, 0), *splits], axis=0))
     splits = [*splits, *(np.clip(left - i, 0, CHUNK) for i in range(0, left.max(), CHUNK))]
@@ -224,14 +226,38 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
     any_chunks()
 
 
+@policies(("dmc, window 3", "dmc by gates, delay 5", "tova, 8 slots, without the channel"))
+def pages_of_int8_mean_the_same_in_any_chunks_and_one_token_at_a_time_test(policy):
+    params, config = model()
+    tokens = some_tokens()
+    exact_cache, exact = read_chunks_then_rest(policy, tokens, [])
+    cache, logits = read_chunks_then_rest(policy, tokens, [], "int8")
+    others = [read_chunks_then_rest(policy, tokens, [(1, 16), (0, 3), (13, 0), (16, 16)], "int8")]
+    if policy.name not in BUDGETED:
+        attention = over_int8(causal_attention)
+        evaluated = whole(params, config, policy, tokens, positions_of(tokens), attention=attention)
+        others.append((cache, evaluated.logits))
+    # Where a last bit decides to which side a number is rounded, and so a number in 127 of the
+    # largest: seldom, and far less than what all the rounding changes.
+    rounding = np.sqrt(np.mean((logits - exact) ** 2))
+    assert 1e-3 < rounding < 0.1
+    for other_cache, other in others:
+        np.testing.assert_array_equal(other_cache.lengths, cache.lengths)
+        assert np.sqrt(np.mean((np.asarray(other) - logits) ** 2)) < 0.1 * rounding
+    assert cache.pages.nbytes < 0.4 * exact_cache.pages.nbytes
+
+
 @pytest.mark.parametrize(
-    "name",
-    [*IN_ENGINE, "dense", "window, 40 slots"],
+    "name, dtype",
+    [
+        *((name, "float32") for name in (*IN_ENGINE, "dense", "window, 40 slots")),
+        *((name, "int8") for name in ("dense", "dmc, window 3", "dmc by gates, delay 5")),
+    ],
 )
-def a_chunk_is_read_without_a_copy_of_the_pages_test(name):
+def a_chunk_is_read_without_a_copy_of_the_pages_test(name, dtype):
     """They are most of the memory: a program that holds them twice would not fit."""
     (params, config), policy = model(), TABLE[name]
-    many = {"seats": 3, "pages": 40_000, "page_size": 8, "max_length": T, "dtype": jnp.float32}
+    many = {"seats": 3, "pages": 40_000, "page_size": 8, "max_length": T, "dtype": dtype}
     cache = jax.eval_shape(lambda: paged_cache.init(config, policy, **many))
     weights = unstack_layers(params, config, "float32")["layer_0"]
     inputs = {"policy": policy, "counts": np.full(2, 16), "seats": np.arange(2)}

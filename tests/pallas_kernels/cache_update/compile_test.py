@@ -52,9 +52,10 @@ def compile_update(
 
     of_ring = tokens if window else "float32"
     pool, ring = array(9999, 64, H, dtype=pages), array(64, 1024, window or 1, H, dtype=of_ring)
+    scales = [array(*pool.shape[:2], dtype=tokens)] * 2 if pages == "int8" else []
     count = array(64, 1024, dtype="int32")
     segment = api.Segment(ring, ring, array(*ring.shape[:3]), count)
-    state = api.State(pool, pool, count, segment if merges else None)
+    state = api.State(pool, pool, count, segment if merges else None, *scales)
     constants = {"OFFSET": 5.0, "EPS": 2**-7}
     constants |= update_constants(
         state, array(64, 32 * G, H), array(64, 32, H), not window, SETTINGS
@@ -66,6 +67,9 @@ def compile_update(
     if not merges:
         dtypes |= dict.fromkeys(("count_before", "count_ptr"), "float32")
     dtypes |= dict.fromkeys(("token_ptr", "rotated_ptr"), tokens)
+    if pages == "int8":
+        scale_names = [f"{x}_scale_{end}" for x in "kv" for end in ("before", "ptr")]
+        dtypes |= dict.fromkeys(scale_names, tokens)
     dtypes |= dict.fromkeys(("table_ptr", "active_ptr", "at_ptr"), "int32")
     warps = warps_for(constants, SETTINGS)
     usage = compile_kernel(
@@ -87,6 +91,14 @@ def a_row_of_the_usual_size_is_one_warp_test(capability, pages, tokens):
     wide = [line for line in usage.ptx.splitlines() if "ld.global.v4.b32" in line]
     assert len(wide) >= 2 * 16 * jnp.dtype(tokens).itemsize // 4
     assert all(line.strip().startswith("@%p") for line in wide)
+
+
+@capabilities
+@pytest.mark.parametrize("merges", [True, False])
+def pages_of_int8_take_little_more_test(capability, merges):
+    usage, warps = compile_update(capability, pages="int8", merges=merges)
+    assert usage.spilled == 0
+    assert usage.resident(warps, capability) >= _ROWS_PER_CORE
 
 
 @pytest.mark.parametrize("H, window", [(64, 12), (80, 12), (128, None), (256, 16), (128, 100)])

@@ -30,6 +30,7 @@ from pallas_kernels.decode_attention.workloads import (
     ragged_lengths,
 )
 from pallas_kernels.implementations import Implementations
+from pallas_kernels.quantisation import quantise
 from tests.pallas_kernels.interpreted import GPU, TPU
 
 # Relative and absolute. Both sides compute in float32, so bfloat16 only rounds the result.
@@ -252,21 +253,28 @@ def lengths_beyond_the_table_count_as_full_test(implementation):
     np.testing.assert_array_equal(attend(*wild), attend(*full))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", [*TOLERANCE, "int8"])
 def temporaries_do_not_grow_with_the_pool_test(dtype):
+    queries = "float32" if dtype == "int8" else dtype
+
     def temporary_bytes(pages):
         shapes = [
             jax.ShapeDtypeStruct(shape, kind)
             for shape, kind in (
-                ((32, 4, 64), dtype),
+                ((32, 4, 64), queries),
                 ((pages, 16, 64), dtype),
                 ((pages, 16, 64), dtype),
                 ((32, 64), "int32"),
                 ((32,), "int32"),
             )
         ]
+        scales = {}
+        if dtype == "int8":
+            of_slots = jax.ShapeDtypeStruct((pages, 16), queries)
+            scales = dict.fromkeys(("k_scale", "v_scale"), of_slots)
         attend = functools.partial(decode_attention, scale=0.125, implementation="xla")
-        return jax.jit(attend).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        program = jax.jit(attend).lower(*shapes, **scales).compile()
+        return program.memory_analysis().temp_size_in_bytes
 
     small, large = temporary_bytes(2_000), temporary_bytes(200_000)
     assert large <= small + 4096
@@ -480,6 +488,128 @@ def tokens_without_gamma_are_refused_test():
     inputs = inputs_of(RAGGED)
     with pytest.raises(ValueError, match="tokens and gamma go together"):
         decode_attention(*inputs, scale=0.2, tokens=mass_of(inputs)["tokens"])
+
+
+# ---- pages of int8 ------------------------------------------------------------------------------
+
+
+def in_int8(inputs, dtype="float32"):
+    """The same pages quantised, their scales, and the inputs that these stand for.
+
+    What nobody reads stays poison: a scale of NaN, and the largest of numbers.
+    """
+    scales, pools, stands_for = {}, {}, {}
+    for name in "kv":
+        pool = getattr(inputs, f"{name}_pages")
+        dead = jnp.isnan(pool.astype(jnp.float32)).any(axis=-1)
+        steps, scale = quantise(pool, dtype)
+        pools[f"{name}_pages"] = jnp.where(dead[..., None], 127, steps).astype(jnp.int8)
+        scales[f"{name}_scale"] = jnp.where(dead, jnp.nan, scale)
+        wide = scale.astype(jnp.float32)
+        stands_for[f"{name}_pages"] = jnp.where(dead, jnp.nan, wide)[..., None] * steps
+    return inputs._replace(**pools), scales, inputs._replace(**stands_for)
+
+
+READ_INT8 = pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+
+
+@READ_INT8
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload("int8", (0, 1, 70, 300, 16, 33), 2, 32, 16),
+        Workload("int8", (40, 0, 500), 4, 64, 8, dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def pages_of_int8_are_attended_to_as_what_they_stand_for_test(implementation, workload, counted):
+    inputs = inputs_of(workload)
+    narrow, scales, wide = in_int8(inputs, workload.dtype)
+    mass = mass_of(inputs) if counted else {}
+    out = decode_attention(*narrow, scale=0.2, implementation=implementation, **scales, **mass)
+    expected = decode_attention(*wide, scale=0.2, implementation="reference", **mass)
+    assert_close(out, expected)
+    exact = decode_attention(*inputs, scale=0.2, implementation="reference", **mass)
+    off = np.abs(np.asarray(expected, np.float32) - np.asarray(exact, np.float32)).max()
+    assert 1e-4 < off < 0.03
+
+
+@READ_INT8
+def a_slot_of_a_large_scale_counts_for_what_it_is_test(implementation):
+    """Keys 0 and log 3, values 4 and 8, as multiples of scales that differ by a thousand."""
+    keys = jnp.zeros((1, 8, 4), jnp.int8).at[0, 1, 2].set(100)
+    values = jnp.zeros((1, 8, 4), jnp.int8).at[0, 0].set(4).at[0, 1].set(80)
+    out = decode_attention(
+        jnp.zeros((1, 1, 4)).at[0, 0, 2].set(1.0),
+        *(keys, values, jnp.zeros((1, 1), jnp.int32), jnp.array([2], jnp.int32)),
+        scale=1.0,
+        implementation=implementation,
+        k_scale=jnp.full((1, 8), jnp.nan).at[0, :2].set(jnp.array([9.0, np.log(3.0) / 100])),
+        v_scale=jnp.full((1, 8), jnp.nan).at[0, :2].set(jnp.array([100.0, 0.1])),
+    )
+    np.testing.assert_allclose(out[0, 0], 400 / 4 + 8 * 3 / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", GIVE_WEIGHTS)
+def weights_over_pages_of_int8_are_those_over_what_they_stand_for_test(implementation):
+    narrow, scales, wide = in_int8(inputs_of(Workload("holes", (0, 30, 200), 4, 32, 8)))
+    found = decode_attention_and_weights(
+        *narrow, scale=0.2, implementation=implementation, **scales
+    )
+    expected = decode_attention_and_weights(*wide, scale=0.2, implementation="reference")
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y)
+
+
+@pytest.mark.parametrize("implementation", PLANNED)
+def pages_of_int8_are_found_by_a_plan_for_all_layers_test(implementation):
+    rows = (100, 3, 0, 40, 70, 8, 16, 33, 5, 64)
+    narrow, scales, wide = in_int8(inputs_of(Workload("of_layers", rows, 2, 32, 8)))
+    of_layer = np.array([2, 3, 7, 8])
+    whole = narrow.page_table.reshape(2, 5, -1), narrow.lengths.reshape(2, 5)
+    cut = narrow.page_table[of_layer], narrow.lengths[of_layer]
+    plan = plan_decode_attention(
+        cut[1] + 1, narrow.k_pages, longest=104, implementation=implementation
+    )
+    options = {"scale": 0.2, "implementation": implementation, "first": 2, "plan": plan}
+    out = decode_attention(narrow.q[of_layer], *narrow[1:3], *whole, **options, **scales)
+    expected = decode_attention(
+        wide.q[of_layer], *wide[1:3], *cut, scale=0.2, implementation="reference"
+    )
+    assert_close(out, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def a_tpu_kernel_says_that_it_does_not_read_int8_test(monkeypatch):
+    monkeypatch.setattr(target, "current", lambda: TPU)
+    narrow, scales, _ = in_int8(inputs_of(Workload("int8", (3, 5), 1, 32, 16)))
+    with pytest.raises(ValueError, match="'tpu' .* does not read pages of int8: take 'xla'"):
+        decode_attention(*narrow, scale=0.2, implementation="tpu", **scales)
+
+
+def scales_go_with_int8_and_with_nothing_else_test():
+    inputs = inputs_of(Workload("int8", (3, 5), 1, 32, 16))
+    narrow, scales, _ = in_int8(inputs)
+    for pages, given in (
+        (inputs, scales),
+        (narrow, {}),
+        (narrow, {"k_scale": scales["k_scale"]}),
+    ):
+        with pytest.raises(ValueError, match="k_scale and v_scale go with pages of int8, and"):
+            decode_attention(*pages, scale=0.2, **given)
+
+
+@pytest.mark.usefixtures("annotations_aside")
+def scales_that_break_the_contract_are_named_test():
+    narrow, scales, _ = in_int8(inputs_of(Workload("int8", (3, 5), 1, 32, 16)))
+    for change, message in (
+        (lambda x: x[1:], r"k_scale must be \[P page\] with P = \d as in k_pages"),
+        (lambda x: x.astype(jnp.float16), "k_scale must be float32 or bfloat16, got float16"),
+    ):
+        changed = scales | {"k_scale": change(scales["k_scale"])}
+        with pytest.raises(ValueError, match=message):
+            decode_attention(*narrow, scale=0.2, **changed)
 
 
 # ---- workloads ----------------------------------------------------------------------------------

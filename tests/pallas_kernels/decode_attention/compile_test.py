@@ -41,6 +41,7 @@ def compile_attend(
     dtypes = dict.fromkeys(("table_ptr", "lengths_ptr", "at_ptr", *of_plan), "int32")
     dtypes |= dict.fromkeys(("factor_ptr", "partial_ptr", "lse_ptr", "gamma_ptr"), "float32")
     dtypes |= {"tokens_ptr": "uint16" if massive else "int32"}
+    dtypes |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), q if pool == "int8" else "float32")
     return compile_kernel(
         attend_items,
         dtypes | {"q_ptr": q, "k_ptr": pool, "v_ptr": pool, "out_ptr": q},
@@ -91,6 +92,15 @@ def the_default_fits_as_many_programs_as_it_says_test(G, H, page, capability):
 @pytest.mark.parametrize("H", [64, 128])
 def slots_of_several_tokens_cost_no_program_its_place_test(H, capability):
     usage = compile_attend(DEFAULT, capability, H=H, massive=True)
+    assert usage.spilled == 0
+    assert usage.resident(DEFAULT.warps, capability) >= DEFAULT.programs_per_core
+    assert_streams(usage)
+
+
+@capabilities
+@pytest.mark.parametrize("H", [64, 128])
+def pages_of_int8_cost_no_program_its_place_test(H, capability):
+    usage = compile_attend(DEFAULT, capability, H=H, pool="int8")
     assert usage.spilled == 0
     assert usage.resident(DEFAULT.warps, capability) >= DEFAULT.programs_per_core
     assert_streams(usage)

@@ -23,6 +23,7 @@ from pallas_kernels.prefill_attention import api
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS, prefill_attention
 from pallas_kernels.prefill_attention.settings import Settings
 from pallas_kernels.prefill_attention.workloads import CORRECTNESS, Workload, make_inputs
+from pallas_kernels.quantisation import quantise, rounded
 from tests.pallas_kernels import interpreted
 
 # Relative and absolute, of means of numbers of size 1. On a GPU weights are bfloat16 too.
@@ -137,6 +138,32 @@ def the_kernel_gives_what_the_reference_gives_test(workload):
     # Pages are shuffled and all that is unused is NaN: a stray read would show.
     inputs, expected = inputs_and_expected(workload)
     assert_close(attend(workload, *inputs, "triton"), expected)
+
+
+@every_implementation
+@pytest.mark.parametrize("workload", [CORRECTNESS[2], CORRECTNESS[3]], ids=str)
+def pages_of_int8_are_attended_to_as_what_they_stand_for_test(name, workload):
+    """And what a token wrote itself as if it were there."""
+    (q, own_k, own_v, slot, *pools, table, lengths, seats), first = make_inputs(workload)
+    scales, narrow, wide = [], [], []
+    for pool in pools:
+        dead = jnp.isnan(pool.astype(jnp.float32)).any(axis=-1)
+        steps, scale = quantise(pool, workload.dtype)
+        narrow.append(jnp.where(dead[..., None], 127, steps).astype(jnp.int8))
+        scales.append(jnp.where(dead, jnp.nan, scale))
+        wide.append(steps * jnp.where(dead, jnp.nan, scale.astype(jnp.float32))[..., None])
+    own = [rounded(x, workload.dtype).astype(jnp.float32) for x in (own_k, own_v)]
+    how = {"first": first, "scale": workload.width**-0.5}
+    out = prefill_attention(
+        *(q, own_k, own_v, slot, *narrow, table, lengths, seats),
+        **how,
+        implementation=name,
+        **dict(zip(("k_scale", "v_scale"), scales, strict=True)),
+    )
+    expected = prefill_attention(
+        *(q, *own, slot, *wide, table, lengths, seats), **how, implementation="reference"
+    )
+    assert_close(out, expected)
 
 
 @pytest.mark.parametrize("queries, slots", [(16, 16), pytest.param(64, 32, marks=pytest.mark.slow)])

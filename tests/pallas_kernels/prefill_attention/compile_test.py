@@ -20,13 +20,16 @@ def compiled_afresh(tmp_path, monkeypatch):
 USUAL = settings_for("no such device")
 
 
-def compile_attend(settings, capability, *, N=32, K=32, H=128, page=16, dtype="bfloat16"):
+def compile_attend(
+    settings, capability, *, N=32, K=32, H=128, page=16, dtype="bfloat16", pool=None
+):
     q, own = (jax.ShapeDtypeStruct((1, 512, heads, H), dtype) for heads in (N, K))
-    pages = jax.ShapeDtypeStruct((99, page, H), dtype)
+    pages = jax.ShapeDtypeStruct((99, page, H), pool or dtype)
     fixed = constants(q, own, pages, H**-0.5, settings)
     dtypes = {name: dtype for name in attend.arg_names if name not in fixed}
     # Averages are float32.
     dtypes |= dict.fromkeys(INTEGERS, "int32") | {"own_v_ptr": "float32"}
+    dtypes |= dict.fromkeys(("k_ptr", "v_ptr"), pool or dtype)
     return compile_kernel(
         attend,
         dtypes,
@@ -54,6 +57,12 @@ def the_usual_settings_use_what_hopper_has_and_do_not_spill_test(K, H, page):
     assert "wgmma.mma_async" in usage.ptx and "mma.sync" not in usage.ptx
     copies = [line for line in usage.ptx.splitlines() if "cp.async.c" in line]
     assert sum(", 0x10, " in line or ", 16, " in line for line in copies) >= 8
+
+
+def pages_of_int8_do_not_spill_test():
+    usage = compile_attend(USUAL, 90, pool="int8")
+    assert usage.spilled == 0
+    assert usage.resident(USUAL.warps, 90) >= 1
 
 
 @pytest.mark.slow
