@@ -14,6 +14,8 @@ from ml_collections import config_flags
 
 from dmc_jax.errors import Checklist, RunFailure, UserError
 
+flags.disclaim_key_flags()  # a flag that is defined here is its command's, whose help lists it
+
 
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     """Run a command's `main` under absl; expected failures become one line and an exit code.

@@ -38,6 +38,7 @@ def helps_exit_code_is_0_and_it_lists_the_flags_test(tmp_path):
         assert (code, err) == (0, "")
         source = (ROOT / f"dmc_jax/{command}.py").read_text()
         defined = re.findall(r'DEFINE(?:_\w+\(|\(\s*commands.PATH,)\s*"(\w+)"', source)
+        defined += re.findall(r"commands\.define_(config)\(", source)
         shown = re.findall(r"^  --(?:\[no\])?(\w+):", out, re.MULTILINE)
         assert defined and sorted(defined) == sorted(shown)
         if command == "train":
@@ -78,7 +79,7 @@ def what_must_be_given_is_named_test():
 
 def an_arena_of_a_model_that_is_not_there_says_so_in_a_line_test(tmp_path):
     code, out, err = outcome(
-        start("--config=arena_smollm2", f"--config.checkpoint={tmp_path}/none")
+        start("arena", "--config=arena_smollm2", f"--config.checkpoint={tmp_path}/none")
     )
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith(f"error: no complete checkpoint in {tmp_path}/none")

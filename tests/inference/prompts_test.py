@@ -31,7 +31,7 @@ def a_line_is_a_text_or_an_object_that_changes_the_defaults_test(tmp_path):
 
 
 def a_line_may_ask_for_a_ratio_which_is_not_the_one_that_a_result_came_to_test(tmp_path):
-    result = Result("b", (1,), "stop", 1, 1, 1.7, 2, 3, 0.1, 0.0)
+    result = Result("b", (1,), "stop", 1, 1, 1.7, 2, 2, 3, 0.1, 0.0)
     came_to = as_json(0, PromptLine("a", DEFAULTS, 1), result, None, ascii_only=False)
     lines = ['{"prompt": "a", "ratio": 3}', '{"prompt": "a", "threshold": -1}', came_to]
     lines = read_prompts(write(tmp_path / "prompts", "\n".join(lines)), DEFAULTS)
@@ -64,7 +64,7 @@ def token_ids_are_a_prompt_test(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["", ODD, "é \ufeff \ud83d", [1, 2]])
 def what_decode_writes_it_reads_test(prompt, tmp_path):
-    result = Result(ODD, (1,), "stop", 1, 1, 1.0, 2, 3, 0.1, 0.0)
+    result = Result(ODD, (1,), "stop", 1, 1, 1.0, 2, 2, 3, 0.1, 0.0)
     line = PromptLine(prompt, DEFAULTS, 1)
     path = tmp_path / "output"
     with results_file(check_output(str(path), "replace", [])) as write_result:
