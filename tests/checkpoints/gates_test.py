@@ -170,6 +170,7 @@ def an_engine_drops_tokens_by_gates_test(file, without_tokenizer):
         engine_of(gates=file, ratio=9.0)
 
 
+@pytest.mark.slow
 def an_engine_merges_tokens_by_gates_test(without_tokenizer, tmp_path):
     """Kept at a high threshold; at a low one a segment and the tail are all that stays."""
     save_gates(tmp_path / "merge", stored(policy=merging(delay=4)))

@@ -196,7 +196,8 @@ def distillation_keeps_the_share_of_drops_and_lowers_the_divergence_test(run, di
     np.testing.assert_array_equal(frozen, state.params["policy"].gates.mean)
 
 
-@pytest.mark.parametrize("trained", ["lora", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["lora", "all"])
 def a_model_may_learn_with_its_gates_test(run, trained):
     """It lies in the run; the gates serve it, and not the one that was; a stop loses nothing."""
     gates = dataclasses.replace(run.gates, model=trained, rank=2, delay=0, method="dmc")

@@ -254,9 +254,10 @@ def threshold_for(ratio, *model_and_tokens):
 
 
 # The groupings with the fewest and the most queries per KV head, and one between them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "heads, kv_heads",
-    [*(pytest.param(4, kv, marks=pytest.mark.slow) for kv in (4, 1)), (8, 1)],
+    [(4, 4), (4, 1), (8, 1)],
 )
 def prefill_then_decoding_is_full_evaluation_at_every_ratio_and_grouping_test(
     build_model, heads, kv_heads

@@ -19,7 +19,7 @@ from tests.policies.policy_test import Ids, model, some_gates
 
 
 @pytest.mark.parametrize(
-    "delay", [0, 3, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (1, 20))]
+    "delay", [3, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (0, 1, 20))]
 )
 def of_all_that_a_chunk_writes_each_slot_has_one_in_the_end_test(delay):
     """Of two writes to one slot, which one stays would be up to the machine."""
@@ -58,7 +58,8 @@ def of_all_that_a_chunk_writes_each_slot_has_one_in_the_end_test(delay):
     assert min(map(min, counted)) == 1 and 2 < max(map(max, counted)) <= 5
 
 
-@pytest.mark.parametrize("gamma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [True, False])
 def a_forked_or_restored_sequence_goes_on_as_the_first_does_test(gamma, tmp_path):
     policy = DelayedDMC(some_gates(importance=True, gamma=gamma), -0.5, delay=5)
 

@@ -89,14 +89,12 @@ TABLE = {
 T, CHUNK, PAGE = 40, 16, 8
 TOLERANCE = 2e-5  # float32 logits of size 1
 
-# Of each method one in `make test`; in the engine, which takes longest, of each kind of method.
+# Of each kind of method one in `make test`; in the engine, which takes longest, those by gates.
 IN_ENGINE = ("dmc, window 3", "dms, delay 5", "dmc by gates, delay 5", "snapkv, 9 slots of 22")
 QUICK = (
     *IN_ENGINE,
     "dense",
-    "stride, 2.5 tokens",
     "tova, 8 slots, without the channel",
-    "window, 6 slots, 3 tokens for one",
 )
 
 
@@ -267,13 +265,8 @@ def a_chunk_is_read_without_a_copy_of_the_pages_test(name, dtype):
     assert program.compile().memory_analysis().temp_size_in_bytes < 0.1 * cache.pages.nbytes
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dms, delay 5",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in (IN_ENGINE[0], IN_ENGINE[2])),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_ENGINE[:3])
 def every_seat_of_a_cache_has_a_threshold_of_its_own_test(name):
     params, config = model()
     policy, tokens = TABLE[name], some_tokens()
@@ -314,7 +307,7 @@ class Ids(Tokenizer):
         return " ".join(map(str, ids))
 
 
-@policies(IN_ENGINE)
+@policies(IN_ENGINE[1:3])
 def what_a_sequence_gets_in_the_engine_does_not_depend_on_who_is_there_test(policy):
     """With pages for a few: sequences wait, and give theirs back to go on later."""
     engine = Engine(
