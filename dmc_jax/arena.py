@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import logging
 
 from dmc_jax import commands
-from dmc_jax.checkpoints.gates import check_base, gates_for
+from dmc_jax.checkpoints.gates import check_base, gates_for, model_hash
 from dmc_jax.checkpoints.models import load_tokenizer_of, open_model
 from dmc_jax.config import load_config
 from dmc_jax.data.chat import load_chat_template
@@ -91,12 +91,13 @@ def enter(config: ArenaConfig, file: Path) -> Arena:
     about = {
         "measures": "methods beside the dense model at equal slots of cache",
         "machine": machine(" ".join(["python -m dmc_jax.arena", *sys.argv[1:]])),
+        "model": model_hash(model.params, model.config),
         "text": [Path(data.manifest["source"]).name for data in texts],
         "split": config.text.split,
         "chat": chat is not None,
         "gates": about_gates(files),
     }
-    record = open_record(file, about, same=("text", "split", "chat"), joins=("gates",))
+    record = open_record(file, about, same=("model", "text", "split", "chat"), joins=("gates",))
     unstacked = unstack_layers(model.params, model.config, _DTYPE)
     engine = functools.partial(Engine, unstacked, model.config, dtype=_DTYPE, page_size=_PAGE)
 

@@ -254,6 +254,10 @@ def the_arena_is_set_by_its_config_and_flags_and_tells_what_cannot_be_test():
         ("budgets", ("half",), "budgets: expected grows, end, mean, got 'half'"),
         ("contests", ("chess",), "contests: expected text, .*got 'chess'"),
         ("ratios", (1.0,), "ratios: expected tokens per slot above 1"),
+        ("margins", (-1.0,), "margins: expected logits, 0 or more"),
+        ("sequences", 0, "sequences: expected 1 or more, got 0"),
+        ("text", {"windows": 0}, "windows: expected 1 or more, got 0"),
+        ("needles", {"lengths": (1024, 0)}, r"lengths: expected 1 or more, got \(1024, 0\)"),
     ):
         with pytest.raises(UserError, match=complaint):
             arena(**{field: value})

@@ -130,6 +130,13 @@ class ArenaConfig:
                 raise UserError(f"{name}: expected {', '.join(known)}, got {unknown[0]!r}")
         if not self.ratios or min(self.ratios) <= 1:
             raise UserError(f"ratios: expected tokens per slot above 1, got {self.ratios}")
+        if min(self.margins, default=0) < 0:
+            raise UserError(f"margins: expected logits, 0 or more, got {self.margins}")
+        for part in (self, self.text, self.needles, self.functions, self.serving):
+            for name, value in vars(part).items():
+                for number in value if isinstance(value, tuple) else (value,):
+                    if type(number) is int and number < 1:
+                        raise UserError(f"{name}: expected 1 or more, got {value}")
 
 
 @runtime_checkable

@@ -29,7 +29,9 @@ def text_and_serving_are_measured_and_a_second_run_measures_nothing_test(tmp_pat
         "--config.serving.kv_bytes=100000",
         f"--config.output={tmp_path}",
     ]
-    first, second = runs_of("arena", flags, flags, folder=tmp_path)
+    other = save_model(data, tmp_path / "other", kv_heads=1)
+    mixed = [*flags, f"--config.checkpoint={other}"]
+    first, second, third = runs_of("arena", flags, flags, mixed, folder=tmp_path)
     assert first.returncode == second.returncode == 0, first.stderr
     folder = tmp_path / "arena_smollm2"
     assert {file.name for file in folder.iterdir()} == {"arena.json", "table.md", "quality.png"}
@@ -45,3 +47,4 @@ def text_and_serving_are_measured_and_a_second_run_measures_nothing_test(tmp_pat
     assert rows[1]["mean_bytes"] < rows[0]["mean_bytes"]
     assert first.stdout.count("\n{") + first.stdout.startswith("{") == 5
     assert "{" not in second.stdout and (folder / "table.md").read_text() in second.stdout
+    assert third.returncode == 2 and "was measured with another model" in third.stderr
