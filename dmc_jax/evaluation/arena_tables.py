@@ -46,7 +46,7 @@ def bytes_table(rows: Sequence[Row]) -> str:
             *_named(row),
             *(f"{row[name] / 1e6:.2f} MB" for name in ("mean_bytes", "peak_bytes")),
             f"{row['divergence']:.4f}",
-            f"{row['perplexity_percent']:+.1f} ± {row['perplexity_percent_interval']:.1f} %",
+            _percent(np.asarray(row["rises"])),
         )
         for row in rows
     ]
@@ -58,7 +58,7 @@ def text_table(rows: Sequence[Row], kinds: dict[str, list[str]]) -> str:
     """Perplexity on text, a line a length, a ratio, a kind of gates and a budget.
 
     Perplexity against the dense model is the mean over gates of one kind, which are taken for seeds
-    and of which the least and the most stand in brackets. Beside it, how much higher that of other
+    and of which the least and the most are told. Beside it, how much higher that of other
     methods is than theirs, on the same windows. Intervals are over the windows.
 
     Args:
@@ -78,7 +78,7 @@ def text_table(rows: Sequence[Row], kinds: dict[str, list[str]]) -> str:
             continue
         rises = np.mean([row["rises"] for row in seeds], axis=0)
         each = [row["perplexity_percent"] for row in seeds]
-        spread = f" ({min(each):+.1f} to {max(each):+.1f})" if len(seeds) > 1 else ""
+        spread = f", seeds {min(each):+.1f} to {max(each):+.1f}" if len(seeds) > 1 else ""
         at_end = np.mean([row["ratio_at_end"] for row in seeds])
         of_means = np.mean([row["ratio_of_means"] for row in seeds])
         told = f"{length:,}", f"{windows}", f"{ratio:g}x", kind
@@ -150,4 +150,5 @@ def _named(row: Row) -> tuple[str, str, str]:
 
 
 def _percent(rises: np.ndarray) -> str:
-    return f"{100 * math.expm1(rises.mean()):+.1f} ± {100 * interval(rises):.1f} %"
+    mean, *ends = (100 * math.expm1(x) for x in (rises.mean(), *interval(rises)))
+    return f"{mean:+.1f} % ({ends[0]:.1f} to {ends[1]:.1f})"

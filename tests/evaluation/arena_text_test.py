@@ -220,8 +220,9 @@ def a_summary_has_means_over_seeds_and_differences_on_the_same_windows_test():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[0][6:] == ["perplexity", "slots", "TOVA", "H2O"]
     # Means over seeds: 0.02 and 0.04; TOVA is 0.08 and 0.10 above them, H2O 0.18 and 0.16.
-    ours = "+3.0 ± 2.0 % (+2.0 to +4.1)"
-    assert cells[2] == ["512", "2", "2x", "a", "2.00x", "1.80x", ours, "end", "+9.4 ± 2.0 %", ""]
-    assert cells[3] == ["512", "2", "2x", "a", "2.00x", "1.80x", ours, "mean", "", "+18.5 ± 2.0 %"]
-    assert cells[4] == ["512", "2", "4x", "b", "2.00x", "1.80x", "+64.9 ± 0.0 %", "", "", ""]
+    about = ["512", "2", "2x", "a", "2.00x", "1.80x", "+3.0 % (2.0 to 4.1), seeds +2.0 to +4.1"]
+    assert cells[2] == [*about, "end", "+9.4 % (8.3 to 10.5)", ""]
+    assert cells[3] == [*about, "mean", "", "+18.5 % (17.4 to 19.7)"]
+    about = ["512", "2", "4x", "b", "2.00x", "1.80x", "+64.9 % (64.9 to 64.9)"]
+    assert cells[4] == [*about, "", "", ""]
     assert len(cells) == 5
