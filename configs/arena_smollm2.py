@@ -6,7 +6,7 @@ Hardware  any; some hours on two CPU cores, most of them for TOVA and H2O, which
 """
 
 from dmc_jax.config import to_config_dict
-from dmc_jax.evaluation.arena import ArenaConfig, TextConfig
+from dmc_jax.evaluation.arena_config import ArenaConfig, TextConfig
 
 
 def get_config():
@@ -16,6 +16,7 @@ def get_config():
             name="arena_smollm2",
             checkpoint="smollm2",
             gates=("smollm2_135m_dms",),
+            kv_dtypes=("float32", "int8"),
             text=TextConfig(data="data/code,data/english"),
         )
     )

@@ -19,14 +19,8 @@ from dmc_jax.config import load_config
 from dmc_jax.data.chat import load_chat_template
 from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import UserError
-from dmc_jax.evaluation.arena import (
-    Arena,
-    ArenaConfig,
-    ServingConfig,
-    about_gates,
-    run,
-    with_margins,
-)
+from dmc_jax.evaluation.arena import Arena, about_gates, run, with_margins
+from dmc_jax.evaluation.arena_config import ArenaConfig, ServingConfig
 from dmc_jax.evaluation.arena_tables import points, report
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.plots import quality_by_bytes
@@ -101,20 +95,27 @@ def enter(config: ArenaConfig, file: Path) -> Arena:
     unstacked = unstack_layers(model.params, model.config, _DTYPE)
     engine = functools.partial(Engine, unstacked, model.config, dtype=_DTYPE, page_size=_PAGE)
 
-    def write(policy: Policy, prompts: list, new_tokens: int, stop: Sequence[str]):
+    def pages(kv_dtype: str) -> dict:
+        return {"kv_dtype": None if kv_dtype == _DTYPE else kv_dtype}
+
+    def write(policy: Policy, kv_dtype: str, prompts: list, new_tokens: int, stop: Sequence[str]):
         seats = {"max_sequences": config.sequences, "kv_bytes": config.kv_bytes}
         params = SamplingParams(new_tokens, temperature=0.0, stop=tuple(stop))
-        return engine(tokenizer, policy=policy, **seats).generate(prompts, params)
+        seated = engine(tokenizer, policy=policy, **seats, **pages(kv_dtype))
+        return seated.generate(prompts, params)
 
-    def serve_all(policy: Policy, prompts: list, sizes: ServingConfig, ratio: float) -> dict:
+    def serve_all(
+        policy: Policy, kv_dtype: str, prompts: list, sizes: ServingConfig, ratio: float
+    ) -> dict:
         length = sizes.prompt + sizes.new_tokens
-        held = ratio * sizes.kv_bytes / (length * slot_bytes(model.config))
+        held = ratio * sizes.kv_bytes / (length * slot_bytes(model.config, kv_dtype))
         one = engine(
             NoText(model.config.vocab_size),
             policy=policy,
             max_sequences=min(len(prompts), max(1, round(1.1 * held))),
             kv_bytes=sizes.kv_bytes,
             max_length=length,
+            **pages(kv_dtype),
         )
         warm_up(one, prompts[0], sizes.new_tokens)
         served = serve(one, prompts, sizes.new_tokens)._asdict()

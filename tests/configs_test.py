@@ -26,7 +26,7 @@ from dmc_jax.config import (
 from dmc_jax.core.schedules import compression_target
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation import perplexity
-from dmc_jax.evaluation.arena import ArenaConfig
+from dmc_jax.evaluation.arena_config import ArenaConfig
 from dmc_jax.fields import from_dict
 from dmc_jax.model.sharding import batch_sharding, make_mesh
 from dmc_jax.policies.dense import Dense
@@ -249,8 +249,10 @@ def the_arena_is_set_by_its_config_and_flags_and_tells_what_cannot_be_test():
 
     assert arena().gates == ("smollm2_135m_dms",) and arena().text.windows == 32
     assert arena(contests=("text,passkey",)).contests == ("text", "passkey")
+    assert arena(others=("",)).others == ()
     for field, value, complaint in (
         ("others", ("LRU",), "others: expected TOVA, .*got 'LRU'"),
+        ("kv_dtypes", ("int4",), "kv_dtypes: expected float32, int8, got 'int4'"),
         ("budgets", ("half",), "budgets: expected grows, end, mean, got 'half'"),
         ("contests", ("chess",), "contests: expected text, .*got 'chess'"),
         ("ratios", (1.0,), "ratios: expected tokens per slot above 1"),

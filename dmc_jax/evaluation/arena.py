@@ -8,8 +8,9 @@ gates get the slots that the first gates of a kind came to, in budgets of these 
     end     a fixed number, as many as the gates hold at the end: the same peak
     mean    a fixed number with which a row holds as many on average over a window
 
-Rows are recorded one by one. Differences from the dense model are paired: by window of text, or in
-those cells of needles that the dense model solves.
+The dense model and gates also stand there with pages of int8. Rows are recorded one by one.
+Differences from the dense model are paired: by window of text, or in those cells of needles that
+the dense model solves.
 """
 
 import dataclasses
@@ -24,11 +25,13 @@ import numpy as np
 
 from dmc_jax.checkpoints.gates import FILE, StoredGates
 from dmc_jax.checkpoints.models import LoadedModel
+from dmc_jax.core.attention import causal_attention
 from dmc_jax.data.packages import package_files
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.answers import score_answers
+from dmc_jax.evaluation.arena_config import ArenaConfig, ServingConfig
 from dmc_jax.evaluation.human_eval import (
     PROBLEMS,
     STOP,
@@ -41,9 +44,10 @@ from dmc_jax.evaluation.judge import isolation
 from dmc_jax.evaluation.needle import ESSAYS, NEEDLES, NEW_TOKENS, SOLVED, by_depth, trials
 from dmc_jax.evaluation.record import Record, Row
 from dmc_jax.evaluation.side_by_side import (
-    OF_PROMPTS,
+    KV_DTYPES,
     OTHERS,
     Measured,
+    attention_over,
     joined,
     measure,
     others_like,
@@ -54,89 +58,7 @@ from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.policy import Policy
 
-BUDGETS = ("grows", "end", "mean")
-CONTESTS = ("text", *NEEDLES, "humaneval", "serving")
 _FIRST_BUCKET = 128  # tokens; each later one ends where twice as many came
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """Held-out windows, each alone in a cache."""
-
-    data: str = ""  # prepared text, DIR[,DIR]; of each an equal share of the windows
-    split: str = "validation"
-    lengths: tuple[int, ...] = (512, 1024, 2048)
-    windows: int = 32
-    batch: int = 4  # windows at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class NeedleConfig:
-    """A sentence to be found in essays."""
-
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    depths: tuple[float, ...] = (0.0, 25.0, 50.0, 75.0, 100.0)
-    trials: int = 2  # of each depth
-
-
-@dataclasses.dataclass(frozen=True)
-class FunctionConfig:
-    """HumanEval."""
-
-    problems: int = 164
-    new_tokens: int = 512  # of a function, at most
-    run_code: bool = False  # run what the model wrote, in a process with limits
-
-
-@dataclasses.dataclass(frozen=True)
-class ServingConfig:
-    """Requests in a queue, which one pool of pages serves."""
-
-    kv_bytes: int = 2**27  # of keys and values, for every method
-    requests: int = 32
-    prompt: int = 512  # tokens of a prompt, from the text
-    new_tokens: int = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class ArenaConfig:
-    """A model, who is measured on it, and by what."""
-
-    name: str = "arena"  # of the folder of the record and its tables
-    output: str = "results"  # where that folder lies
-    checkpoint: str = ""  # of any format
-    gates: tuple[str, ...] = ()  # files, or names of those that come along
-    margins: tuple[float, ...] = ()  # with which gates that merge take part again, and drop too
-    others: tuple[str, ...] = (*OTHERS, *OF_PROMPTS)  # what needs no gates
-    ratios: tuple[float, ...] = (2.0, 4.0, 8.0)  # tokens per slot
-    budgets: tuple[str, ...] = ("grows",)  # grows | end | mean
-    contests: tuple[str, ...] = CONTESTS  # text | needle | passkey | humaneval | serving
-    chat: bool = True  # needles and functions by the model's chat template, if it has one
-    sequences: int = 8  # at a time, where a model writes
-    kv_bytes: int = 2**30  # of the cache, where it writes
-    text: TextConfig = TextConfig()
-    needles: NeedleConfig = NeedleConfig()
-    functions: FunctionConfig = FunctionConfig()
-    serving: ServingConfig = ServingConfig()
-
-    def __post_init__(self):
-        for name, known in (
-            ("others", OTHERS | OF_PROMPTS),
-            ("budgets", BUDGETS),
-            ("contests", CONTESTS),
-        ):
-            unknown = [each for each in getattr(self, name) if each not in known]
-            if unknown:
-                raise UserError(f"{name}: expected {', '.join(known)}, got {unknown[0]!r}")
-        if not self.ratios or min(self.ratios) <= 1:
-            raise UserError(f"ratios: expected tokens per slot above 1, got {self.ratios}")
-        if min(self.margins, default=0) < 0:
-            raise UserError(f"margins: expected logits, 0 or more, got {self.margins}")
-        for part in (self, self.text, self.needles, self.functions, self.serving):
-            for name, value in vars(part).items():
-                for number in value if isinstance(value, tuple) else (value,):
-                    if type(number) is int and number < 1:
-                        raise UserError(f"{name}: expected 1 or more, got {value}")
 
 
 @runtime_checkable
@@ -164,10 +86,10 @@ class Arena:
     gates: tuple[StoredGates, ...]
     texts: tuple[PreparedData, ...]
     record: Record
-    # (policy, prompts, most new tokens, stop strings) -> what followed each prompt, greedily
-    write: Callable[[Policy, list, int, Sequence[str]], list[Written]]
-    # (policy, prompts, sizes, tokens per slot to expect) -> figures
-    serve: Callable[[Policy, list, ServingConfig, float], Row]
+    # (policy, of pages, prompts, most new tokens, stop strings) -> what followed each, greedily
+    write: Callable[[Policy, str, list, int, Sequence[str]], list[Written]]
+    # (policy, of pages, prompts, sizes, tokens per slot to expect) -> figures
+    serve: Callable[[Policy, str, list, ServingConfig, float], Row]
 
 
 def with_margins(files: Sequence[StoredGates], margins: Sequence[float]) -> tuple[StoredGates, ...]:
@@ -221,7 +143,7 @@ def about_gates(files: Sequence[StoredGates]) -> dict[str, Row]:
 def compare(
     arena: Arena,
     about: Row,
-    measured: Callable[[Policy, Row | None, float], Row],
+    measured: Callable[[Policy, str, Row | None, float], Row],
     solves: Callable[[Row], Any] = bool,
     prompted: bool = True,
 ) -> None:
@@ -230,28 +152,38 @@ def compare(
     Args:
         arena: who takes part.
         about: the contest and its size.
-        measured: a policy, the row of the dense model if there is one, and tokens per slot to
-            expect -> a row.
+        measured: a policy, the dtype of the pages, the row of the dense model if there is one, and
+            tokens per slot to expect -> a row.
         solves: whether the dense model's row is worth comparing with.
         prompted: whether sequences begin with a prompt, which some methods cut.
     """
     others = [name for name in arena.config.others if prompted or name in OTHERS]
+    plain, *rounded = KV_DTYPES
 
-    def row_of(more: Row, policy: Policy) -> Row:
+    def row_of(more: Row, policy: Policy, kv_dtype: str = plain) -> Row:
         ratio = more.get("asked", more.get("like", 1.0))
-        return arena.record.row(about | more, lambda: measured(policy, dense, ratio))
+        keys = about | more | {"kv_dtype": kv_dtype}
+        return arena.record.row(keys, lambda: measured(policy, kv_dtype, dense, ratio))
+
+    def rows_of(more: Row, policy: Policy) -> Row:
+        row = row_of(more, policy)
+        for kv_dtype in rounded:
+            if kv_dtype in arena.config.kv_dtypes:
+                row_of(more, policy, kv_dtype)
+        return row
 
     dense = None
     dense = row_of({"method": "dense"}, Dense())
     if not solves(dense):
         arena.record.report(f"{about}: the dense model solves nothing to compare with")
         return
+    rows_of({"method": "dense"}, Dense())
     for ratio in arena.config.ratios:
         models = {}  # kind of gates -> what the others are to be like
         for gates in arena.gates:
             if gates.table[0].ratio <= ratio <= gates.table[-1].ratio:
                 name = name_of(gates)
-                row = row_of({"method": name, "asked": ratio}, gates.at(ratio))
+                row = rows_of({"method": name, "asked": ratio}, gates.at(ratio))
                 models.setdefault(kind_of(gates), (name, row))
         if not arena.gates:
             models = {"": ("ratio", {"ratio_at_end": ratio})}
@@ -276,9 +208,11 @@ def text(arena: Arena) -> None:
         )
         dense = functools.cache(functools.partial(run, Dense()))
 
-        def row(policy, _row, _ratio, run=run, dense=dense):
-            one = dense() if isinstance(policy, Dense) else run(policy, dense=dense())
-            return text_row(one, dense(), slot_bytes(arena.model.config))
+        def row(policy, kv_dtype, _row, _ratio, run=run, dense=dense):
+            attention = attention_over(kv_dtype)
+            same = attention is causal_attention and isinstance(policy, Dense)
+            one = dense() if same else run(policy, dense=dense(), attention=attention)
+            return text_row(one, dense(), slot_bytes(arena.model.config, kv_dtype))
 
         about = {"contest": "text", "length": length, "windows": len(some["tokens"])}
         compare(arena, about, row, prompted=False)
@@ -307,8 +241,8 @@ def text_row(one: Measured, dense: Measured, bytes_a_slot: int) -> Row:
     }
 
 
-def _written(arena: Arena, policy, prompts, new_tokens, stop=()) -> tuple[list[Written], Row]:
-    results = arena.write(policy, prompts, new_tokens, stop)
+def _written(arena: Arena, policy, kv_dtype, prompts, new_tokens, stop=()):
+    results = arena.write(policy, kv_dtype, prompts, new_tokens, stop)
     tokens = np.array([result.prompt_tokens + result.new_tokens for result in results])
     slots = tokens / np.array([result.ratio for result in results])
     took = {
@@ -321,8 +255,10 @@ def _written(arena: Arena, policy, prompts, new_tokens, stop=()) -> tuple[list[W
     return results, {name: round(float(x), 4) for name, x in took.items()}
 
 
-def _scored(arena: Arena, policy, prompts, answers):
-    return score_answers(arena.model.params, arena.model.config, prompts, answers, policy)
+def _scored(arena: Arena, policy, kv_dtype, prompts, answers):
+    of_model = arena.model.params, arena.model.config
+    attention = attention_over(kv_dtype)
+    return score_answers(*of_model, prompts, answers, policy, attention=attention)
 
 
 def needles(arena: Arena, task: str) -> None:
@@ -338,12 +274,12 @@ def needles(arena: Arena, task: str) -> None:
             chat=arena.chat,
         )
 
-        def row(policy, dense, _ratio, made=made):
+        def row(policy, kv_dtype, dense, _ratio, made=made):
             if dense is not None:
                 made = [each for each in made if f"{each.depth:g}" in solved_depths(dense)]
             prompts = [each.prompt for each in made]
-            results, took = _written(arena, policy, prompts, NEW_TOKENS)
-            scored = _scored(arena, policy, prompts, [each.answer for each in made])
+            results, took = _written(arena, policy, kv_dtype, prompts, NEW_TOKENS)
+            scored = _scored(arena, policy, kv_dtype, prompts, [each.answer for each in made])
             return took | by_depth(made, [result.text for result in results], scored)
 
         about = {"contest": task, "length": length, "depths": list(config.depths)}
@@ -367,10 +303,10 @@ def functions(arena: Arena) -> None:
     if config.run_code:
         about["network"] = "cut" if isolation() else "open"
 
-    def row(policy, _row, _ratio):  # all problems, whichever the dense model solves
-        results, took = _written(arena, policy, prompts, config.new_tokens, STOP)
+    def row(policy, kv_dtype, _row, _ratio):  # all problems, whichever the dense model solves
+        results, took = _written(arena, policy, kv_dtype, prompts, config.new_tokens, STOP)
         written = [result.new_tokens for result in results]
-        nats = [each.nats.mean() for each in _scored(arena, policy, prompts, solutions)]
+        nats = [each.nats.mean() for each in _scored(arena, policy, kv_dtype, prompts, solutions)]
         took |= {
             "mean_new_tokens": float(np.mean(written)),
             "cut_short": sum(result.finish_reason == "length" for result in results),
@@ -397,7 +333,11 @@ def serving(arena: Arena) -> None:
     some = joined([single_windows(data, split, length, share) for data in arena.texts])
     prompts = some["tokens"][: config.requests].tolist()
     about = {"contest": "serving", **dataclasses.asdict(config)} | {"requests": len(prompts)}
-    compare(arena, about, lambda policy, _, ratio: arena.serve(policy, prompts, config, ratio))
+
+    def row(policy, kv_dtype, _row, ratio):
+        return arena.serve(policy, kv_dtype, prompts, config, ratio)
+
+    compare(arena, about, row)
 
 
 def run(arena: Arena) -> None:

@@ -35,7 +35,7 @@ def points(record: Record) -> list[Row]:
     """Rows of text for `plots.quality_by_bytes`: cache that grows, and the bytes at its peak."""
     rows = [row for row in record.rows if row["contest"] == "text"]
     grow = [row for row in rows if row.get("budget", "grows") == "grows"]
-    return [row | {"cache_bytes": row["peak_bytes"]} for row in grow]
+    return [row | {"method": _named(row)[0], "cache_bytes": row["peak_bytes"]} for row in grow]
 
 
 def bytes_table(rows: Sequence[Row]) -> str:
@@ -65,7 +65,8 @@ def text_table(rows: Sequence[Row], kinds: dict[str, list[str]]) -> str:
         rows: of the contest.
         kinds: names of gates that differ by their seeds, by what they have in common.
     """
-    gated, others = ([row for row in rows if by in row] for by in ("asked", "like"))
+    plain = [row for row in rows if not _of_int8(row)]
+    gated, others = ([row for row in plain if by in row] for by in ("asked", "like"))
     methods = list(dict.fromkeys(row["method"] for row in others))
     cases = sorted({(row["length"], row["windows"], row["asked"]) for row in gated})
     lines = []
@@ -96,7 +97,7 @@ def position_table(rows: Sequence[Row]) -> str:
     places = list(dict.fromkeys(place for row in rows for place in row["percent_by_position"]))
     lines = []
     for row in rows:
-        if row["method"] != "dense":
+        if row["method"] != "dense" or _of_int8(row):
             by_place = row["percent_by_position"]
             each = (f"{by_place[place]:+.1f} %" if place in by_place else "" for place in places)
             lines.append((f"{row['length']:,}", *_named(row), *each))
@@ -145,8 +146,13 @@ def serving_table(rows: Sequence[Row]) -> str:
 _NAMED = "method", "slots", "tokens per slot"
 
 
+def _of_int8(row: Row) -> bool:
+    return row.get("kv_dtype") == "int8"
+
+
 def _named(row: Row) -> tuple[str, str, str]:
-    return row["method"], row.get("budget", ""), f"{row['ratio_at_end']:.2f}x"
+    name = row["method"] + (", int8 pages" if _of_int8(row) else "")
+    return name, row.get("budget", ""), f"{row['ratio_at_end']:.2f}x"
 
 
 def _percent(rises: np.ndarray) -> str:

@@ -24,6 +24,7 @@ from dmc_jax.data.loader import windows
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.tables import table
+from dmc_jax.model.causal_attention import over_int8
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.budget import LEAST
 from dmc_jax.policies.dense import Dense
@@ -37,6 +38,7 @@ from dmc_jax.policies.window import Window
 # What needs no gates; of the second kind what cuts a prompt, so that there must be one.
 OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window, "Stride": Stride}
 OF_PROMPTS = {"SnapKV": SnapKV}
+KV_DTYPES = "float32", "int8"  # of pages
 _READ = ("tokens", "targets", "positions")
 
 
@@ -252,9 +254,15 @@ def beside_others(
     return [row | {"cache_bytes": round(row["end_slots"] * each)} for row in rows]
 
 
-def slot_bytes(config: ModelConfig) -> int:
-    """Bytes of a float32 key and value in every row of a model."""
-    return 2 * config.head_dim * 4 * config.kv_rows
+def slot_bytes(config: ModelConfig, kv_dtype: str = "float32") -> int:
+    """Bytes of a key and a value in every row of a model, with their scales if they are of int8."""
+    a_vector = config.head_dim + 4 if kv_dtype == "int8" else 4 * config.head_dim
+    return 2 * a_vector * config.kv_rows
+
+
+def attention_over(kv_dtype: str) -> CausalAttention:
+    """Give what attends over slots as pages of a dtype of `KV_DTYPES` hold them."""
+    return over_int8(causal_attention) if kv_dtype == "int8" else causal_attention
 
 
 def growing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

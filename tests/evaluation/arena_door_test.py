@@ -22,6 +22,7 @@ def text_and_serving_are_measured_and_a_second_run_measures_nothing_test(tmp_pat
         "--config.text.windows=2",
         "--config.ratios=2",
         "--config.others=StreamingLLM,SnapKV",
+        "--config.kv_dtypes=float32",
         "--config.contests=text,serving",
         "--config.serving.prompt=32",
         "--config.serving.new_tokens=8",

@@ -1,6 +1,7 @@
 """The arena's tasks on a model of two layers: equal slots, solved cells, no code unasked."""
 
 import gzip
+import itertools
 import json
 import types
 
@@ -13,7 +14,8 @@ from dmc_jax.checkpoints.gates import Measured, StoredGates, load_gates, model_h
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.gates import Gates
 from dmc_jax.evaluation import arena, human_eval
-from dmc_jax.evaluation.arena import Arena, ArenaConfig, FunctionConfig, NeedleConfig, about_gates
+from dmc_jax.evaluation.arena import Arena, about_gates
+from dmc_jax.evaluation.arena_config import ArenaConfig, FunctionConfig, NeedleConfig
 from dmc_jax.evaluation.human_eval import PROBLEMS
 from dmc_jax.evaluation.record import open_record
 from dmc_jax.inference.engine import Engine
@@ -70,8 +72,9 @@ def run(params, tmp_path, monkeypatch):
     model = types.SimpleNamespace(params=params, config=CONFIG)
     unstacked, text = unstack_layers(params, CONFIG, "float32"), ByteTokenizer()
 
-    def write(policy, prompts, new_tokens, stop):
-        engine = Engine(unstacked, CONFIG, text, policy=policy, max_sequences=8, kv_bytes=2**24)
+    def write(policy, kv_dtype, prompts, new_tokens, stop):
+        pages = {"kv_bytes": 2**24, "kv_dtype": kv_dtype}
+        engine = Engine(unstacked, CONFIG, text, policy=policy, max_sequences=8, **pages)
         params = SamplingParams(new_tokens, temperature=0.0, stop=tuple(stop))
         return engine.generate(prompts, params)
 
@@ -110,6 +113,18 @@ def methods_are_compared_where_it_does_at_the_gates_slots_and_once_test(run, mon
     again, said = run("needle", others=("StreamingLLM",), budgets=("grows", "end"))
     assert again[:3] == rows and len(said) == 1
     assert again[3]["end_slots"] == pytest.approx(ours["end_slots"], abs=0.51)
+
+
+def the_dense_model_and_gates_also_have_pages_of_int8_test(run, monkeypatch):
+    monkeypatch.setattr("dmc_jax.evaluation.needle.found", lambda *_: 1.0)
+    rows, _ = run("needle", others=("StreamingLLM",), kv_dtypes=("float32", "int8"))
+    told = [(row["method"], row["kv_dtype"]) for row in rows]
+    pairs = itertools.product(("dense", "some_dms"), ("float32", "int8"))
+    assert told == [*pairs, ("StreamingLLM", "float32")]
+    H = CONFIG.head_dim
+    for plain, rounded in (rows[:2], rows[2:4]):
+        assert rounded["cache_bytes"] == pytest.approx(plain["cache_bytes"] * (H + 4) / (4 * H))
+        assert rounded["nats"] == pytest.approx(plain["nats"], abs=0.01)
 
 
 def what_the_model_wrote_is_run_only_when_asked_for_test(run, monkeypatch, tmp_path):

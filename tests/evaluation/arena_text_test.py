@@ -11,13 +11,20 @@ import pytest
 
 from dmc_jax.checkpoints.gates import load_gates, save_gates
 from dmc_jax.checkpoints.models import open_model
+from dmc_jax.core.attention import causal_attention
 from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation import arena
-from dmc_jax.evaluation.arena import Arena, ArenaConfig, TextConfig, about_gates, with_margins
-from dmc_jax.evaluation.arena_tables import position_table, text_table
+from dmc_jax.evaluation.arena import Arena, about_gates, with_margins
+from dmc_jax.evaluation.arena_config import ArenaConfig, TextConfig
+from dmc_jax.evaluation.arena_tables import bytes_table, position_table, text_table
 from dmc_jax.evaluation.record import open_record
-from dmc_jax.evaluation.side_by_side import Measured, budget_of_mean, single_windows
+from dmc_jax.evaluation.side_by_side import (
+    Measured,
+    budget_of_mean,
+    measure,
+    single_windows,
+)
 from dmc_jax.interop.formats import open_source
 from dmc_jax.model.llama import Llama
 from dmc_jax.policies.delayed_dmc import DelayedDMC
@@ -62,7 +69,7 @@ def files(folder, model):
 def run(model, data, monkeypatch):
     """Takes files of gates and a record's file; gives its JSON and the policies measured."""
 
-    def main(files, output):
+    def main(files, output, **fields):
         policies, measure = [], arena.measure
 
         def counted(*args, **options):
@@ -75,6 +82,7 @@ def run(model, data, monkeypatch):
             budgets=("grows", "end", "mean"),
             contests=("text",),
             text=TextConfig(split="train", lengths=(T,), windows=WINDOWS, batch=WINDOWS),
+            **fields,
         )
         gates = tuple(load_gates(file, model.config) for file in files)
         about = {"gates": about_gates(gates)}
@@ -142,6 +150,28 @@ def rows_are_paired_with_the_dense_model_by_window_test(record, model, data, fil
         assert row["perplexity_percent"] == pytest.approx(percent, abs=5e-3)
         assert row["percent_by_position"] == {f"0-{T}": pytest.approx(percent, abs=5e-3)}
         assert row["peak_bytes"] == pytest.approx(row["end_slots"] * first["peak_bytes"] / T, abs=1)
+
+
+def pages_of_int8_are_rows_of_their_own_test(run, files, model, data, tmp_path, monkeypatch):
+    def upside_down(q, k, v, *bias, **how):  # an untrained model hardly tells int8
+        return causal_attention(q, k, -v, *bias, **how)
+
+    attention_over = {"float32": causal_attention, "int8": upside_down}.get
+    monkeypatch.setattr(arena, "attention_over", attention_over)
+    rows = run(files[:1], tmp_path / "int8.json", kv_dtypes=("int8",))[0]["rows"]
+    told = [(row["method"], row["kv_dtype"]) for row in rows[:4]]
+    name = files[0].parent.name
+    assert told == [(n, kind) for n in ("dense", name) for kind in ("float32", "int8")]
+    some = single_windows(data, "train", T, WINDOWS)
+    gates, H = load_gates(files[0], model.config).at(RATIO), model.config.head_dim
+    for policy, plain, other in ((Dense(), *rows[:2]), (gates, *rows[2:4])):
+        again = measure(model.params, model.config, some, policy, attention=upside_down)
+        assert other["nats"] == pytest.approx(again.nats.mean(), abs=1e-4)
+        assert abs(other["nats"] - plain["nats"]) > 1e-3
+        by_slot = [row["peak_bytes"] / row["end_slots"] for row in (plain, other)]
+        assert by_slot[1] / by_slot[0] == pytest.approx((H + 4) / (4 * H), rel=1e-3)
+    lines = [line.split("|")[2].strip() for line in bytes_table(rows[:4]).splitlines()[2:]]
+    assert lines == ["dense", "dense, int8 pages", name, f"{name}, int8 pages"]
 
 
 def a_second_run_measures_only_what_is_left_test(run, files, tmp_path):
