@@ -15,7 +15,7 @@ def get_config():
         ArenaConfig(
             name="arena_smollm2",
             checkpoint="smollm2",
-            gates=("smollm2_135m_dms",),
+            gates=("smollm2_135m_dms", "smollm2_135m_dmc_delay16"),
             kv_dtypes=("float32", "int8"),
             text=TextConfig(data="data/code,data/english"),
         )

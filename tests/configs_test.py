@@ -247,7 +247,8 @@ def the_arena_is_set_by_its_config_and_flags_and_tells_what_cannot_be_test():
     def arena(**fields):
         return from_dict(ArenaConfig, load_config("arena_smollm2").to_dict() | fields)
 
-    assert arena().gates == ("smollm2_135m_dms",) and arena().text.windows == 32
+    assert arena().gates == ("smollm2_135m_dms", "smollm2_135m_dmc_delay16")
+    assert arena().text.windows == 32
     assert arena(contests=("text,passkey",)).contests == ("text", "passkey")
     assert arena(others=("",)).others == ()
     for field, value, complaint in (
