@@ -31,7 +31,8 @@ notebooks: $(STAMP)
 	$(VENV_PYTHON) -m jupytext --quiet --update --to notebook --update-metadata \
 	  '{"jupytext": null, "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}' \
 	  experiments/demo.py experiments/demo_train.py experiments/quickstart.py \
-	  experiments/retrofit_on_a_laptop.py experiments/look_inside.py experiments/recall.py
+	  experiments/retrofit_on_a_laptop.py experiments/look_inside.py experiments/recall.py \
+	  experiments/equal_bytes.py
 
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"

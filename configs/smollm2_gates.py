@@ -6,11 +6,11 @@ Data      --tokenizer=smollm2/tokenizer/tokenizer.json for both: Python's librar
           English prose, --input=FOLDER, to data/english (ours: docs/**/*.txt of 4 KiB and more in
           the source distribution of Django 5.2)
 Command   python -m dmc_jax.train --config=configs/smollm2_gates.py
-Hardware  two CPU cores, an hour and a quarter. Those that come along were made on one H200 (a minute
-          of distillation each) with more tokens a step:
-          --config.seed=1 --config.gates.windows=12 --config.data.batch=8 --config.distill.steps=900
-          --config.distill.learning_rate=3e-3; and of those that merge
-          --config.gates.method=dmc --config.distill.learning_rate=5e-3
+Hardware  two CPU cores, an hour and a quarter
+Ours      those that come along were made on one H200, a minute of distillation each, with
+          --config.seed=1 --config.gates.windows=12 --config.data.batch=8
+          --config.distill.steps=900 --config.distill.learning_rate=3e-3
+          and those that merge --config.gates.method=dmc --config.distill.learning_rate=5e-3
 """
 
 from dmc_jax.config import load_config
