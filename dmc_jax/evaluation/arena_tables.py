@@ -32,10 +32,27 @@ def report(record: Record) -> str:
 
 
 def points(record: Record) -> list[Row]:
-    """Rows of text for `plots.quality_by_bytes`: cache that grows, and the bytes at its peak."""
+    """Rows of text for `plots.quality_by_bytes`: cache that grows, and the bytes at its peak.
+
+    Gates of one kind, which differ by their seeds, are a point: their mean.
+    """
     rows = [row for row in record.rows if row["contest"] == "text"]
-    grow = [row for row in rows if row.get("budget", "grows") == "grows"]
-    return [row | {"method": _named(row)[0], "cache_bytes": row["peak_bytes"]} for row in grow]
+    kinds = {name: about["kind"] for name, about in record.about["gates"].items()}
+    grouped = {}
+    for row in rows:
+        if row.get("budget", "grows") == "grows":
+            kind = kinds.get(row["method"], row["method"])
+            case = kind, row.get("kv_dtype"), row["length"], row.get("asked"), row.get("like")
+            grouped.setdefault((*case, row.get("slots_of")), []).append(row)
+    return [
+        {
+            "method": _named(same[0])[0],
+            "length": same[0]["length"],
+            "cache_bytes": np.mean([row["peak_bytes"] for row in same]),
+            "divergence": np.mean([row["divergence"] for row in same]),
+        }
+        for same in grouped.values()
+    ]
 
 
 def bytes_table(rows: Sequence[Row]) -> str:

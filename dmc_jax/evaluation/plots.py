@@ -1,6 +1,7 @@
 """What a run came to, as pictures: curves over its steps, tokens per slot of every head."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -136,6 +137,11 @@ def heatmap(measured: dict, target: float, title: str) -> Figure:
     return figure
 
 
+def _lines() -> Iterator[tuple[str, str]]:
+    """Styles and colours of lines, each its own until they are used up."""
+    return itertools.cycle(itertools.product(("-", "--", ":"), _COLOURS))
+
+
 def quality_by_bytes(rows: list[dict]) -> Figure:
     """Draw divergence over bytes of cache, a panel a length and a line a method.
 
@@ -150,11 +156,13 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
     ):
         here = [row for row in rows if row["length"] == length]
-        for method, colour in zip(methods, _COLOURS, strict=False):
+        for method, (style, colour) in zip(methods, _lines(), strict=False):
             points = [
                 (r["cache_bytes"] / 1e6, r["divergence"]) for r in here if r["method"] == method
             ]
-            axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=method)
+            if points:
+                x, y = zip(*sorted(points), strict=True)
+                axes.plot(x, y, "o", linestyle=style, color=colour, label=method)
         for row in here:
             if row["method"] == "dense":
                 axes.plot(row["cache_bytes"] / 1e6, 0.0, "s", color=_QUIET, label="dense")
@@ -181,14 +189,14 @@ def accuracy_by_ratio(rows: list[dict]) -> Figure:
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for axes, task in zip(panels, tasks, strict=True):
         here = [row for row in rows if row["task"] == task]
-        colours = itertools.cycle(_COLOURS)
+        lines = _lines()
         for method in methods:
             points = [(r["ratio"], 100 * r["accuracy"]) for r in here if r["method"] == method]
             if method == "dense":
                 axes.axhline(points[0][1], color=_QUIET, linestyle="--", label=method)
             elif points:
-                colour = next(colours)
-                axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=method)
+                (style, colour), (x, y) = next(lines), zip(*sorted(points), strict=True)
+                axes.plot(x, y, "o", linestyle=style, color=colour, label=method)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="tokens per slot", title=task)
         axes.xaxis.set_major_formatter("{x:g}")

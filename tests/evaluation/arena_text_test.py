@@ -17,8 +17,9 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation import arena
 from dmc_jax.evaluation.arena import Arena, about_gates, with_margins
 from dmc_jax.evaluation.arena_config import ArenaConfig, TextConfig
-from dmc_jax.evaluation.arena_tables import bytes_table, position_table, text_table
-from dmc_jax.evaluation.record import open_record
+from dmc_jax.evaluation.arena_tables import bytes_table, points, position_table, text_table
+from dmc_jax.evaluation.plots import quality_by_bytes
+from dmc_jax.evaluation.record import Record, open_record
 from dmc_jax.evaluation.side_by_side import (
     Measured,
     budget_of_mean,
@@ -184,6 +185,29 @@ def a_second_run_measures_only_what_is_left_test(run, files, tmp_path):
     assert both["rows"][:-1] == first["rows"] and len(policies) == 2
     file.write_text(json.dumps(both | {"rows": both["rows"][:3]}))
     assert len(run(files, file)[1]) == 1 + len(both["rows"]) - 3
+
+
+def the_picture_has_a_line_a_method_however_many_and_the_mean_of_seeds_test():
+    def row(method, peak, divergence, **about):
+        figures = {"peak_bytes": peak, "divergence": divergence, "ratio_at_end": 2.0}
+        return {"contest": "text", "length": 64, "method": method} | figures | about
+
+    others = [
+        row(f"other {n}", 100.0, 0.5, budget=budget, like=2.0, slots_of="a0")
+        for n in range(9)
+        for budget in ("grows", "end")
+    ]
+    seeds = [row(f"a{n}", 100.0 + n, 0.1 * n, asked=2.0, kv_dtype="float32") for n in range(3)]
+    rounded = row("a0", 30.0, 0.2, asked=2.0, kv_dtype="int8")
+    about = {"gates": {f"a{n}": {"kind": "a"} for n in range(3)}}
+    rows = [row("dense", 200.0, 0.0), *seeds, rounded, *others]
+    drawn = points(Record(None, about, rows))
+    mean = {"method": "a0", "length": 64, "cache_bytes": 101.0, "divergence": pytest.approx(0.1)}
+    assert drawn[1] == mean and drawn[2]["method"] == "a0, int8 pages"
+    assert len(drawn) == 2 + 1 + 9
+    lines = [line for line in quality_by_bytes(drawn).axes[0].get_lines() if len(line.get_xdata())]
+    styles = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert len(lines) == 12 and len(set(styles[:-1])) == 11
 
 
 def gates_that_cannot_be_told_apart_are_refused_test(run, files, tmp_path):
