@@ -1,8 +1,9 @@
 """Methods beside each other on one model: `python -m dmc_jax.arena --config=arena_smollm2`.
 
 Measures what the config names and writes `results/NAME/`: arena.json, row by row, so that the same
-command goes on where it was stopped; table.md; quality.png. Fields are set by flags,
-`--config.contests=text,passkey`. Exit codes: 0 done, 2 bad input or flags, 1 a failure, 130 Ctrl-C.
+command goes on where it was stopped; table.md; quality.png of text, needle.png, passkey.png. Fields
+are set by flags, `--config.contests=text,passkey`. Exit codes: 0 done, 2 bad input or flags, 1 a
+failure, 130 Ctrl-C.
 """
 
 import functools
@@ -21,9 +22,10 @@ from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.arena import Arena, about_gates, run, with_margins
 from dmc_jax.evaluation.arena_config import ArenaConfig, ServingConfig
-from dmc_jax.evaluation.arena_tables import points, report
+from dmc_jax.evaluation.arena_tables import maps, points, report
 from dmc_jax.evaluation.machine import machine
-from dmc_jax.evaluation.plots import quality_by_bytes
+from dmc_jax.evaluation.needle import NEEDLES
+from dmc_jax.evaluation.plots import found_by_depth, quality_by_bytes
 from dmc_jax.evaluation.record import open_record
 from dmc_jax.evaluation.side_by_side import slot_bytes
 from dmc_jax.fields import describe_fields, from_dict
@@ -60,6 +62,10 @@ def main() -> None:
     rows = points(arena.record)
     if rows:
         quality_by_bytes(rows).savefig(folder / "quality.png")
+    for contest in NEEDLES:
+        rows = maps(arena.record, contest)
+        if rows:
+            found_by_depth(rows).savefig(folder / f"{contest}.png")
     print(f"\n{text}\nwrote {folder}")
 
 

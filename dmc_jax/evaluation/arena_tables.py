@@ -55,6 +55,18 @@ def points(record: Record) -> list[Row]:
     ]
 
 
+def maps(record: Record, contest: str) -> list[Row]:
+    """Rows of a needle for `plots.found_by_depth`, a panel a method, budget and ratio."""
+    rows = [row for row in record.rows if row["contest"] == contest]
+
+    def named(row):
+        ratio = row.get("asked", row.get("like"))
+        parts = _named(row)[0], row.get("budget"), ratio and f"{ratio:g}x"
+        return " ".join(part for part in parts if part)
+
+    return [row | {"method": named(row)} for row in rows]
+
+
 def bytes_table(rows: Sequence[Row]) -> str:
     """Quality on text against the dense model, beside bytes of cache on average and at the peak."""
     lines = [

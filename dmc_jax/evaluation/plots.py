@@ -205,3 +205,39 @@ def accuracy_by_ratio(rows: list[dict]) -> Figure:
     panels[0].set(ylabel="right answers (%)", ylim=(0, 103))
     panels[-1].legend(frameon=False)
     return figure
+
+
+def found_by_depth(rows: list[dict]) -> Figure:
+    """Draw what was found as a map a method: depths downwards, lengths across.
+
+    Args:
+        rows: with "length", "method", which may come to one panel from several lengths, and
+            "found", shares by depth; what is missing there stays white.
+    """
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({depth for row in rows for depth in row["found"]}, key=float)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    across = min(4, len(methods))
+    down = -(-len(methods) // across)
+    size = 1.1 + across * (0.7 + 0.5 * len(lengths)), 0.6 + down * (0.9 + 0.32 * len(depths))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
+    for axes, method in itertools.zip_longest(panels, methods):
+        if method is None:
+            axes.set_visible(False)
+            continue
+        shares = np.full((len(depths), len(lengths)), np.nan)
+        for row in rows:
+            if row["method"] == method:
+                for depth, share in row["found"].items():
+                    shares[depths.index(depth), lengths.index(row["length"])] = share
+        drawn = axes.imshow(shares, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+        axes.set_yticks(range(len(depths)), [f"{float(depth):g} %" for depth in depths])
+        axes.set_title(method, fontsize="small")
+        axes.spines[:].set_visible(False)
+    figure.colorbar(drawn, ax=figure.axes, label="found", shrink=0.8)
+    figure.supxlabel("tokens", fontsize="medium")
+    figure.supylabel("depth", fontsize="medium")
+    return figure

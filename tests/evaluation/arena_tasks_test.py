@@ -16,8 +16,10 @@ from dmc_jax.core.gates import Gates
 from dmc_jax.evaluation import arena, human_eval
 from dmc_jax.evaluation.arena import Arena, about_gates
 from dmc_jax.evaluation.arena_config import ArenaConfig, FunctionConfig, NeedleConfig
+from dmc_jax.evaluation.arena_tables import maps
 from dmc_jax.evaluation.human_eval import PROBLEMS
-from dmc_jax.evaluation.record import open_record
+from dmc_jax.evaluation.plots import found_by_depth
+from dmc_jax.evaluation.record import Record, open_record
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import init_params, unstack_layers
@@ -113,6 +115,24 @@ def methods_are_compared_where_it_does_at_the_gates_slots_and_once_test(run, mon
     again, said = run("needle", others=("StreamingLLM",), budgets=("grows", "end"))
     assert again[:3] == rows and len(said) == 1
     assert again[3]["end_slots"] == pytest.approx(ours["end_slots"], abs=0.51)
+
+
+def maps_show_what_was_found_a_panel_a_method_test():
+    def row(length, found, method="dense", **about):
+        case = {"contest": "needle", "length": length, "method": method, "ratio_at_end": 2.0}
+        return case | {"found": found} | about
+
+    rows = [
+        row(256, {"20": 1.0, "90": 0.5}),
+        row(512, {"20": 0.0, "90": 1.0}),
+        row(256, {"20": 0.25}, "TOVA", budget="grows", like=2.0),
+        row(256, {"20": 0.75}, "TOVA", budget="grows", like=4.0),
+    ]
+    panels = [p for p in found_by_depth(maps(Record(None, {}, rows), "needle")).axes if p.images]
+    assert [p.get_title() for p in panels] == ["dense", "TOVA grows 2x", "TOVA grows 4x"]
+    dense, tova, _ = (p.images[0].get_array().filled(np.nan) for p in panels)
+    np.testing.assert_array_equal(dense, [[1.0, 0.0], [0.5, 1.0]])
+    np.testing.assert_array_equal(tova, [[0.25, np.nan], [np.nan, np.nan]])
 
 
 def the_dense_model_and_gates_also_have_pages_of_int8_test(run, monkeypatch):
