@@ -80,7 +80,10 @@ if "__file__" in globals():  # a program, whose flags these are
     parser = argparse.ArgumentParser()
     for name, meaning in MEANING.items():
         value = globals()[name]
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
+        known = ("dms", "dmc") if name == "method" else None
+        parser.add_argument(
+            f"--{name}", type=type(value), default=value, help=meaning, choices=known
+        )
     globals().update(vars(parser.parse_args()))
 
     def say(kind, error, trace):

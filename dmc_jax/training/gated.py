@@ -367,6 +367,7 @@ def measure(
         "distilled_tokens": tokens,
         "measured_tokens": sum(each.tokens for each in dense),
         "length": run.data.length,
+        "seed": run.seed,
         "r2": round(float(np.mean(trained["r2"])), 3),
         "machine": machine(" ".join(["python -m dmc_jax.train", *sys.argv[1:]])),
     }

@@ -72,7 +72,7 @@ def the_file_serves_the_model_it_was_made_for_test(run, directory):
     assert gates.table[0].ratio == pytest.approx(1.0)
     ratios = [entry.ratio for entry in gates.table]
     assert ratios == sorted(ratios) and ratios[-1] > 1.8
-    assert gates.about["distilled_tokens"] == 4 * 2 * 48
+    assert gates.about["distilled_tokens"] == 4 * 2 * 48 and gates.about["seed"] == 0
     base = f"--checkpoint={run.init_from}", f"--data={run.data.path}", "--length=48", "--windows=4"
     wanted = 1.4
     measured, refused, alone, own = runs_of(
