@@ -29,6 +29,7 @@ elif importlib.util.find_spec("dmc_jax") is None:
 import argparse
 import dataclasses
 import itertools
+import re
 
 from absl import logging
 
@@ -50,6 +51,11 @@ RATIOS = 1.5, 2.0, 3.0, 4.0
 WINDOWS = 64  # of the test files
 DELAY = 16  # tokens
 DELAYS = 1, 4, 64  # beside it
+DOES = {
+    "merge": {"method": "dmc"},
+    "drop": {"method": "dms"},
+    "merge, and drop what is 2 above": {"method": "dmc", "margin": 2.0},
+}
 LEARNS = {
     "distillation": {"distillation": 1.0, "next_token": 0.0},
     "next token": {"distillation": 0.0, "next_token": 1.0},
@@ -84,17 +90,15 @@ about = {"machine": machine("python experiments/ablations.py"), "preset": option
 record = open_record(folder / "table.json", about, same=("preset",))
 
 
-def ask(method: str, delay: int, learns: str, trained: tuple[float, ...] = RATIOS) -> None:
+def ask(does: str, delay: int, learns: str, trained: tuple[float, ...] = RATIOS) -> None:
     """Make gates and measure them: a row for every ratio."""
-    name = f"{method}_{delay}_{learns.replace(' ', '_')}" + "_at_2" * (trained != RATIOS)
+    name = f"{does} after {delay}, {learns}, {' '.join(f'{x:g}' for x in trained)}"
     made = dataclasses.replace(
         tiny,
-        name=name,
+        name=re.sub(r"\W+", "_", name),
         init_from=str(base.path),
         stages="closed_form,distill",
-        gates=GatesConfig(
-            method=method, delay=delay, windows=128, ratios=trained, **LEARNS[learns]
-        ),
+        gates=GatesConfig(delay=delay, windows=128, ratios=trained, **DOES[does], **LEARNS[learns]),
         distill=StageConfig(
             steps=sizes["steps"],
             learning_rate=3e-3,
@@ -108,7 +112,7 @@ def ask(method: str, delay: int, learns: str, trained: tuple[float, ...] = RATIO
     )
     gates = load_gates(dmc.train(made) / "gates.safetensors", base.config)
     for ratio in RATIOS:
-        keys = {"method": method, "delay": delay, "learns": learns, "trained": list(trained)}
+        keys = {"does": does, "delay": delay, "learns": learns, "trained": list(trained)}
 
         def figures(ratio=ratio):
             run = base.params, base.config, windows, gates.at(ratio)
@@ -118,36 +122,34 @@ def ask(method: str, delay: int, learns: str, trained: tuple[float, ...] = RATIO
             record.row(keys | {"asked": ratio}, figures)
 
 
-for method, learns in itertools.product(("dmc", "dms"), LEARNS):
-    for delay in (0 if method == "dmc" else 1, DELAY):
-        ask(method, delay, learns)
-for method, delay in itertools.product(("dmc", "dms"), DELAYS):
-    ask(method, delay, "distillation")
-ask("dms", DELAY, "distillation", (2.0,))
-ask("dmc", DELAY, "distillation", (2.0,))
+for does, learns in itertools.product(("merge", "drop"), LEARNS):
+    for delay in (0 if does == "merge" else 1, DELAY):
+        ask(does, delay, learns)
+ask("merge, and drop what is 2 above", DELAY, "distillation")
+for does, delay in itertools.product(("merge", "drop"), DELAYS):
+    ask(does, delay, "distillation")
+for does in ("merge", "drop"):
+    ask(does, DELAY, "distillation", (2.0,))
 
 # %% [markdown]
 # ## The table, and a picture of the eight
 
 
 # %%
-def named(row: dict) -> str:
-    return f"{'merge' if row['method'] == 'dmc' else 'drop'} after {row['delay']}, {row['learns']}"
-
-
 cases, points = {}, []
 for row in record.rows:
     trained = ", ".join(f"{each:g}x" for each in row["trained"])
     low, high = row["perplexity_percent_interval"]
     percent = f"{row['perplexity_percent']:+.1f} % ({low:.1f} to {high:.1f})"
     told = f"{row['ratio_at_end']:.2f}: {percent}"
-    cases.setdefault((named(row), trained), {})[row["asked"]] = told
+    named = f"{row['does']} after {row['delay']}, {row['learns']}"
+    cases.setdefault((named, trained), {})[row["asked"]] = told
     if row["delay"] in (0, 1, DELAY) and row["trained"] == list(RATIOS):
         size = {
             "length": tiny.data.length,
             "cache_bytes": row["end_slots"] * slot_bytes(base.config),
         }
-        points.append(row | size | {"method": named(row)})
+        points.append(row | size | {"method": named})
 lines = [(*case, *(each.get(ratio, "") for ratio in RATIOS)) for case, each in cases.items()]
 header = "gates", "trained at", *(f"asked {ratio:g}x" for ratio in RATIOS)
 text = table(header, lines, left=("gates", "trained at"))
