@@ -191,7 +191,8 @@ class Llama(nn.Module):
         """
         c = self.config
         embedding = self.param("embedding", _init(), (c.vocab_size, c.width))
-        x = embedding.astype(self.dtype)[tokens]
+        # Rows first: so the gradient sums over equal tokens in the dtype of the parameters.
+        x = embedding[tokens].astype(self.dtype)
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])

@@ -11,6 +11,7 @@ import pytest
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.losses import token_losses
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import (
@@ -232,6 +233,31 @@ def bfloat16_compute_keeps_float32_logits_and_parameters_test():
     assert narrow.dtype == jnp.float32
     wide = dense_logits()
     assert 0 < np.abs(narrow - wide).max() < 0.1 * np.abs(wide).max()
+
+
+def gradients_of_a_bfloat16_model_are_those_of_float32_leaf_by_leaf_test():
+    """With thousands of tokens an id: a sum of them in bfloat16 would be off by several percent."""
+    config = dataclasses.replace(TWO_LAYERS, width=32, head_dim=16, mlp_width=64)
+    params = init_params(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (16, 512), 0, config.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(512), tokens.shape)
+
+    def gradient(dtype):
+        def loss(params):
+            attend = attend_whole(Dense(), config, positions)
+            model = Llama(config, dtype=jnp.dtype(dtype))
+            prediction = model.apply({"params": params}, tokens, attend=attend).prediction
+            return token_losses(prediction, jnp.roll(tokens, -1, axis=1))[0].mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    pairs = jax.tree.map(lambda *pair: pair, gradient("float32"), gradient("bfloat16"))
+    for path, (exact, rounded) in jax.tree_util.tree_leaves_with_path(
+        pairs, is_leaf=lambda x: isinstance(x, tuple)
+    ):
+        assert rounded.dtype == jnp.float32
+        error = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
+        assert error < 0.03, (jax.tree_util.keystr(path), error)
 
 
 @pytest.mark.parametrize(
