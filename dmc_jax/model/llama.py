@@ -5,6 +5,7 @@ evaluation (`policies.policy.attend_whole`), and decoding from a cache. Layers o
 stack, which is scanned.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +27,7 @@ _SIDE_BY_SIDE = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 # Llama's initialisation: normal, the projections into the residual stream scaled down by depth.
 _INIT_STD = 0.02
+_PRODUCT = "product"
 
 
 @runtime_checkable
@@ -95,7 +98,8 @@ class Projection(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Multiply `x` by the kernel."""
         kernel = self.param("kernel", _init(self.std), self.shape)
-        return project(self.equation, x, kernel, self.products)
+        # By name, since the policies of jax.checkpoint do not see into a gradient of our own.
+        return checkpoint_name(project(self.equation, x, kernel, self.products), _PRODUCT)
 
 
 class Block(nn.Module):
@@ -144,7 +148,7 @@ class Block(nn.Module):
 
 _REMAT_POLICIES = {
     "full": None,  # recompute the whole layer
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),  # all but the products
 }
 
 
@@ -297,6 +301,7 @@ def forward(
     return model.apply({"params": params}, tokens, **inputs)
 
 
+@functools.cache
 def count_parameters(config: ModelConfig) -> int:
     """Count the parameters, without making any."""
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))

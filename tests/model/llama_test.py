@@ -183,6 +183,29 @@ def recomputation_changes_no_gradient_test():
         )
 
 
+def recomputing_all_but_products_lies_between_all_and_nothing_test():
+    config = dataclasses.replace(SMALL, layers=6, kv_heads=2, width=64, head_dim=16, mlp_width=256)
+    tokens = jnp.zeros((8, 128), jnp.int32)
+    attend = attend_whole(Dense(), config, jnp.broadcast_to(jnp.arange(128), tokens.shape))
+
+    def took(remat):
+        def loss(params):
+            model = Llama(config, remat=remat)
+            prediction = model.apply({"params": params}, tokens, attend=attend).prediction
+            return token_losses(prediction, tokens)[0].mean()
+
+        shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    none, dots, full = (took(remat) for remat in ("none", "dots", "full"))
+    # Of a layer, which is counted once however many follow it; nothing needs what "down" gives.
+    D, F, H = config.width, config.mlp_width, config.head_dim
+    products = 2 * tokens.size * (D * H * (2 * config.heads + 2 * 2) + 2 * D * F)
+    assert full[0] - dots[0] == pytest.approx(products, rel=0.05)
+    assert none[0] < dots[0] and full[1] < dots[1] < none[1]
+
+
 def gradients_equal_finite_differences_test():
     @jax.jit
     @jax.value_and_grad
