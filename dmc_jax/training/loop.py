@@ -16,7 +16,7 @@ from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
 from dmc_jax.commands import stop_requests
-from dmc_jax.config import GATED, MERGING, STAGES, RunConfig
+from dmc_jax.config import GATED, MERGING, STAGES, ModelConfig, RunConfig
 from dmc_jax.data.loader import training_batches
 from dmc_jax.errors import RunFailure
 from dmc_jax.evaluation.tables import missed_target
@@ -144,20 +144,20 @@ def _check_measured(where: str, validation: dict) -> None:
 
 
 def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> tuple:
-    """State, the checkpoint of this stage that it is of, what takes a step, and the batches."""
+    """State, its checkpoint in this stage, what takes a step, batches, and the teacher's sizes."""
     batches = _batches(run, stage, ready.datas)
     if stage in GATED:
-        begun = gated.begin(run, stage, ready.start, ready.datas, ready.mesh)
+        state, resumed, step = gated.begin(run, stage, ready.start, ready.datas, ready.mesh)
+        teacher = run.model if run.gates.distillation else None
     else:
-        begun = _begin_retrofit(run, stage, ready.mesh)
-    state, resumed, step = begun
+        state, resumed, step, teacher = _begin_retrofit(run, stage, ready.mesh)
     if resumed is not None:
         batches.set_state(load_data_state(resumed))
 
     def take_step(state, batch):
         return step(state, _to_devices(batch, ready.mesh))
 
-    return state, resumed, take_step, batches
+    return state, resumed, take_step, batches, teacher
 
 
 def _begin_retrofit(run: RunConfig, stage: str, mesh: Mesh) -> tuple:
@@ -165,7 +165,7 @@ def _begin_retrofit(run: RunConfig, stage: str, mesh: Mesh) -> tuple:
     state, resumed = starts.start_of_stage(run, stage, optimizer, mesh)
     teacher, teacher_params = starts.load_teacher(run, stage, mesh)
     step = make_train_step(run, stage, mesh, optimizer, teacher)
-    return state, resumed, lambda state, batch: step(state, batch, teacher_params)
+    return state, resumed, lambda state, batch: step(state, batch, teacher_params), teacher
 
 
 def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
@@ -175,7 +175,7 @@ def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
     if stage is None:
         logging.info("every stage of %s is finished", directory)
         return
-    state, _, take_step, batches = _begin_stage(run, stage, ready)
+    state, _, take_step, batches, _ = _begin_stage(run, stage, ready)
     values = jax.device_get(take_step(state, next(batches))[1])
     if not stages.finite(values):
         raise RunFailure(f"dry run, stage {stage}: {_not_finite(values)} after one step")
@@ -187,7 +187,7 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
     """Take the steps of one stage, from its newest checkpoint on; returns the parameters."""
     directory, steps = Path(run.output) / run.name, run.stage(stage).steps
     logging.info("stage %s: %d steps", stage, steps)
-    state, resumed, take_step, batches = _begin_stage(run, stage, ready)
+    state, resumed, take_step, batches, teacher = _begin_stage(run, stage, ready)
     first = 0 if resumed is None else resumed.step
     if first:
         logging.info("resuming %s at step %d", stage, first)
@@ -197,7 +197,7 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
         _open_metrics(run, stage, first, quiet) as sink,
         stop_requests("stopping after this step; the run can be resumed") as stopping,
     ):
-        recent = _Recent(run, stage, sink, saver)
+        recent = _Recent(run, stage, sink, saver, teacher)
         for step in range(first, steps):
             batch = next(batches)
             state, values = take_step(state, batch)
@@ -269,6 +269,7 @@ class _Recent:
     stage: str
     sink: metrics.MetricsLogger
     saver: Saver
+    teacher: ModelConfig | None
     steps: list[tuple[int, Any, np.ndarray]] = dataclasses.field(default_factory=list)
     since: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -295,7 +296,7 @@ class _Recent:
                 f"ratio{metrics.LAYER_MARK}{i:02d}": 1 / (1 - m) for i, m in enumerate(merged)
             }
         if self.stage != "closed_form":
-            values |= _speed(self.run, len(self.steps), seconds)
+            values |= _speed(self.run, self.stage, self.teacher, len(self.steps), seconds)
         self.sink.log(_steps_before(self.run, self.stage) + self.steps[-1][0] + 1, values)
         self.steps.clear()
         self.since = time.perf_counter()
@@ -316,18 +317,27 @@ def _not_finite(values: dict[str, Any]) -> str:
     return ", ".join(f"{n} = {v}" for n, v in values.items() if not np.isfinite(v).all())
 
 
-def _speed(run: RunConfig, steps: int, seconds: float) -> dict[str, float]:
+def _speed(
+    run: RunConfig, stage: str, teacher: ModelConfig | None, steps: int, seconds: float
+) -> dict[str, float]:
     """Tokens per second and, where the device's peak is known, model FLOP/s utilisation."""
-    model = run.model
     rate = steps * run.data.batch * run.data.length / seconds
+    beside = stage in GATED and run.gates.model != "all"
+    per_token = _flops(run, run.model, "beside" if beside else "all")
+    if teacher is not None:
+        per_token += _flops(run, teacher, "nothing")
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
+    return {"tokens_per_second": rate} | ({} if utilisation is None else {"mfu": utilisation})
+
+
+def _flops(run: RunConfig, model: ModelConfig, learns: str) -> float:
     table = 0 if model.tied_embeddings else model.vocab_size * model.width
-    per_token = metrics.train_flops_per_token(
+    return metrics.flops_per_token(
         params_without_embedding=count_parameters(model) - table,
         layers=model.layers,
         heads=model.heads,
         head_dim=model.head_dim,
         length=run.data.length,
+        learns=learns,
     )
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
-    return {"tokens_per_second": rate} | ({} if utilisation is None else {"mfu": utilisation})

@@ -120,16 +120,23 @@ def check_packages(*, tensorboard: bool, wandb: bool) -> None:
         _required("wandb", "wandb")
 
 
-def train_flops_per_token(
-    *, params_without_embedding: int, layers: int, heads: int, head_dim: int, length: int
+def flops_per_token(
+    *,
+    params_without_embedding: int,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    length: int,
+    learns: str = "all",
 ) -> float:
-    """Floating-point operations that training on one token needs, forward and backward.
+    """Floating-point operations that a model needs for one token of a training step.
 
-    `6 N + 12 L H Q (T / 2)`: forward, a multiplication and an addition for each parameter, and
-    `2 Q` of each for every head and visible key (scores; values by weights); backward, twice as
-    much. Attention is causal, so T / 2 keys are visible on average. Recomputation (remat) is not
-    counted: it is not progress. From PaLM (Chowdhery et al. 2022, arXiv 2204.02311), appendix B,
-    which takes all T keys as visible.
+    Forward, a multiplication and an addition for each parameter, `2 N`, and `2 Q` of each for
+    every head and visible key (scores; values by weights), `4 L H Q (T / 2)`. Backward, twice as
+    much: the gradients of activations and, where they learn, of parameters. Attention is causal, so
+    T / 2 keys are visible on average. Recomputation (remat) is not counted: it is not progress.
+    From PaLM (Chowdhery et al. 2022, arXiv 2204.02311), appendix B, which takes all T keys as
+    visible.
 
     Args:
         params_without_embedding: N, the parameters but for the input table; a table that is also
@@ -138,11 +145,15 @@ def train_flops_per_token(
         heads: H, query heads.
         head_dim: Q.
         length: T, tokens in a window.
+        learns: "all" of it; "beside": what stands beside its parameters; "nothing", as a teacher
+            that runs forward alone.
 
     Returns:
         Operations a token.
     """
-    return 6.0 * params_without_embedding + 12.0 * layers * heads * head_dim * (length / 2)
+    of_parameters = {"all": 6.0, "beside": 4.0, "nothing": 2.0}[learns] * params_without_embedding
+    attention = 4.0 * layers * heads * head_dim * (length / 2)
+    return of_parameters + attention * (1 if learns == "nothing" else 3)
 
 
 def mfu(
@@ -155,7 +166,7 @@ def mfu(
 
     Args:
         tokens_per_second: Over all devices.
-        flops_per_token: From `train_flops_per_token`.
+        flops_per_token: From `flops_per_token`, of the model and its teacher.
         devices: How many devices took part.
         peak_flops_per_device: From `peak_flops`.
 

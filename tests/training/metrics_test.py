@@ -4,12 +4,15 @@ import json
 import sys
 from types import ModuleType, SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from absl import logging
 
+from dmc_jax.config import RunConfig
 from dmc_jax.errors import UserError
-from dmc_jax.training import metrics
+from dmc_jax.model.llama import count_parameters
+from dmc_jax.training import loop, metrics
 
 
 def lines_of(run):
@@ -160,13 +163,32 @@ def training_flops_equal_a_count_of_the_products_of_a_small_transformer_test():
     visible = length * length / 2
     multiply_adds = length * weights + layers * heads * visible * head_dim * 2
     expected = 3 * 2 * multiply_adds / length  # the backward pass costs twice the forward one
-    assert expected == metrics.train_flops_per_token(
-        params_without_embedding=weights,
-        layers=layers,
-        heads=heads,
-        head_dim=head_dim,
-        length=length,
-    )
+    sizes = {
+        "params_without_embedding": weights,
+        "layers": layers,
+        "heads": heads,
+        "head_dim": head_dim,
+        "length": length,
+    }
+    assert expected == metrics.flops_per_token(**sizes)
+    assert expected / 3 == metrics.flops_per_token(**sizes, learns="nothing")
+    # A third of what the products with weights cost is for the weights' own gradients.
+    assert expected - 2 * weights == metrics.flops_per_token(**sizes, learns="beside")
+
+
+@pytest.mark.parametrize("stage, frozen", [("retrofit", False), ("distill", True)])
+def the_teachers_pass_is_work_of_the_device_too_test(monkeypatch, stage, frozen):
+    run = RunConfig.named("tiny_4x")
+    table = run.model.vocab_size * run.model.width * (not run.model.tied_embeddings)
+    weights = count_parameters(run.model) - table
+    one_pass = loop._flops(run, run.model, "nothing")
+    monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
+    for teacher, passes in ((None, 3), (run.model, 4)):
+        told = loop._speed(run, stage, teacher, steps=3, seconds=2.0)
+        rate = 3 * run.data.batch * run.data.length / 2.0
+        work = rate * (passes * one_pass - 2 * frozen * weights)
+        assert told["tokens_per_second"] == rate
+        assert told["mfu"] == pytest.approx(work / jax.device_count() / 1e12)
 
 
 def utilisation_is_the_share_of_the_peak_of_all_devices_test():
