@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dmc_jax.checkpoints import digests
 from dmc_jax.checkpoints.run_directory import CheckpointRef, free_space, read_json
 from dmc_jax.config import ModelConfig, RunConfig
 from dmc_jax.data.tokenizer_files import SpecialTokens
@@ -102,6 +103,7 @@ def load_metadata(ref: CheckpointRef) -> Metadata:
         UserError: the file is missing, damaged or of a version to come.
     """
     file = ref.path / "metadata" / "metadata"
+    digests.check(ref.path, "metadata/")
     return from_json(read_json(file), str(file))
 
 
@@ -117,7 +119,8 @@ def write_metadata(ref: CheckpointRef, metadata: Metadata) -> None:
     """
     file = ref.path / "metadata" / "metadata"
     try:
-        write_text(file, json.dumps(to_json(metadata)))
+        with digests.rewritten(ref.path, "metadata/metadata"):
+            write_text(file, json.dumps(to_json(metadata)))
     except OSError as error:
         raise OSError(
             f"could not write {file}: {error.strerror or error} ({free_space(ref.path)}). The "

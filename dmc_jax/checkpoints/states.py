@@ -21,8 +21,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dmc_jax.checkpoints import digests
 from dmc_jax.checkpoints.metadata import Metadata, to_json
 from dmc_jax.checkpoints.run_directory import (
+    PARTIAL_MARK,
     CheckpointRef,
     clear_partial,
     complete_steps,
@@ -46,7 +48,10 @@ class Saver:
         self._keep = keep
         self._resumed_step = resumed_step
         self._pending: int | None = None
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._record),
+        )
 
     def save(
         self, step: int, state: PyTree, data_state: Mapping | bytes, metadata: Metadata
@@ -88,6 +93,12 @@ class Saver:
         self._pending = step
         self._attempt(lambda: self._checkpointer.save(self._directory / str(step), args=items))
         return True
+
+    def _record(self) -> None:
+        """In the background, when a step is complete but for its name."""
+        if jax.process_index() == 0:
+            for partial in self._directory.glob(f"{self._pending}{PARTIAL_MARK}*"):
+                digests.record(partial)
 
     def wait(self) -> None:
         """Wait for the save in the background, then remove all but the newest `keep` steps.
@@ -188,6 +199,7 @@ def load_data_state(ref: CheckpointRef) -> dict | bytes:
     Raises:
         UserError: The file is missing or damaged.
     """
+    digests.check(ref.path, "data/")
     saved = read_json(ref.path / "data" / "metadata")
     return base64.b64decode(saved["base64"]) if saved["type"] == "bytes" else saved["json"]
 
@@ -206,6 +218,7 @@ def load_state(ref: CheckpointRef, abstract_state: PyTree) -> PyTree:
     Raises:
         UserError: The checkpoint is of another shape, or damaged.
     """
+    digests.check(ref.path, "state/")
     _require_match(ref, describe_mismatch(ref, abstract_state))
     return _restore(ref, abstract_state)
 
@@ -223,6 +236,7 @@ def load_params(ref: CheckpointRef, abstract_params: PyTree) -> PyTree:
     Raises:
         UserError: The checkpoint is of another shape, or damaged.
     """
+    digests.check(ref.path, "state/")
     wanted = {"params": abstract_params}
     _require_match(ref, describe_mismatch(ref, wanted, within="params"))
     return _restore(ref, wanted)["params"]

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from dmc_jax.checkpoints.digests import set_aside_damaged
 from dmc_jax.checkpoints.gates import FILE, model_hash, save_gates
 from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import latest
@@ -55,6 +56,9 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         begun = (directory / "config.json").exists()
         if begun:
             _keep(directory, stack)
+            if jax.process_index() == 0:
+                for told in set_aside_damaged(directory):
+                    logging.warning("%s", told)
         ready = checks.check(run)
         contents = ownership.contents_of(run, ready.datas, ready.start, ready.teacher)
         run = ownership.same_run(directory, run, contents)

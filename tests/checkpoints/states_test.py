@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dmc_jax.checkpoints import states
+from dmc_jax.checkpoints import digests, states
 from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.errors import UserError
@@ -278,6 +278,41 @@ def a_run_directory_that_is_a_file_is_one_clear_error_test(tmp_path):
         states.open_for_saving(tmp_path / "run", "retrofit", 1)
 
 
+@pytest.mark.parametrize("item", ["state", "data", "metadata"])
+def a_flipped_byte_is_told_and_nothing_is_read_test(tmp_path, item):
+    state = {"params": jax.random.normal(jax.random.key(0), (1000,))}
+    read = {
+        "state": lambda ref: states.load_state(ref, abstract(state)),
+        "data": states.load_data_state,
+        "metadata": load_metadata,
+    }
+    ref = save(tmp_path, state=state)
+    for load in read.values():
+        load(ref)
+    rng = np.random.default_rng(0)
+    files = [file for file in (ref.path / item).rglob("*") if file.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        with pytest.raises(UserError, match=f"{file.name} is not as it was written.*damaged"):
+            read[item](ref)
+        file.write_bytes(whole)
+    read[item](ref)
+    files[0].unlink()
+    with pytest.raises(UserError, match=f"{files[0].name} is missing.*damaged"):
+        read[item](ref)
+
+
+def metadata_may_be_written_anew_test(tmp_path):
+    ref = save(tmp_path)
+    write_metadata(ref, dataclasses.replace(load_metadata(ref), step=3))
+    assert load_metadata(ref).step == 3 and digests.damage(ref.path) is None
+    digests._write(ref.path, {})  # of a version that wrote none
+    assert load_metadata(ref).step == 3
+
+
 def a_damaged_checkpoint_is_one_clear_error_test(tmp_path):
     state = {"params": jax.random.normal(jax.random.key(0), (1000,))}
     ref = save(tmp_path, state=state)
@@ -324,7 +359,7 @@ def about(step):
 WRITE_TO_A_FULL_DISK = """
 import resource, sys
 import jax, jax.numpy as jnp
-from dmc_jax.checkpoints import states
+from dmc_jax.checkpoints import digests, states
 from dmc_jax.checkpoints.run_directory import latest
 
 state = {"params": jax.random.normal(jax.random.key(0), (1 << 18,))}
@@ -370,7 +405,7 @@ def a_full_disk_is_one_clear_error_and_the_previous_checkpoint_stays_test(tmp_pa
 SAVE_FOR_EVER = """
 import sys
 import jax.numpy as jnp
-from dmc_jax.checkpoints import states
+from dmc_jax.checkpoints import digests, states
 from dmc_jax.checkpoints.run_directory import latest
 
 with states.open_for_saving(sys.argv[1], "retrofit", 2) as saver:

@@ -95,6 +95,25 @@ def resumed_run_equals_the_unbroken_one_bit_for_bit_test(tiny_run, unbroken, mon
     assert set(before) == set(after) and changed <= {"config.json"}
 
 
+def a_damaged_end_is_set_aside_and_made_again_bit_for_bit_test(tiny_run, unbroken, caplog):
+    directory = Path(tiny_run.output) / "run"
+    shutil.copytree(unbroken, directory)
+    end = latest(directory)
+    data = max((end.path / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+    (directory / "finetune" / "9").mkdir()  # half of a step that was removed, say
+    with caplog.at_level("WARNING"):
+        train(tiny_run, quiet=True)
+    told = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert len(told) == 2 and "parts of it are missing" in told[0]
+    assert f"{data.name} is not as it was written" in told[1]
+    aside = {path.name for path in (directory / "finetune").glob("*.damaged")}
+    assert aside == {"9.damaged", f"{end.step}.damaged"}
+    assert_same(open_model(directory).params, open_model(unbroken).params)
+    assert metrics_of(directory) == metrics_of(unbroken)
+
+
 def each_stage_can_start_from_the_checkpoint_of_the_one_before_test(tiny_run, unbroken):
     later = dataclasses.replace(
         tiny_run, name="later", stages="retrofit,finetune", init_from=str(unbroken / "zero_out")
