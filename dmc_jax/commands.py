@@ -21,7 +21,8 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     """Run a command's `main` under absl; expected failures become one line and an exit code.
 
     Exit codes: what `main` returns (None is 0); 2 for a `UserError`, an unknown or illegal flag or
-    a stray argument; 1 for a `RunFailure` or an `OSError` such as a full disk; 130 for Ctrl-C.
+    a stray argument; 1 for a `RunFailure` or an `OSError` such as a full disk; 130 for Ctrl-C,
+    143 for SIGTERM: 128 and the number of the signal.
     Anything else is a defect of this program and keeps its traceback.
 
     Args:
@@ -60,8 +61,8 @@ def in_a_line(work: Callable[[], object], *, at_once: bool = False) -> None:
         code, message = 2, str(error)
     except (RunFailure, OSError) as error:
         code, message = 1, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+    except KeyboardInterrupt as stop:
+        code, message = 128 + next(iter(stop.args), signal.SIGINT), "interrupted"
     # One write: threads of a library that failed may be writing too.
     sys.stderr.write(f"error: {message if lines else ' '.join(message.split())}\n")
     if at_once:

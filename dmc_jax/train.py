@@ -1,8 +1,8 @@
 """Train or retrofit a model: `python -m dmc_jax.train --config=configs/tiny_4x.py`.
 
 Fields of the config are set by flags, `--config.data.batch=16`. Exit code 2: a mistake in
-the config, the data or the checkpoint; 1: a failure such as a full disk; 130: interrupted, after a
-checkpoint. Run the same command again to go on.
+the config, the data or the checkpoint; 1: a failure such as a full disk; 130 after Ctrl-C and 143
+after SIGTERM, once a checkpoint is written. Run the same command again to go on.
 """
 
 import logging as standard_logging

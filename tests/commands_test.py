@@ -2,11 +2,14 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dmc_jax import commands
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
@@ -83,3 +86,15 @@ def an_arena_of_a_model_that_is_not_there_says_so_in_a_line_test(tmp_path):
     )
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith(f"error: no complete checkpoint in {tmp_path}/none")
+
+
+@pytest.mark.parametrize(
+    "stop, code", [(KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143)]
+)
+def a_command_that_was_stopped_says_by_what_test(stop, code, capsys):
+    def stopped():
+        raise stop
+
+    with pytest.raises(SystemExit) as ended:
+        commands.in_a_line(stopped)
+    assert (ended.value.code, capsys.readouterr().err) == (code, "error: interrupted\n")

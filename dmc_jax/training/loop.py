@@ -47,8 +47,8 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
     Raises:
         UserError: the config does not fit the data, the devices, the checkpoint or the directory.
         RunFailure: a loss that is not a finite number.
-        KeyboardInterrupt: a signal asked to stop (see `commands.stop_requests`), after a checkpoint
-            was written.
+        KeyboardInterrupt: a signal, whose number it holds, asked to stop (see
+            `commands.stop_requests`), after a checkpoint was written.
     """
     quiet_orbax()
     directory = Path(run.output) / run.name
@@ -196,32 +196,36 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
     if first:
         logging.info("resuming %s at step %d", stage, first)
 
-    with (
-        open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
-        _open_metrics(run, stage, first, quiet) as sink,
-        stop_requests("stopping after this step; the run can be resumed") as stopping,
-    ):
-        recent = _Recent(run, stage, sink, saver, teacher)
-        for step in range(first, steps):
-            batch = next(batches)
-            state, values = take_step(state, batch)
-            recent.add(step, values, batch)
-            taken = step + 1
-            last, interrupted = taken == steps, bool(stopping)
-            if last:
-                state = stages.finish_stage(stage, state)
-            if taken % run.log_every == 0 or last:
-                recent.log()
-            if run.eval_every and taken % run.eval_every == 0 and not last:
-                measured = _assess(run, stage, taken, state.params, ready, calibrate=False)
-                _check_measured(f"stage {stage}, step {taken}", measured["validation"])
-                logging.info("step %d: validation loss %.4f", taken, measured["validation"]["loss"])
-            if taken % run.save_every == 0 or last or interrupted:
-                recent.log()  # a state is saved only after its losses were seen to be finite
-                about = _describe(run, stage, taken, ready)
-                saver.save(taken, state, batches.get_state(), about)
-            if interrupted:
-                raise KeyboardInterrupt
+    # Outermost: what is asked while the last save is written is heard too.
+    with stop_requests("stopping after this step; the run can be resumed") as stopping:
+        with (
+            open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
+            _open_metrics(run, stage, first, quiet) as sink,
+        ):
+            recent = _Recent(run, stage, sink, saver, teacher)
+            for step in range(first, steps):
+                batch = next(batches)
+                state, values = take_step(state, batch)
+                recent.add(step, values, batch)
+                taken = step + 1
+                last, interrupted = taken == steps, bool(stopping)
+                if last:
+                    state = stages.finish_stage(stage, state)
+                if taken % run.log_every == 0 or last:
+                    recent.log()
+                if run.eval_every and taken % run.eval_every == 0 and not last:
+                    measured = _assess(run, stage, taken, state.params, ready, calibrate=False)
+                    loss = measured["validation"]["loss"]
+                    _check_measured(f"stage {stage}, step {taken}", measured["validation"])
+                    logging.info("step %d: validation loss %.4f", taken, loss)
+                if taken % run.save_every == 0 or last or interrupted:
+                    recent.log()  # a state is saved only after its losses were seen to be finite
+                    about = _describe(run, stage, taken, ready)
+                    saver.save(taken, state, batches.get_state(), about)
+                if interrupted:
+                    break
+        if stopping:
+            raise KeyboardInterrupt(stopping[0])
     return state.params
 
 

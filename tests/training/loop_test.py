@@ -14,6 +14,7 @@ import pytest
 from dmc_jax.checkpoints.metadata import load_metadata, write_metadata
 from dmc_jax.checkpoints.models import open_model
 from dmc_jax.checkpoints.run_directory import latest
+from dmc_jax.checkpoints.states import Saver
 from dmc_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -172,6 +173,25 @@ def sigterm_saves_and_handlers_are_restored_test(tiny_run, monkeypatch):
         train(tiny_run, quiet=True)
     assert latest(Path(tiny_run.output) / "run").step == 1
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def sigterm_while_the_last_step_is_saved_is_heard_test(tiny_run, monkeypatch):
+    wait = Saver.wait
+
+    def waiting(saver):
+        if saver._pending is not None:  # of a stage of five steps or so, this is the last
+            signal.raise_signal(signal.SIGTERM)
+        return wait(saver)
+
+    run = dataclasses.replace(tiny_run, save_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "wait", waiting)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            train(run, quiet=True)
+    assert stop.value.args == (signal.SIGTERM,)
+    there = latest(Path(run.output) / "run")
+    assert (there.stage, there.step) == ("pretrain", run.pretrain.steps)
+    assert load_metadata(there).validation is None  # it goes on with measuring
 
 
 def documents_shorter_than_the_window_are_packed_test(tiny_run):
