@@ -32,21 +32,22 @@ def report(record: Record) -> str:
 
 
 def points(record: Record) -> list[Row]:
-    """Rows of text for `plots.quality_by_bytes`: cache that grows, and the bytes at its peak.
+    """Rows of text for `plots.quality_by_bytes`, with the bytes at the peak.
 
-    Gates of one kind, which differ by their seeds, are a point: their mean.
+    A method whose slots grow and one with a fixed number are lines of their own. Gates of one kind,
+    which differ by their seeds, are a point: their mean.
     """
     rows = [row for row in record.rows if row["contest"] == "text"]
     kinds = {name: about["kind"] for name, about in record.about["gates"].items()}
     grouped = {}
     for row in rows:
-        if row.get("budget", "grows") == "grows":
+        if row.get("budget") != "mean":
             kind = kinds.get(row["method"], row["method"])
-            case = kind, row.get("kv_dtype"), row["length"], row.get("asked"), row.get("like")
-            grouped.setdefault((*case, row.get("slots_of")), []).append(row)
+            by = "kv_dtype", "length", "asked", "like", "budget", "slots_of"
+            grouped.setdefault((kind, *map(row.get, by)), []).append(row)
     return [
         {
-            "method": _named(same[0])[0],
+            "method": _named(same[0])[0] + ", fixed" * (same[0].get("budget") == "end"),
             "length": same[0]["length"],
             "cache_bytes": np.mean([row["peak_bytes"] for row in same]),
             "divergence": np.mean([row["divergence"] for row in same]),

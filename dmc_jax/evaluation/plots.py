@@ -150,7 +150,7 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
     """
     lengths = sorted({row["length"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
-    figure = Figure(figsize=(4.6 * len(lengths), 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(2.6 + 4.2 * len(lengths), 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, length in zip(
         figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
@@ -173,7 +173,11 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         axes.grid(color="#E6E6E6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("divergence from dense (nats a token)")
-    figure.axes[0].legend(frameon=False)
+    shown = {}
+    for axes in figure.axes:
+        lines, names = axes.get_legend_handles_labels()
+        shown |= dict(zip(names, lines, strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False)
     return figure
 
 

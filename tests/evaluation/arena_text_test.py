@@ -204,10 +204,10 @@ def the_picture_has_a_line_a_method_however_many_and_the_mean_of_seeds_test():
     drawn = points(Record(None, about, rows))
     mean = {"method": "a0", "length": 64, "cache_bytes": 101.0, "divergence": pytest.approx(0.1)}
     assert drawn[1] == mean and drawn[2]["method"] == "a0, int8 pages"
-    assert len(drawn) == 2 + 1 + 9
+    assert len(drawn) == 2 + 1 + 2 * 9 and drawn[4]["method"] == "other 0, fixed"
     lines = [line for line in quality_by_bytes(drawn).axes[0].get_lines() if len(line.get_xdata())]
     styles = [(line.get_color(), line.get_linestyle()) for line in lines]
-    assert len(lines) == 12 and len(set(styles[:-1])) == 11
+    assert len(lines) == 21 and len(set(styles[:18])) == 18
 
 
 def gates_that_cannot_be_told_apart_are_refused_test(run, files, tmp_path):
