@@ -259,6 +259,7 @@ class RunConfig:
     eval_every: int = 0  # steps between validation losses; 0: at the end of each stage only
     eval_windows: int = 64  # validation windows
     save_every: int = 500  # steps
+    save_minutes: float = 20.0  # at the next log line, so many after the last save; 0: never
     keep: int = 2  # checkpoints kept per stage
     tensorboard: bool = False
     wandb: bool = False
@@ -289,25 +290,19 @@ class RunConfig:
                 f"of --config.stages, or set --config.{stage}=\"{{'steps': 100, 'learning_rate': "
                 '3e-4}"',
             )
-        _require(
-            self.compute_dtype in ("float32", "bfloat16"),
-            f"compute_dtype is {self.compute_dtype!r}; expected float32 or bfloat16",
-        )
-        _require(
-            self.products in ("", "float32", "bfloat16"),
-            f"products is {self.products!r}; expected float32, bfloat16, or nothing",
-        )
-        _require(
-            self.remat in ("none", "full", "dots"),
-            f"remat is {self.remat!r}; expected none, full or dots",
-        )
-        _require(
-            self.attention in ("auto", "xla", "triton"),
-            f"attention is {self.attention!r}; expected auto, xla or triton",
-        )
+        for name, known in (
+            ("compute_dtype", ("float32", "bfloat16")),
+            ("products", ("float32", "bfloat16", "")),
+            ("remat", ("none", "full", "dots")),
+            ("attention", ("auto", "xla", "triton")),
+        ):
+            value, told = getattr(self, name), ", ".join(each or "nothing" for each in known)
+            _require(value in known, f"{name} is {value!r}; expected one of {told}")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
         _require(self.draws in (1, 2), f"draws is {self.draws}; expected 2, or 1 as in old runs")
-        _require(self.eval_every >= 0, f"eval_every must be 0 or more, got {self.eval_every}")
+        for name in ("eval_every", "save_minutes"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must be 0 or more, got {value}")
         for name in ("accumulation", "log_every", "save_every", "keep", "attention_block"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")

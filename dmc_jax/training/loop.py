@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dmc_jax.checkpoints.digests import set_aside_damaged
@@ -203,6 +204,7 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
             _open_metrics(run, stage, first, quiet) as sink,
         ):
             recent = _Recent(run, stage, sink, saver, teacher)
+            saved = time.monotonic()
             for step in range(first, steps):
                 batch = next(batches)
                 state, values = take_step(state, batch)
@@ -211,22 +213,33 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
                 last, interrupted = taken == steps, bool(stopping)
                 if last:
                     state = stages.finish_stage(stage, state)
+                due = taken % run.save_every == 0
                 if taken % run.log_every == 0 or last:
                     recent.log()
+                    due |= _overdue(run, saved)
                 if run.eval_every and taken % run.eval_every == 0 and not last:
                     measured = _assess(run, stage, taken, state.params, ready, calibrate=False)
                     loss = measured["validation"]["loss"]
                     _check_measured(f"stage {stage}, step {taken}", measured["validation"])
                     logging.info("step %d: validation loss %.4f", taken, loss)
-                if taken % run.save_every == 0 or last or interrupted:
+                if due or last or interrupted:
                     recent.log()  # a state is saved only after its losses were seen to be finite
                     about = _describe(run, stage, taken, ready)
                     saver.save(taken, state, batches.get_state(), about)
+                    saved = time.monotonic()
                 if interrupted:
                     break
         if stopping:
             raise KeyboardInterrupt(stopping[0])
     return state.params
+
+
+def _overdue(run: RunConfig, saved: float) -> bool:
+    """Whether a save is by the clock; all hosts go by that of the first."""
+    overdue = 0 < run.save_minutes <= (time.monotonic() - saved) / 60
+    if jax.process_count() == 1:
+        return overdue
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(overdue)))
 
 
 def _batches(run: RunConfig, stage: str, datas: list):

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import time
+import types
 from pathlib import Path
 
 import jax
@@ -194,6 +196,25 @@ def sigterm_while_the_last_step_is_saved_is_heard_test(tiny_run, monkeypatch):
     assert load_metadata(there).validation is None  # it goes on with measuring
 
 
+def a_step_is_saved_by_the_clock_too_test(tiny_run, monkeypatch):
+    clock, kept = iter(range(0, 10**6, 90)), []
+    looks = types.SimpleNamespace(  # a minute and a half apart
+        monotonic=lambda: next(clock), perf_counter=time.perf_counter
+    )
+    monkeypatch.setattr(loop, "time", looks)
+    monkeypatch.setattr(
+        Saver, "save", lambda self, step, *more: kept.append((self._directory.name, step))
+    )
+    run = dataclasses.replace(
+        tiny_run, stages="pretrain", save_every=1000, log_every=1, save_minutes=3.0
+    )
+    monkeypatch.setattr(loop, "_measure_stage", lambda *_: None)
+    train(run, quiet=True)
+    # Begun at 0; looks at 1.5, 3.0 after that; the save itself looks once more.
+    steps = range(2, run.pretrain.steps + 1, 2)
+    assert kept == [("pretrain", step) for step in sorted({*steps, run.pretrain.steps})]
+
+
 def documents_shorter_than_the_window_are_packed_test(tiny_run):
     (data,) = [data for data, _ in checks.open_datas(tiny_run)]
     longest = int(np.diff(data.documents["train"]).max())
@@ -344,8 +365,8 @@ def bad_fields_get_one_clear_message_test(cls, values, message):
         ({"stages": "retrofit,pretrain"}, "in this order"),
         ({"stages": "anneal"}, "'anneal' is not one of"),
         ({"stages": ""}, "each once"),
-        ({"remat": "some"}, "expected none, full or dots"),
-        ({"compute_dtype": "float8"}, "expected float32 or bfloat16"),
+        ({"remat": "some"}, "expected one of none, full, dots"),
+        ({"compute_dtype": "float8"}, "expected one of float32, bfloat16"),
         ({"accumulation": 3}, "multiple of accumulation"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"eval_every": -1}, "eval_every must be 0 or more"),
