@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from dmc_jax.checkpoints.digests import set_aside_damaged
 from dmc_jax.checkpoints.gates import FILE, model_hash, save_gates
 from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
-from dmc_jax.checkpoints.run_directory import latest
+from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
 from dmc_jax.commands import stop_requests
 from dmc_jax.config import GATED, MERGING, STAGES, ModelConfig, RunConfig
 from dmc_jax.data.loader import training_batches
-from dmc_jax.errors import RunFailure
+from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.evaluation.tables import missed_target
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.model.sharding import batch_sharding
@@ -157,12 +157,24 @@ def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> tuple:
     else:
         state, resumed, step, teacher = _begin_retrofit(run, stage, ready.mesh)
     if resumed is not None:
-        batches.set_state(load_data_state(resumed))
+        batches.set_state(_position(resumed))
 
     def take_step(state, batch):
         return step(state, _to_devices(batch, ready.mesh))
 
     return state, resumed, take_step, batches, teacher
+
+
+def _position(resumed: CheckpointRef) -> dict | bytes:
+    """Where the data iterator stood: a batch a step from the stage's beginning."""
+    position = load_data_state(resumed)
+    read = position.get("next_index") if isinstance(position, dict) else None
+    if read not in (None, resumed.step):
+        raise UserError(
+            f"{resumed.path} is damaged: after step {resumed.step} the text stands at batch "
+            f"{read}; move it away and resume from an earlier one"
+        )
+    return position
 
 
 def _begin_retrofit(run: RunConfig, stage: str, mesh: Mesh) -> tuple:

@@ -117,6 +117,18 @@ def a_damaged_end_is_set_aside_and_made_again_bit_for_bit_test(tiny_run, unbroke
     assert metrics_of(directory) == metrics_of(unbroken)
 
 
+def a_checkpoint_whose_text_stands_elsewhere_is_refused_test(tiny_run, unbroken):
+    directory = Path(tiny_run.output) / "run"
+    shutil.copytree(unbroken, directory)
+    shutil.rmtree(latest(directory).path)
+    begun = latest(directory)
+    (begun.path / "digests.json").unlink()
+    data = begun.path / "data" / "metadata"
+    data.write_text(data.read_text().replace(f'"next_index": {begun.step}', '"next_index": 99'))
+    with pytest.raises(UserError, match=f"after step {begun.step} the text stands at batch 99"):
+        train(tiny_run, quiet=True)
+
+
 def each_stage_can_start_from_the_checkpoint_of_the_one_before_test(tiny_run, unbroken):
     later = dataclasses.replace(
         tiny_run, name="later", stages="retrofit,finetune", init_from=str(unbroken / "zero_out")
