@@ -1,5 +1,6 @@
 """What a run came to, as pictures: curves over its steps, tokens per slot of every head."""
 
+import collections
 import itertools
 from collections.abc import Iterator
 
@@ -149,7 +150,8 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         rows: with "length", "method", "cache_bytes" and "divergence"; the method "dense" is a mark.
     """
     lengths = sorted({row["length"] for row in rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
+    counts = collections.Counter(row["method"] for row in rows if row["method"] != "dense")
+    methods = [method for method, _ in counts.most_common()]  # lines before single points
     figure = Figure(figsize=(2.6 + 4.2 * len(lengths), 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, length in zip(
