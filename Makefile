@@ -11,7 +11,7 @@ export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Most of a test's time is compilation, on one core; a file's tests share what its fixtures made.
-PARALLEL := --numprocesses 3 --dist loadfile
+PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := test
 .PHONY: venv demo demo-train test test-all notebooks gpu gpu-quick lint clean

@@ -33,7 +33,7 @@ def record(step_dir: Path) -> None:
         OSError: a file cannot be read or written.
     """
     files = (str(f.relative_to(step_dir)) for f in sorted(step_dir.rglob("*")) if f.is_file())
-    _write(step_dir, _digests(step_dir, (name for name in files if name != _OF_ORBAX)))
+    _write(step_dir, _digests(step_dir, (name for name in files if name not in (_FILE, _OF_ORBAX))))
 
 
 @contextlib.contextmanager

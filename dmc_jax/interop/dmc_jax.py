@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from dmc_jax.checkpoints import digests
 from dmc_jax.checkpoints.metadata import FORMAT, Metadata, Origin, load_metadata
 from dmc_jax.checkpoints.models import tokenizer_path
 from dmc_jax.checkpoints.run_directory import latest
@@ -132,6 +133,7 @@ def write_dmc_jax(
             write_part(arrays[place.leaf], index, cast(part, to, name))
         del whole, part  # before the next is read
         progress(tensor.nbytes)
+    digests.record(state.parent)  # anew: the saver saw stand-ins
 
 
 def metadata_of(source: Source, dtype: np.dtype | None = None) -> Metadata:
