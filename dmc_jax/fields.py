@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import math
 import re
 import types
@@ -60,11 +61,9 @@ def _coerce(annotation: Any, value: Any, name: str) -> Any:
             return from_dict(option, value)
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             kind = typing.get_args(option)[0]
-            if (
-                kind is str
-            ):  # --config.names=a,b comes as one text, and --config.names= as an empty one
-                value = [part for v in value for part in (v.split(",") if type(v) is str else [v])]
-                value = [part for part in value if part != ""]
+            if kind is str:  # --config.names=a,b comes as one text, --config.names= as an empty one
+                parts = [v.split(",") if type(v) is str else [v] for v in value]
+                value = [part for part in itertools.chain(*parts) if part != ""]
             return tuple(_coerce(kind, v, name) for v in value)
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             if not math.isfinite(value):

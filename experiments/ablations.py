@@ -35,7 +35,7 @@ from absl import logging
 
 import dmc_jax as dmc
 from dmc_jax.checkpoints.gates import load_gates
-from dmc_jax.config import GatesConfig, OptimizerConfig, StageConfig
+from dmc_jax.config import GatesConfig
 from dmc_jax.data.prepare import prepare
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.plots import quality_by_bytes
@@ -88,27 +88,23 @@ dense = measure(base.params, base.config, windows, Dense(), batch=16)
 # %%
 about = {"machine": machine("python experiments/ablations.py"), "preset": options.preset}
 record = open_record(folder / "table.json", about, same=("preset",))
+gating = dmc.RunConfig.named(f"gates:{base.path}")
+gating = dataclasses.replace(
+    gating,
+    output=tiny.output,
+    distill=dataclasses.replace(gating.distill, steps=sizes["steps"], learning_rate=3e-3),
+    data=dataclasses.replace(tiny.data, batch=sizes["batch"]),
+    eval_windows=32,
+)
 
 
 def ask(does: str, delay: int, learns: str, trained: tuple[float, ...] = RATIOS) -> None:
     """Make gates and measure them: a row for every ratio."""
     name = f"{does} after {delay}, {learns}, {' '.join(f'{x:g}' for x in trained)}"
     made = dataclasses.replace(
-        tiny,
+        gating,
         name=re.sub(r"\W+", "_", name),
-        init_from=str(base.path),
-        stages="closed_form,distill",
         gates=GatesConfig(delay=delay, windows=128, ratios=trained, **DOES[does], **LEARNS[learns]),
-        distill=StageConfig(
-            steps=sizes["steps"],
-            learning_rate=3e-3,
-            final_learning_rate=1e-5,
-            shape="cosine",
-            warmup=20,
-        ),
-        data=dataclasses.replace(tiny.data, batch=sizes["batch"]),
-        optimizer=OptimizerConfig(beta2=0.98, eps=1e-8, weight_decay=0.0),
-        eval_windows=32,
     )
     gates = load_gates(dmc.train(made) / "gates.safetensors", base.config)
     for ratio in RATIOS:

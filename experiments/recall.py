@@ -39,7 +39,6 @@ from dmc_jax.config import (
     DataConfig,
     GatesConfig,
     ModelConfig,
-    OptimizerConfig,
     StageConfig,
 )
 from dmc_jax.core.dmc import DMCSettings
@@ -136,29 +135,24 @@ base = dmc.load(dmc.train(run))
 # its threshold then moves over the other ratios.
 
 # %%
-from_base = {"init_from": str(base.path)}
+gating = dmc.RunConfig.named(f"gates:{base.path}")
 gated = {}
 for method in ("dms", "dmc"):
+    rate = 3e-3 if method == "dmc" else 1e-3
     made = dataclasses.replace(
-        run,
-        **from_base,
+        gating,
         name=f"gates_{method}",
-        stages="closed_form,distill",
+        output=run.output,
         gates=GatesConfig(method=method, delay=8, windows=256, ratios=(1.5, 2.0, 4.0, 8.0, 16.0)),
-        distill=StageConfig(
-            steps=sizes["gates"],
-            learning_rate=3e-3 if method == "dmc" else 1e-3,
-            final_learning_rate=1e-5,
-            shape="cosine",
-            warmup=20,
-        ),
-        optimizer=OptimizerConfig(beta2=0.98, eps=1e-8, weight_decay=0.0),
+        distill=dataclasses.replace(gating.distill, steps=sizes["gates"], learning_rate=rate),
+        data=run.data,
+        eval_windows=run.eval_windows,
     )
     gated[f"gates, {method}"] = load_gates(dmc.train(made) / "gates.safetensors", base.config)
 
 retrofit = dataclasses.replace(
     run,
-    **from_base,
+    init_from=str(base.path),
     name="dmc",
     stages="zero_out,retrofit,finetune",
     dmc=DMCSettings(window=12, temperature=0.15, offset=2.0, eps=2**-7),

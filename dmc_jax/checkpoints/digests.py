@@ -67,8 +67,8 @@ def damage(step_dir: Path, within: str = "") -> str | None:
         known = {name: digest for name, digest in recorded.items() if name.startswith(within)}
         missing = [name for name in known if not (step_dir / name).is_file()]
         there = _digests(step_dir, known.keys() - {*missing})
-    except (OSError, ValueError) as error:
-        return f"it cannot be read ({error})"
+    except (OSError, UserError) as error:
+        return str(error)
     changed = [name for name, digest in there.items() if digest != known[name]]
     told = [f"{name} is missing" for name in missing]
     told += [f"{name} is not as it was written" for name in sorted(changed)]
@@ -136,7 +136,12 @@ def _digests(step_dir: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _read(step_dir: Path) -> dict[str, str] | None:
     file = step_dir / _FILE
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
 
 
 def _write(step_dir: Path, digests: dict[str, str]) -> None:

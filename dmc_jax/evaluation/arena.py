@@ -44,8 +44,8 @@ from dmc_jax.evaluation.judge import isolation
 from dmc_jax.evaluation.needle import ESSAYS, NEEDLES, NEW_TOKENS, SOLVED, by_depth, trials
 from dmc_jax.evaluation.record import Record, Row
 from dmc_jax.evaluation.side_by_side import (
-    KV_DTYPES,
     OTHERS,
+    PAGES,
     Measured,
     attention_over,
     joined,
@@ -158,32 +158,32 @@ def compare(
         prompted: whether sequences begin with a prompt, which some methods cut.
     """
     others = [name for name in arena.config.others if prompted or name in OTHERS]
-    plain, *rounded = KV_DTYPES
+    plain, *rounded = PAGES
 
     def row_of(more: Row, policy: Policy, kv_dtype: str = plain) -> Row:
         ratio = more.get("asked", more.get("like", 1.0))
         keys = about | more | {"kv_dtype": kv_dtype}
         return arena.record.row(keys, lambda: measured(policy, kv_dtype, dense, ratio))
 
-    def rows_of(more: Row, policy: Policy) -> Row:
-        row = row_of(more, policy)
+    def add_rounded(more: Row, policy: Policy) -> None:
         for kv_dtype in rounded:
             if kv_dtype in arena.config.kv_dtypes:
                 row_of(more, policy, kv_dtype)
-        return row
 
-    dense = None
-    dense = row_of({"method": "dense"}, Dense())
+    dense, named = None, {"method": "dense"}
+    dense = row_of(named, Dense())
     if not solves(dense):
         arena.record.report(f"{about}: the dense model solves nothing to compare with")
         return
-    rows_of({"method": "dense"}, Dense())
+    add_rounded(named, Dense())
     for ratio in arena.config.ratios:
         models = {}  # kind of gates -> what the others are to be like
         for gates in arena.gates:
             if gates.table[0].ratio <= ratio <= gates.table[-1].ratio:
                 name = name_of(gates)
-                row = rows_of({"method": name, "asked": ratio}, gates.at(ratio))
+                named = {"method": name, "asked": ratio}
+                row = row_of(named, gates.at(ratio))
+                add_rounded(named, gates.at(ratio))
                 models.setdefault(kind_of(gates), (name, row))
         if not arena.gates:
             models = {"": ("ratio", {"ratio_at_end": ratio})}

@@ -4,7 +4,7 @@ import dataclasses
 
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.needle import NEEDLES
-from dmc_jax.evaluation.side_by_side import KV_DTYPES, OF_PROMPTS, OTHERS
+from dmc_jax.evaluation.side_by_side import OF_PROMPTS, OTHERS, PAGES
 
 BUDGETS = ("grows", "end", "mean")
 CONTESTS = ("text", *NEEDLES, "humaneval", "serving")
@@ -75,7 +75,7 @@ class ArenaConfig:
         for name, known in (
             ("others", OTHERS | OF_PROMPTS),
             ("budgets", BUDGETS),
-            ("kv_dtypes", KV_DTYPES),
+            ("kv_dtypes", PAGES),
             ("contests", CONTESTS),
         ):
             unknown = [each for each in getattr(self, name) if each not in known]

@@ -138,9 +138,10 @@ def heatmap(measured: dict, target: float, title: str) -> Figure:
     return figure
 
 
-def _lines() -> Iterator[tuple[str, str]]:
-    """Styles and colours of lines, each its own until they are used up."""
-    return itertools.cycle(itertools.product(("-", "--", ":"), _COLOURS))
+def _lines() -> Iterator[dict[str, str]]:
+    """How lines look, each in a way of its own until colours and styles are used up."""
+    for style, colour in itertools.cycle(itertools.product(("-", "--", ":"), _COLOURS)):
+        yield {"linestyle": style, "color": colour}
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
@@ -158,13 +159,12 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
     ):
         here = [row for row in rows if row["length"] == length]
-        for method, (style, colour) in zip(methods, _lines(), strict=False):
+        for method, line in zip(methods, _lines(), strict=False):
             points = [
                 (r["cache_bytes"] / 1e6, r["divergence"]) for r in here if r["method"] == method
             ]
             if points:
-                x, y = zip(*sorted(points), strict=True)
-                axes.plot(x, y, "o", linestyle=style, color=colour, label=method)
+                axes.plot(*zip(*sorted(points), strict=True), "o", label=method, **line)
         for row in here:
             if row["method"] == "dense":
                 axes.plot(row["cache_bytes"] / 1e6, 0.0, "s", color=_QUIET, label="dense")
@@ -201,8 +201,7 @@ def accuracy_by_ratio(rows: list[dict]) -> Figure:
             if method == "dense":
                 axes.axhline(points[0][1], color=_QUIET, linestyle="--", label=method)
             elif points:
-                (style, colour), (x, y) = next(lines), zip(*sorted(points), strict=True)
-                axes.plot(x, y, "o", linestyle=style, color=colour, label=method)
+                axes.plot(*zip(*sorted(points), strict=True), "o", label=method, **next(lines))
         axes.set_xscale("log", base=2)
         axes.set(xlabel="tokens per slot", title=task)
         axes.xaxis.set_major_formatter("{x:g}")

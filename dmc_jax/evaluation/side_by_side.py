@@ -38,7 +38,7 @@ from dmc_jax.policies.window import Window
 # What needs no gates; of the second kind what cuts a prompt, so that there must be one.
 OTHERS = {"TOVA": TOVA, "H2O": H2O, "StreamingLLM": Window, "Stride": Stride}
 OF_PROMPTS = {"SnapKV": SnapKV}
-KV_DTYPES = "float32", "int8"  # of pages
+PAGES = "float32", "int8"  # dtypes of pages that are set beside each other
 _READ = ("tokens", "targets", "positions")
 
 
@@ -261,7 +261,7 @@ def slot_bytes(config: ModelConfig, kv_dtype: str = "float32") -> int:
 
 
 def attention_over(kv_dtype: str) -> CausalAttention:
-    """Give what attends over slots as pages of a dtype of `KV_DTYPES` hold them."""
+    """Give what attends over slots as pages of a dtype of `PAGES` hold them."""
     return over_int8(causal_attention) if kv_dtype == "int8" else causal_attention
 
 

@@ -46,6 +46,7 @@ def open_dmc_jax(path: str | os.PathLike) -> Source:
     if ref is None:
         raise UserError(f"no complete checkpoint of {FORMAT} in {path}")
     metadata = load_metadata(ref)
+    digests.check(ref.path, "state/")
     tokenizer = tokenizer_path(ref, metadata)
     shapes = leaf_shapes(metadata.model)
     arrays = open_arrays(ref.path / "state", list(shapes))

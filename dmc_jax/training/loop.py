@@ -57,9 +57,6 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         begun = (directory / "config.json").exists()
         if begun:
             _keep(directory, stack)
-            if jax.process_index() == 0:
-                for told in set_aside_damaged(directory):
-                    logging.warning("%s", told)
         ready = checks.check(run)
         contents = ownership.contents_of(run, ready.datas, ready.start, ready.teacher)
         run = ownership.same_run(directory, run, contents)
@@ -75,6 +72,8 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
             _keep(directory, stack)
         if jax.process_index() == 0:
             run = ownership.claim(directory, run, contents)
+            for told in set_aside_damaged(directory):
+                logging.warning("%s", told)
         for stage in run.stage_names:
             if not _is_finished(directory, run, stage):
                 # No name for the parameters: they would stay beside those of the next stage.

@@ -112,6 +112,17 @@ def a_checkpoint_from_before_metadata_had_a_version_opens_test(folders, tmp_path
     assert find_model(exported).policy.threshold == VERSION_1["threshold"]
 
 
+def a_flipped_byte_is_told_whoever_reads_test(folders, tmp_path):
+    shutil.copytree(folders / "ours", tmp_path / "flipped")
+    ref = latest(tmp_path / "flipped")
+    data = max((ref.path / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    for read in (open_dmc_jax, open_model):
+        with pytest.raises(UserError, match=f"{data.name} is not as it was written"):
+            read(ref.path)
+
+
 def another_tokenizer_than_the_models_is_refused_test(folders, tmp_path):
     train_sentencepiece(["some other text entirely " * 50], 280, tmp_path / "other.model")
     for name in ("ours", "hf"):

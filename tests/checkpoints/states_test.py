@@ -309,8 +309,20 @@ def metadata_may_be_written_anew_test(tmp_path):
     ref = save(tmp_path)
     write_metadata(ref, dataclasses.replace(load_metadata(ref), step=3))
     assert load_metadata(ref).step == 3 and digests.damage(ref.path) is None
-    digests._write(ref.path, {})  # of a version that wrote none
-    assert load_metadata(ref).step == 3
+    (ref.path / "digests.json").unlink()  # by a version that wrote none
+    write_metadata(ref, dataclasses.replace(load_metadata(ref), step=4))
+    assert load_metadata(ref).step == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", ""])
+def damaged_digests_are_one_clear_error_test(tmp_path, content):
+    ref = save(tmp_path)
+    (ref.path / "digests.json").write_text(content)
+    for use in (load_metadata, states.load_data_state):
+        with pytest.raises(UserError, match="digests.json is damaged"):
+            use(ref)
+    with pytest.raises(UserError, match="digests.json is damaged"):
+        write_metadata(ref, about(1))
 
 
 def a_damaged_checkpoint_is_one_clear_error_test(tmp_path):
