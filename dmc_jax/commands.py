@@ -175,7 +175,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
         ) from None
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         # ml_collections' ways of saying that a field does not exist, or cannot be set
-        raise UserError(str(error.args[-1]).strip("'\"")) from error
+        inner, reason = error, error
+        while isinstance(reason, BaseException) and reason.args:
+            inner, reason = reason, reason.args[-1]
+        text = str(reason)
+        raise UserError(
+            f"no field of the config: {text}" if isinstance(inner, KeyError) else text.strip("'\"")
+        ) from error
     if len(left) > 1:
         raise UserError(
             f"unexpected argument {left[1]!r}: this command takes --flag=value only; see --help"

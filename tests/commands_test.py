@@ -98,3 +98,13 @@ def a_command_that_was_stopped_says_by_what_test(stop, code, capsys):
     with pytest.raises(SystemExit) as ended:
         commands.in_a_line(stopped)
     assert (ended.value.code, capsys.readouterr().err) == (code, "error: interrupted\n")
+
+
+def a_field_that_no_config_has_is_named_test():
+    """At the top and within: libraries quote what they say once for each level."""
+    wrong = ("--config.ratios=3", "'ratios'"), ("--config.retrofit.stepz=3", "'stepz' Did you mean")
+    running = [start("train", "--config=tiny_4x", flag) for flag, _ in wrong]
+    for process, (_, told) in zip(running, wrong, strict=True):
+        code, out, err = outcome(process)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: no field of the config: {told}") and err.count("\n") == 1
