@@ -11,7 +11,8 @@ export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Most of a test's time is compilation, on one core; a file's tests share what its fixtures made.
-PARALLEL := --numprocesses 2 --dist loadfile
+# A process that crashes ends the run: another in its place waits for ever (pytest-xdist 3.8).
+PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := test
 .PHONY: venv demo demo-train test test-all notebooks gpu gpu-quick lint clean

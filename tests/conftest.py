@@ -4,6 +4,7 @@ The variables reach the programs that tests start, too. Annotations are run.
 """
 
 import os
+import pathlib
 import tempfile
 
 import pytest
@@ -39,6 +40,20 @@ def annotations_aside():
     annotations.look_away(True)
     yield
     annotations.look_away(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Let go of compiled programs: each takes several of the 65,530 mappings of a process.
+
+    Where there are no more, XLA ends by a segmentation fault.
+    """
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_text().count("\n") > 20_000:
+        import jax  # after the variables above
+
+        jax.clear_caches()
 
 
 def pytest_unconfigure(config):
