@@ -135,6 +135,7 @@ def maps_show_what_was_found_a_panel_a_method_test():
     np.testing.assert_array_equal(tova, [[0.25, np.nan], [np.nan, np.nan]])
 
 
+@pytest.mark.slow
 def the_dense_model_and_gates_also_have_pages_of_int8_test(run, monkeypatch):
     monkeypatch.setattr("dmc_jax.evaluation.needle.found", lambda *_: 1.0)
     rows, _ = run("needle", others=("StreamingLLM",), kv_dtypes=("float32", "int8"))

@@ -147,6 +147,7 @@ def products_of_half_the_bits_change_little_test(run, directory):
     assert narrow != wide and narrow == pytest.approx(wide, rel=0.1)
 
 
+@pytest.mark.slow
 def the_loss_is_that_of_the_weights_test(run, directory):
     """Of the next token over all ids, of the teacher over the likely ones; no teacher unasked."""
     data, model = open_data(run.data.path), open_model(run.init_from)
