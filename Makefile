@@ -33,7 +33,7 @@ notebooks: $(STAMP)
 	  '{"jupytext": null, "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}' \
 	  experiments/demo.py experiments/demo_train.py experiments/quickstart.py \
 	  experiments/retrofit_on_a_laptop.py experiments/look_inside.py experiments/recall.py \
-	  experiments/equal_bytes.py experiments/ablations.py
+	  experiments/equal_bytes.py experiments/ablations.py experiments/gqa_and_dmc.py
 
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"

@@ -144,11 +144,12 @@ def _lines() -> Iterator[dict[str, str]]:
         yield {"linestyle": style, "color": colour}
 
 
-def quality_by_bytes(rows: list[dict]) -> Figure:
-    """Draw divergence over bytes of cache, a panel a length and a line a method.
+def quality_by_bytes(rows: list[dict], by: str = "divergence") -> Figure:
+    """Draw what compression costs over bytes of cache, a panel a length and a line a method.
 
     Args:
-        rows: with "length", "method", "cache_bytes" and "divergence"; the method "dense" is a mark.
+        rows: with "length", "method", "cache_bytes" and `by`; the method "dense" is a mark.
+        by: "divergence", or "perplexity_percent", of models that were trained on.
     """
     lengths = sorted({row["length"] for row in rows})
     counts = collections.Counter(row["method"] for row in rows if row["method"] != "dense")
@@ -160,21 +161,23 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
     ):
         here = [row for row in rows if row["length"] == length]
         for method, line in zip(methods, _lines(), strict=False):
-            points = [
-                (r["cache_bytes"] / 1e6, r["divergence"]) for r in here if r["method"] == method
-            ]
+            points = [(r["cache_bytes"] / 1e6, r[by]) for r in here if r["method"] == method]
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), "o", label=method, **line)
         for row in here:
             if row["method"] == "dense":
                 axes.plot(row["cache_bytes"] / 1e6, 0.0, "s", color=_QUIET, label="dense")
         axes.set(xlabel="cache at the end (MB)", title=f"{length:,} tokens")
-        # Methods lie as far apart as 1 and 100, and the dense model at 0.
-        axes.set_yscale("symlog", linthresh=0.01)
-        axes.set_ylim(bottom=0.0)
+        if by == "divergence":  # methods lie as far apart as 1 and 100, and the dense model at 0
+            axes.set_yscale("symlog", linthresh=0.01)
+            axes.set_ylim(bottom=0.0)
         axes.grid(color="#E6E6E6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("divergence from dense (nats a token)")
+    names = {
+        "divergence": "divergence from dense (nats a token)",
+        "perplexity_percent": "perplexity above dense (%)",
+    }
+    figure.axes[0].set_ylabel(names[by])
     shown = {}
     for axes in figure.axes:
         lines, names = axes.get_legend_handles_labels()
