@@ -20,7 +20,7 @@ from dmc_jax.model.sharding import shardings
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole, decision_means
-from dmc_jax.training.state import TrainState, key_of
+from dmc_jax.training.state import TrainState, after_step, key_of
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -103,7 +103,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         metrics |= {"learning_rate": rate, "gradient_norm": optax.tree.norm(grads)}
-        state = TrainState(state.step + 1, params, optimizer_state)
+        state, metrics = after_step(state, params, optimizer_state, metrics, run.guard.spike)
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
