@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dmc_jax.checkpoints.digests import set_aside_damaged
 from dmc_jax.checkpoints.gates import FILE, model_hash, save_gates
 from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
+from dmc_jax.checkpoints.retention import Limits
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
 from dmc_jax.checkpoints.states import load_data_state, open_for_saving, quiet_orbax
 from dmc_jax.commands import stop_requests
@@ -124,11 +125,11 @@ def _assess(
     params: Any,
     ready: checks.Ready,
     *,
-    calibrate: bool = True,
+    within: bool = False,
 ) -> dict:
     if stage not in GATED:
         data = ready.datas[0][0]
-        return stages.assess(run, stage, params, data, ready.mesh, calibrate=calibrate)
+        return stages.assess(run, stage, params, data, ready.mesh, within=step if within else None)
     tokens = step * run.data.batch * run.data.length if stage == "distill" else 0
     gates, measured = gated.measure(
         run, params, ready.start, ready.datas, ready.mesh, tokens=tokens
@@ -225,7 +226,7 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool, s
     # Outermost: what is asked while the last save is written is heard too.
     with stop_requests("stopping after this step; the run can be resumed") as stopping:
         with (
-            open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
+            open_for_saving(directory, stage, Limits.of(run), resumed_step=first) as saver,
             _open_metrics(run, stage, first, quiet) as sink,
             profiler(profiled_steps(run.profile), directory / "profile") as before_step,
         ):
@@ -271,7 +272,7 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool, s
 
 def _validate(run: RunConfig, stage: str, taken: int, params: Any, ready: checks.Ready) -> dict:
     """Measure on validation text within a stage; numbers for a log line."""
-    measured = _assess(run, stage, taken, params, ready, calibrate=False)["validation"]
+    measured = _assess(run, stage, taken, params, ready, within=True)["validation"]
     _check_measured(f"stage {stage}, step {taken}", measured)
     return {"validation_loss": measured["loss"], "validation_ratio": measured["ratio"]}
 

@@ -22,8 +22,8 @@ from absl import logging
 from tqdm import tqdm
 
 from dmc_jax.errors import UserError
+from dmc_jax.evaluation.times import MARK
 from dmc_jax.files import write_text
-from dmc_jax.training.spent import MARK
 
 # Peak dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; the first match
 # counts. NVIDIA's data sheets print twice this for Hopper, "with sparsity".

@@ -12,9 +12,10 @@ from dmc_jax.checkpoints.run_directory import CheckpointRef, complete_steps, lat
 from dmc_jax.checkpoints.states import Saver
 from dmc_jax.config import GATED, STAGES, ModelConfig, RunConfig
 from dmc_jax.errors import RunFailure
+from dmc_jax.evaluation.times import MARK
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import metrics, stages
-from dmc_jax.training.spent import MARK, Spent
+from dmc_jax.training.spent import Spent
 
 _SCHEDULES = ("learning_rate", "target_ratio")  # of the newest step, not averaged
 _OF_GUARD = ("skipped", "skipped_in_row", "usual_loss")

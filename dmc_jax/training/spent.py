@@ -10,11 +10,7 @@ from typing import Any
 import jax
 
 from dmc_jax.errors import UserError
-
-# "start" is all before the first step of a process, "lost" what a killed one had done since its
-# last checkpoint. Only "step" is progress: goodput is its share.
-PARTS = ("step", "data", "checkpoint", "evaluation", "compile", "start", "lost")
-MARK = "seconds_"  # before the name of a part, in metrics
+from dmc_jax.evaluation.times import MARK, PARTS, PROGRESS
 
 
 class Spent:
@@ -61,12 +57,12 @@ class Spent:
 
     def take(self) -> dict[str, float]:
         """Give the seconds since the last call, as metrics, and the goodput of the process."""
-        self._recent["step"] += self._rest()
+        self._recent[PROGRESS] += self._rest()
         recent, self._recent = self._recent, dict.fromkeys(PARTS, 0.0)
         self._since = time.perf_counter()
         self._all = {part: self._all[part] + recent[part] for part in PARTS}
         told = {MARK + part: round(seconds, 4) for part, seconds in recent.items()}
-        return told | {"goodput": self._all["step"] / max(sum(self._all.values()), 1e-9)}
+        return told | {"goodput": self._all[PROGRESS] / max(sum(self._all.values()), 1e-9)}
 
     def _rest(self) -> float:
         return max(0.0, time.perf_counter() - self._since - sum(self._recent.values()))
