@@ -250,7 +250,7 @@ class RunConfig:
     init_from: str = ""  # checkpoint to start from; empty: fresh weights or this run's own
     output: str = "runs"  # the run is written to OUTPUT/NAME
     seed: int = 0  # 0 or more
-    draws: int = 2  # how the seed is drawn from; a run begun before this was written down keeps 1
+    draws: int = 3  # how the seed is drawn from; a run that began with fewer keeps those
     compute_dtype: str = "bfloat16"  # float32 | bfloat16; parameters are always float32
     products: str = ""  # dtype of what products and attention multiply; empty: compute_dtype
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
@@ -304,7 +304,7 @@ class RunConfig:
             value, told = getattr(self, name), ", ".join(each or "nothing" for each in known)
             _require(value in known, f"{name} is {value!r}; expected one of {told}")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
-        _require(self.draws in (1, 2), f"draws is {self.draws}; expected 2, or 1 as in old runs")
+        _require(self.draws in (1, 2, 3), f"draws is {self.draws}; expected 3, or 1, 2 of old runs")
         for name in ("eval_every", "save_minutes", "keep_total", "keep_gb"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be 0 or more, got {value}")

@@ -65,9 +65,9 @@ from dmc_jax.training.state import (
 from dmc_jax.training.step import (
     Batch,
     Metrics,
-    Noise,
     apply_model,
     attention_for,
+    noise_of,
     rate_at,
     sum_over_parts,
 )
@@ -244,7 +244,7 @@ def make_distill_step(
         def loss(learnt, part, number):
             policy, own = _apart(learnt)
             models = adapted.adapt(run.gates, model_params, own), model_params
-            drawn_from = Noise(noise, (number, run.accumulation))
+            drawn_from = noise_of(run, noise, number, batch)
             metrics = _distill(run, mesh, models, policy, part, batch, drawn_from, counts)
             weighed = [
                 getattr(run.gates, _LOSSES[n]) * x for n, x in metrics.items() if n in _LOSSES

@@ -382,7 +382,7 @@ def bad_fields_get_one_clear_message_test(cls, values, message):
         ({"accumulation": 3}, "multiple of accumulation"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"eval_every": -1}, "eval_every must be 0 or more"),
-        ({"draws": 3}, "draws is 3"),
+        ({"draws": 4}, "draws is 4"),
     ],
 )
 def impossible_runs_are_refused_test(tiny_run, change, message):
