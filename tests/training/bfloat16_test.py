@@ -61,15 +61,12 @@ def the_gradient_in_bfloat16_is_that_of_float32_leaf_by_leaf_test(tiny_run, tied
     exact = gradient_of(of(tiny_run, "float32", tied_embeddings=tied))
     rounded = gradient_of(of(tiny_run, "bfloat16", tied_embeddings=tied))
     errors = {
-        jax.tree_util.keystr(path): (
-            np.linalg.norm(y - x) / np.linalg.norm(x),  # by rounding
-            abs(np.vdot(x, y) / np.vdot(x, x) - 1),  # what is lost, in the direction itself
-        )
+        jax.tree_util.keystr(path): np.linalg.norm(y - x) / np.linalg.norm(x)
         for (path, x), y in zip(
             jax.tree_util.tree_leaves_with_path(exact), jax.tree.leaves(rounded), strict=True
         )
     }
-    assert all(apart < 0.03 and lost < 0.004 for apart, lost in errors.values()), errors
+    assert max(errors.values()) < 0.02, errors
 
 
 @pytest.mark.parametrize("stage", ["zero_out", "retrofit", "distill"])
