@@ -35,6 +35,7 @@ def get_config(checkpoint: str):
             ),
             data=DataConfig(path=f"data/{name}", length=min(1024, model.max_length), batch=8),
             compute_dtype="float32",
+            eval_every=100,
             eval_windows=16,
             save_every=50,
         )

@@ -66,6 +66,7 @@ def get_config(arguments: str = ""):
             ),
             mesh=MeshConfig(data=-1, fsdp=fsdp, tensor=tensor),
             accumulation=accumulation,
+            eval_every=500,
         )
     )
 

@@ -53,6 +53,7 @@ def get_config():
             attention_block=128,
             log_every=100,
             save_every=500,
+            eval_every=500,
             eval_windows=128,
         )
     )

@@ -19,6 +19,7 @@ import jax
 from ml_collections import config_dict
 
 from dmc_jax.core.dmc import DMCSettings
+from dmc_jax.core.guard import GuardSettings
 from dmc_jax.core.rope import Llama3Scaling
 from dmc_jax.errors import UserError
 from dmc_jax.fields import from_dict
@@ -243,12 +244,13 @@ class RunConfig:
     gates: GatesConfig = GatesConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardSettings = dataclasses.field(default_factory=GuardSettings)
     mesh: MeshConfig = MeshConfig()
     stages: str = "zero_out,retrofit,finetune"  # comma-separated, in order
     init_from: str = ""  # checkpoint to start from; empty: fresh weights or this run's own
     output: str = "runs"  # the run is written to OUTPUT/NAME
     seed: int = 0  # 0 or more
-    draws: int = 2  # how the seed is drawn from; a run begun before this was written down keeps 1
+    draws: int = 3  # how the seed is drawn from; a run that began with fewer keeps those
     compute_dtype: str = "bfloat16"  # float32 | bfloat16; parameters are always float32
     products: str = ""  # dtype of what products and attention multiply; empty: compute_dtype
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
@@ -261,9 +263,12 @@ class RunConfig:
     save_every: int = 500  # steps
     save_minutes: float = 20.0  # at the next log line, so many after the last save; 0: never
     keep: int = 2  # checkpoints kept per stage
+    keep_total: int = 0  # in all stages, whose newest always stay; the oldest go first; 0: no limit
+    keep_gb: float = 0.0  # 10^9 bytes of checkpoints in all stages, as keep_total; 0: no limit
     tensorboard: bool = False
     wandb: bool = False
-    dry_run: bool = False  # check everything, take one step, leave nothing
+    profile: str = ""  # STEP:COUNT: a trace of so many steps, from that log line's, in RUN/profile
+    dry_run: bool = False  # check everything, take one step, say what it needs, leave nothing
 
     def __post_init__(self):
         object.__setattr__(self, "output", os.path.expanduser(self.output))
@@ -299,8 +304,8 @@ class RunConfig:
             value, told = getattr(self, name), ", ".join(each or "nothing" for each in known)
             _require(value in known, f"{name} is {value!r}; expected one of {told}")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
-        _require(self.draws in (1, 2), f"draws is {self.draws}; expected 2, or 1 as in old runs")
-        for name in ("eval_every", "save_minutes"):
+        _require(self.draws in (1, 2, 3), f"draws is {self.draws}; expected 3, or 1, 2 of old runs")
+        for name in ("eval_every", "save_minutes", "keep_total", "keep_gb"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be 0 or more, got {value}")
         for name in ("accumulation", "log_every", "save_every", "keep", "attention_block"):

@@ -23,6 +23,7 @@ from etils import epath
 
 from dmc_jax.checkpoints import digests
 from dmc_jax.checkpoints.metadata import Metadata, to_json
+from dmc_jax.checkpoints.retention import Limits, surplus
 from dmc_jax.checkpoints.run_directory import (
     PARTIAL_MARK,
     CheckpointRef,
@@ -43,9 +44,9 @@ _SHOWN_DIFFERENCES = 5
 class Saver:
     """Writes one stage's checkpoints in the background; `open_for_saving` makes it."""
 
-    def __init__(self, directory: Path, keep: int, resumed_step: int | None):
+    def __init__(self, directory: Path, limits: Limits, resumed_step: int | None):
         self._directory = directory
-        self._keep = keep
+        self._limits = limits
         self._resumed_step = resumed_step
         self._pending: int | None = None
         self._checkpointer = ocp.AsyncCheckpointer(
@@ -101,7 +102,7 @@ class Saver:
                 digests.record(partial)
 
     def wait(self) -> None:
-        """Wait for the save in the background, then remove all but the newest `keep` steps.
+        """Wait for the save in the background, then remove what is beyond the limits.
 
         Raises:
             OSError: The save failed. Earlier checkpoints are untouched.
@@ -109,8 +110,8 @@ class Saver:
         self._attempt(self._checkpointer.wait_until_finished)
         self._pending = None
         if jax.process_index() == 0:
-            for step in complete_steps(self._directory)[: -self._keep]:
-                remove_step(self._directory / str(step))
+            for step in surplus(self._directory.parent, self._directory.name, self._limits):
+                remove_step(step)
 
     def close(self) -> None:
         """Wait for the save in the background and free Orbax's threads.
@@ -152,15 +153,19 @@ class Saver:
 
 
 def open_for_saving(
-    run_dir: str | os.PathLike, stage: str, keep: int, *, resumed_step: int | None = None
+    run_dir: str | os.PathLike,
+    stage: str,
+    keep: int | Limits,
+    *,
+    resumed_step: int | None = None,
 ) -> Saver:
     """Open a stage of a run for writing and clear what an interrupted save left behind.
 
     Args:
         run_dir: The run's directory; made if missing.
         stage: One of `STAGES`.
-        keep: How many of the newest steps stay; at least 1, so a stage's end always stays. While
-            one more is being written, the disk holds `keep + 1`.
+        keep: How many of the newest steps stay; at least 1, so a stage's end always stays. Or more
+            limits. While one more is being written, the disk holds that, too.
         resumed_step: The step of this stage that the run was resumed from; saving it again does
             nothing.
 
@@ -172,7 +177,8 @@ def open_for_saving(
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}; expected one of {', '.join(STAGES)}.")
-    if keep < 1:
+    limits = Limits(keep) if isinstance(keep, int) else keep
+    if limits.per_stage < 1:
         raise UserError(f"keep is {keep}: at least 1 checkpoint of a stage must stay.")
     directory = Path(run_dir).absolute() / stage
     try:
@@ -184,7 +190,7 @@ def open_for_saving(
             f"cannot write checkpoints in {directory}: {error.strerror or error}. Choose a run "
             "directory that this user may write to."
         ) from error
-    return Saver(directory, keep, resumed_step)
+    return Saver(directory, limits, resumed_step)
 
 
 def load_data_state(ref: CheckpointRef) -> dict | bytes:

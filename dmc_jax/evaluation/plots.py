@@ -35,7 +35,7 @@ def curves(run: dict, metrics: list[dict], stages: list[Metadata]) -> Figure:
         for end in ends.values():
             axes.axvline(end, color=_QUIET, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.margins(x=0)
-    _plot_validation(panels[0], stages, ends)
+    _plot_validation(panels[0], metrics, stages, ends)
     if "ratio" in names:
         axes = panels[names.index("ratio")]
         _plot(axes, metrics, "target_ratio", _TARGET, "target", linestyle="--")
@@ -73,8 +73,11 @@ def _plot(axes: Axes, metrics: list[dict], name: str, colour: str, label: str, *
         axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4, **style)
 
 
-def _plot_validation(axes: Axes, stages: list[Metadata], ends: dict[str, int]) -> None:
-    points = [
+def _plot_validation(
+    axes: Axes, metrics: list[dict], stages: list[Metadata], ends: dict[str, int]
+) -> None:
+    points = [(m["step"], m["validation_loss"]) for m in metrics if m.get("validation_loss")]
+    points += [
         (ends[m.stage], m.validation["loss"])
         for m in stages
         if m.validation is not None and m.stage in ends

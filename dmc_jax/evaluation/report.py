@@ -8,6 +8,7 @@ from dmc_jax.checkpoints.metadata import load_metadata
 from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.config import GATED, MERGING, STAGES
 from dmc_jax.errors import UserError
+from dmc_jax.evaluation import times
 from dmc_jax.evaluation.plots import curves, heatmap
 from dmc_jax.evaluation.tables import collapse, head_table, missed_target, table
 
@@ -44,7 +45,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
-    curves(run, _read_metrics(run_dir), stages).savefig(report / "curves.png")
+    metrics = _read_metrics(run_dir)
+    curves(run, metrics, stages).savefig(report / "curves.png")
     picture = report / "ratio_per_head.png"
     if measured is None:
         picture.unlink(missing_ok=True)  # of an earlier run that was started afresh
@@ -55,6 +57,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         "target_ratio": target,
         "collapse": warning,
         "missed_target": missed,
+        "time": times.sum_up(metrics),
         "stages": [
             {
                 "stage": m.stage,
@@ -122,4 +125,6 @@ def _markdown(summary: dict, measured: dict | None) -> str:
             head_table(measured),
             "![Tokens per slot by layer and KV head](ratio_per_head.png)",
         ]
+    if summary["time"]:
+        parts += times.section(summary["time"])
     return "\n\n".join(parts) + "\n"

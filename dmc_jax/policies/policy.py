@@ -366,10 +366,10 @@ def attend_whole(
         config: gives the rotary base and scaling.
         positions: of the tokens in their document.
         segment_ids: documents of packed windows, which keep apart.
-        noise_key: of a training step's noise, into which layers fold their index; None: the
-            decisions of inference.
-        noise_part: (i, n) where the sequences are every n-th, from i on, of a batch whose noise is
-            drawn as one: so no sequence's noise depends on the parts that a batch is taken in.
+        noise_key: of a training step's noise, into which layers fold their index, one or a key of
+            each sequence; None: the decisions of inference.
+        noise_part: of one key, (i, n) where the sequences are every n-th, from i on, of a batch
+            whose noise is drawn as one.
         attention: what computes the attention itself; see `model.causal_attention`.
     """
     where = Where(positions, segment_ids, config.rope_theta, config.rope_scaling)
@@ -379,16 +379,23 @@ def attend_whole(
     def attend(q, k, v, x, layer, state):
         noise = None
         if noise_key is not None:
-            # The difference of two Gumbel draws is logistic.
-            part, parts = noise_part
-            B, *rest = k.shape[:3]
-            key = jax.random.fold_in(noise_key, layer)
-            noise = jax.random.logistic(key, (B * parts, *rest)).reshape(B, parts, *rest)[:, part]
+            noise = _logistic(noise_key, noise_part, layer, k.shape[:3])
         own = policy.of_layer(layer, offsets[layer], k.shape[2])
         attended = own.whole(q, k, v, where, x=x, noise=noise, attention=attention)
         return attended.out, state, attended.record
 
     return attend
+
+
+def _logistic(key: Array, part: tuple, layer: Array, shape: tuple[int, int, int]) -> Array:
+    """Draw the noise of a layer [B, T, K]: the difference of two Gumbel draws is logistic."""
+    B, *rest = shape
+    if key.ndim:
+        own = jax.vmap(jax.random.fold_in, (0, None))(key, layer)
+        return jax.vmap(lambda of_sequence: jax.random.logistic(of_sequence, rest))(own)
+    number, parts = part
+    whole = jax.random.logistic(jax.random.fold_in(key, layer), (B * parts, *rest))
+    return whole.reshape(B, parts, *rest)[:, number]
 
 
 def decision_means(output: ModelOutput) -> Float[Array, "L B"]:

@@ -16,6 +16,7 @@ from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.sharding import make_mesh
 from dmc_jax.training import metrics, starts
 from dmc_jax.training.closed_form import FEWEST
+from dmc_jax.training.spent import profiled_steps
 
 
 class Ready(NamedTuple):
@@ -190,4 +191,5 @@ def _check_gates(run: RunConfig) -> None:
 def _check_measuring(run: RunConfig) -> None:
     if run.eval_windows < 1:
         raise UserError(f"eval_windows must be at least 1, got {run.eval_windows}")
+    profiled_steps(run.profile)
     metrics.check_packages(tensorboard=run.tensorboard, wandb=run.wandb)

@@ -35,7 +35,7 @@ from jaxtyping import Array
 from dmc_jax.checkpoints.gates import Measured, StoredGates, model_hash
 from dmc_jax.checkpoints.models import LoadedModel
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
-from dmc_jax.checkpoints.states import load_params, load_state, open_for_saving
+from dmc_jax.checkpoints.states import load_params, open_for_saving
 from dmc_jax.config import STAGES, RunConfig
 from dmc_jax.core.gates import Gates
 from dmc_jax.core.losses import Prediction, token_losses
@@ -54,13 +54,20 @@ from dmc_jax.training import adapted
 from dmc_jax.training.closed_form import SPREAD, fit_gates
 from dmc_jax.training.optimizer import clipped_adam
 from dmc_jax.training.stages import describe, evaluation_options
-from dmc_jax.training.state import TrainState, key_of, order_seed
+from dmc_jax.training.state import (
+    TrainState,
+    after_step,
+    key_of,
+    new_state,
+    order_seed,
+    restore,
+)
 from dmc_jax.training.step import (
     Batch,
     Metrics,
-    Noise,
     apply_model,
     attention_for,
+    noise_of,
     rate_at,
     sum_over_parts,
 )
@@ -125,25 +132,24 @@ def begin(
     """
     optimizer, directory = make_optimizer(run), Path(run.output) / run.name
 
-    def solve_all(state, batch):
+    def solve_all(state, batch, params):
         trained = solve(run, model, datas, _TRIED if run.dry_run else run.gates.windows)
         state = dataclasses.replace(state_of(trained, optimizer), step=jnp.ones((), jnp.int32))
         return state, {"r2": trained["r2"].mean()}
 
     wanted = with_shardings(jax.eval_shape(lambda: state_of(empty(run), optimizer)), mesh)
     own, before = (latest(directory / name) for name in (stage, "closed_form"))
-    state = own and load_state(own, wanted)
+    state = own and restore(own, wanted)
     if stage == "closed_form":
         return state, own, solve_all
     state = state or state_of(load_params(before, wanted.params), optimizer)
     counts = count_ids(datas, run.model.vocab_size)
-    step = make_distill_step(run, mesh, optimizer, counts)
-    return state, own, lambda state, batch: step(state, batch, model.params)
+    return state, own, make_distill_step(run, mesh, optimizer, counts)
 
 
 def state_of(trained: Trained, optimizer: optax.GradientTransformation) -> TrainState:
     """Begin to distill."""
-    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(_learnt(trained)))
+    return new_state(trained, optimizer.init(_learnt(trained)))
 
 
 def _learnt(trained: Trained) -> Any:
@@ -238,7 +244,7 @@ def make_distill_step(
         def loss(learnt, part, number):
             policy, own = _apart(learnt)
             models = adapted.adapt(run.gates, model_params, own), model_params
-            drawn_from = Noise(noise, (number, run.accumulation))
+            drawn_from = noise_of(run, noise, number, batch)
             metrics = _distill(run, mesh, models, policy, part, batch, drawn_from, counts)
             weighed = [
                 getattr(run.gates, _LOSSES[n]) * x for n, x in metrics.items() if n in _LOSSES
@@ -266,7 +272,8 @@ def make_distill_step(
             "gradient_norm": optax.tree.norm(grads),
             "drawn_ratio": ratios[which],
         }
-        state = TrainState(state.step + 1, params, optimizer_state)
+        # No spikes: the losses of several ratios are not alike.
+        state, metrics = after_step(state, params, optimizer_state, metrics, spike=0.0)
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
     return jax.jit(train_step, donate_argnums=0)

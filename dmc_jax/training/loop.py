@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,21 +16,21 @@ from jax.sharding import Mesh
 from dmc_jax.checkpoints.digests import set_aside_damaged
 from dmc_jax.checkpoints.gates import FILE, model_hash, save_gates
 from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
+from dmc_jax.checkpoints.retention import Limits
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
-from dmc_jax.checkpoints.states import Saver, load_data_state, open_for_saving, quiet_orbax
+from dmc_jax.checkpoints.states import load_data_state, open_for_saving, quiet_orbax
 from dmc_jax.commands import stop_requests
-from dmc_jax.config import GATED, MERGING, STAGES, ModelConfig, RunConfig
+from dmc_jax.config import GATED, MERGING, ModelConfig, RunConfig
 from dmc_jax.data.loader import training_batches
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.evaluation.tables import missed_target
-from dmc_jax.model.llama import count_parameters
 from dmc_jax.model.sharding import batch_sharding
-from dmc_jax.training import checks, gated, metrics, ownership, stages, starts
+from dmc_jax.training import checks, gated, memory, metrics, ownership, stages, starts
 from dmc_jax.training.optimizer import make_optimizer
+from dmc_jax.training.recent import Recent, not_finite, steps_before
+from dmc_jax.training.spent import Spent, profiled_steps, profiler
 from dmc_jax.training.state import order_seed
 from dmc_jax.training.step import make_train_step
-
-_SCHEDULES = ("learning_rate", "target_ratio")  # of the newest step, not averaged
 
 _TO_DEVICE = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 
@@ -47,11 +48,13 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
 
     Raises:
         UserError: the config does not fit the data, the devices, the checkpoint or the directory.
-        RunFailure: a loss that is not a finite number.
+        RunFailure: a validation loss that is not a finite number, or too many skipped steps in a
+            row.
         KeyboardInterrupt: a signal, whose number it holds, asked to stop (see
             `commands.stop_requests`), after a checkpoint was written.
     """
     quiet_orbax()
+    spent = Spent()
     directory = Path(run.output) / run.name
     with contextlib.ExitStack() as stack:
         begun = (directory / "config.json").exists()
@@ -77,7 +80,9 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         for stage in run.stage_names:
             if not _is_finished(directory, run, stage):
                 # No name for the parameters: they would stay beside those of the next stage.
-                _measure_stage(run, stage, _train_stage(run, stage, ready, quiet), ready)
+                _measure_stage(
+                    run, stage, _train_stage(run, stage, ready, quiet, spent), ready, spent
+                )
     return directory
 
 
@@ -95,12 +100,15 @@ def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
     )
 
 
-def _measure_stage(run: RunConfig, stage: str, params: Any, ready: checks.Ready) -> None:
+def _measure_stage(
+    run: RunConfig, stage: str, params: Any, ready: checks.Ready, spent: Spent
+) -> None:
     """Measure the end of a stage once it is safe on disk; the figures join its metadata."""
     ref = latest(Path(run.output) / run.name / stage)
     if stage == "distill":
         gated.save_model(run, params, ready.start, ready.datas[0][0])
-    measured = _assess(run, stage, ref.step, params, ready)
+    with spent.on("evaluation"):
+        measured = _assess(run, stage, ref.step, params, ready)
     _check_measured(f"stage {stage}, {ref.path}", measured["validation"])
     about = _describe(run, stage, ref.step, ready)
     write_metadata(ref, dataclasses.replace(about, **measured))
@@ -117,11 +125,11 @@ def _assess(
     params: Any,
     ready: checks.Ready,
     *,
-    calibrate: bool = True,
+    within: bool = False,
 ) -> dict:
     if stage not in GATED:
         data = ready.datas[0][0]
-        return stages.assess(run, stage, params, data, ready.mesh, calibrate=calibrate)
+        return stages.assess(run, stage, params, data, ready.mesh, within=step if within else None)
     tokens = step * run.data.batch * run.data.length if stage == "distill" else 0
     gates, measured = gated.measure(
         run, params, ready.start, ready.datas, ready.mesh, tokens=tokens
@@ -147,21 +155,30 @@ def _check_measured(where: str, validation: dict) -> None:
         )
 
 
-def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> tuple:
-    """State, its checkpoint in this stage, what takes a step, batches, and the teacher's sizes."""
+class _Begun(NamedTuple):
+    """A stage where it begins or goes on."""
+
+    state: Any
+    resumed: CheckpointRef | None  # the checkpoint of this stage that the state is of
+    step: Callable[[Any, Any, Any], tuple]  # state, batch, `beside` -> state, metrics
+    beside: Any  # parameters that stay as they are, of the teacher or below gates
+    teacher: ModelConfig | None
+    batches: Any
+
+
+def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> _Begun:
     batches = _batches(run, stage, ready.datas)
     if stage in GATED:
         state, resumed, step = gated.begin(run, stage, ready.start, ready.datas, ready.mesh)
-        teacher = run.model if run.gates.distillation else None
+        teacher, beside = run.model if run.gates.distillation else None, ready.start.params
     else:
-        state, resumed, step, teacher = _begin_retrofit(run, stage, ready.mesh)
+        optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
+        state, resumed = starts.start_of_stage(run, stage, optimizer, ready.mesh)
+        teacher, beside = starts.load_teacher(run, stage, ready.mesh)
+        step = make_train_step(run, stage, ready.mesh, optimizer, teacher)
     if resumed is not None:
         batches.set_state(_position(resumed))
-
-    def take_step(state, batch):
-        return step(state, _to_devices(batch, ready.mesh))
-
-    return state, resumed, take_step, batches, teacher
+    return _Begun(state, resumed, step, beside, teacher, batches)
 
 
 def _position(resumed: CheckpointRef) -> dict | bytes:
@@ -176,14 +193,6 @@ def _position(resumed: CheckpointRef) -> dict | bytes:
     return position
 
 
-def _begin_retrofit(run: RunConfig, stage: str, mesh: Mesh) -> tuple:
-    optimizer = make_optimizer(run.optimizer, run.compression.decision_multiplier)
-    state, resumed = starts.start_of_stage(run, stage, optimizer, mesh)
-    teacher, teacher_params = starts.load_teacher(run, stage, mesh)
-    step = make_train_step(run, stage, mesh, optimizer, teacher)
-    return state, resumed, lambda state, batch: step(state, batch, teacher_params), teacher
-
-
 def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
     """Take the next step of a run and forget it."""
     directory = Path(run.output) / run.name
@@ -191,19 +200,25 @@ def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
     if stage is None:
         logging.info("every stage of %s is finished", directory)
         return
-    state, _, take_step, batches, _ = _begin_stage(run, stage, ready)
-    values = jax.device_get(take_step(state, next(batches))[1])
+    begun = _begin_stage(run, stage, ready)
+    batch = _to_devices(next(begun.batches), ready.mesh)
+    step = begun.step
+    if hasattr(step, "lower"):  # the closed form is many programs
+        step = step.lower(begun.state, batch, begun.beside).compile()
+        for line in memory.describe(begun.state, begun.beside, batch, step):
+            logging.info("dry run: %s", line)
+    values = jax.device_get(step(begun.state, batch, begun.beside)[1])
     if not stages.finite(values):
-        raise RunFailure(f"dry run, stage {stage}: {_not_finite(values)} after one step")
+        raise RunFailure(f"dry run, stage {stage}: {not_finite(values)} after one step")
     name = {"closed_form": "r2", "distill": "distillation"}.get(stage, "loss")
     logging.info("dry run: one step of %s, %s %.4f", stage, name, values[name])
 
 
-def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -> Any:
+def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool, spent: Spent) -> Any:
     """Take the steps of one stage, from its newest checkpoint on; returns the parameters."""
     directory, steps = Path(run.output) / run.name, run.stage(stage).steps
     logging.info("stage %s: %d steps", stage, steps)
-    state, resumed, take_step, batches, teacher = _begin_stage(run, stage, ready)
+    state, resumed, take_step, beside, teacher, batches = _begin_stage(run, stage, ready)
     first = 0 if resumed is None else resumed.step
     if first:
         logging.info("resuming %s at step %d", stage, first)
@@ -211,38 +226,55 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool) -
     # Outermost: what is asked while the last save is written is heard too.
     with stop_requests("stopping after this step; the run can be resumed") as stopping:
         with (
-            open_for_saving(directory, stage, run.keep, resumed_step=first) as saver,
+            open_for_saving(directory, stage, Limits.of(run), resumed_step=first) as saver,
             _open_metrics(run, stage, first, quiet) as sink,
+            profiler(profiled_steps(run.profile), directory / "profile") as before_step,
         ):
-            recent = _Recent(run, stage, sink, saver, teacher)
-            saved = time.monotonic()
+            recent = Recent(run, stage, sink, saver, teacher, spent)
+            spent.began(sink.lost)
+            saved, due, values = time.monotonic(), False, None
             for step in range(first, steps):
-                batch = next(batches)
-                state, values = take_step(state, batch)
+                batch = spent.fetch(batches, values)
+                placed = _to_devices(batch, ready.mesh)
+                before_step(steps_before(run, stage) + step + 1, values)
+                compiles = step == first and stage != "closed_form"
+                with spent.on("compile" if compiles else "step"):
+                    state, values = take_step(state, placed, beside)
                 recent.add(step, values, batch)
                 taken = step + 1
                 last, interrupted = taken == steps, bool(stopping)
                 if last:
                     state = stages.finish_stage(stage, state)
-                due = taken % run.save_every == 0
-                if taken % run.log_every == 0 or last:
-                    recent.log()
-                    due |= _overdue(run, saved)
+                due |= taken % run.save_every == 0
+                more = {}
                 if run.eval_every and taken % run.eval_every == 0 and not last:
-                    measured = _assess(run, stage, taken, state.params, ready, calibrate=False)
-                    loss = measured["validation"]["loss"]
-                    _check_measured(f"stage {stage}, step {taken}", measured["validation"])
-                    logging.info("step %d: validation loss %.4f", taken, loss)
+                    jax.block_until_ready(values)
+                    with spent.on("evaluation"):
+                        more = _validate(run, stage, taken, state.params, ready)
+                if taken % run.log_every == 0 or last or more:
+                    recent.log(**more)
+                    due |= _overdue(run, saved)
                 if due or last or interrupted:
                     recent.log()  # a state is saved only after its losses were seen to be finite
-                    about = _describe(run, stage, taken, ready)
-                    saver.save(taken, state, batches.get_state(), about)
-                    saved = time.monotonic()
+                    if last or not recent.in_row:  # or after the next step that is taken
+                        about = _describe(run, stage, taken, ready)
+                        with spent.on("checkpoint"):
+                            saver.save(taken, state, batches.get_state(), about)
+                        saved, due = time.monotonic(), False
                 if interrupted:
                     break
+            with spent.on("checkpoint"):
+                saver.wait()
         if stopping:
             raise KeyboardInterrupt(stopping[0])
     return state.params
+
+
+def _validate(run: RunConfig, stage: str, taken: int, params: Any, ready: checks.Ready) -> dict:
+    """Measure on validation text within a stage; numbers for a log line."""
+    measured = _assess(run, stage, taken, params, ready, within=True)["validation"]
+    _check_measured(f"stage {stage}, step {taken}", measured)
+    return {"validation_loss": measured["loss"], "validation_ratio": measured["ratio"]}
 
 
 def _overdue(run: RunConfig, saved: float) -> bool:
@@ -274,102 +306,12 @@ def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     }
 
 
-def _steps_before(run: RunConfig, stage: str) -> int:
-    """Steps of the stages that come before in this run's directory: metrics count over them all."""
-    directory = Path(run.output) / run.name
-    before = STAGES[: STAGES.index(stage)]
-    there = [name for name in before if name in run.stage_names or latest(directory / name)]
-    return sum(run.stage(name).steps for name in there if run.stage(name) is not None)
-
-
 def _open_metrics(run: RunConfig, stage: str, first: int, quiet: bool):
     return metrics.open_metrics(
         Path(run.output) / run.name,
-        total_steps=_steps_before(run, run.stage_names[-1]) + run.stage(run.stage_names[-1]).steps,
-        first_step=_steps_before(run, stage) + first + 1,
+        total_steps=steps_before(run, run.stage_names[-1]) + run.stage(run.stage_names[-1]).steps,
+        first_step=steps_before(run, stage) + first + 1,
         quiet=quiet,
         tensorboard=run.tensorboard,
         wandb=run.wandb,
-    )
-
-
-@dataclasses.dataclass
-class _Recent:
-    """Steps since the last log line: their metrics stay on the device until they are asked for."""
-
-    run: RunConfig
-    stage: str
-    sink: metrics.MetricsLogger
-    saver: Saver
-    teacher: ModelConfig | None
-    steps: list[tuple[int, Any, np.ndarray]] = dataclasses.field(default_factory=list)
-    since: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def add(self, step: int, values: Any, batch: dict[str, np.ndarray]) -> None:
-        """Remember a step, its metrics and which documents its batch came from."""
-        self.steps.append((step, values, batch["documents"]))
-
-    def log(self) -> None:
-        """Log a line for the steps since the last; stop at the first bad number among them."""
-        if not self.steps:
-            return
-        fetched = jax.device_get([values for _, values, _ in self.steps])
-        seconds = time.perf_counter() - self.since
-        for (step, _, documents), values in zip(self.steps, fetched, strict=True):
-            if not stages.finite(values):
-                self._diverged(step, values, documents)
-        # One batch is a poor sample: what depends on it is averaged since the last line.
-        values = jax.tree.map(lambda *each: np.mean(each, axis=0), *fetched)
-        values |= {name: fetched[-1][name] for name in _SCHEDULES if name in values}
-        merged = values.pop("merged", None)
-        if merged is not None:
-            values["ratio"] = 1 / (1 - np.average(merged, weights=self.run.model.kv_heads_by_layer))
-            values |= {
-                f"ratio{metrics.LAYER_MARK}{i:02d}": 1 / (1 - m) for i, m in enumerate(merged)
-            }
-        if self.stage != "closed_form":
-            values |= _speed(self.run, self.stage, self.teacher, len(self.steps), seconds)
-        self.sink.log(_steps_before(self.run, self.stage) + self.steps[-1][0] + 1, values)
-        self.steps.clear()
-        self.since = time.perf_counter()
-
-    def _diverged(self, step: int, values: Any, documents: np.ndarray) -> None:
-        directory = Path(self.run.output) / self.run.name / self.stage
-        self.saver.wait()
-        good = latest(directory) or latest(directory.parent)
-        raise RunFailure(
-            f"stage {self.stage}, step {step}: "
-            + _not_finite(values)
-            + f". Last good checkpoint: {good.path if good else 'none'}. The batch's windows cover "
-            f"training documents {documents.tolist()}. Look at them, or lower the learning rate."
-        )
-
-
-def _not_finite(values: dict[str, Any]) -> str:
-    return ", ".join(f"{n} = {v}" for n, v in values.items() if not np.isfinite(v).all())
-
-
-def _speed(
-    run: RunConfig, stage: str, teacher: ModelConfig | None, steps: int, seconds: float
-) -> dict[str, float]:
-    """Tokens per second and, where the device's peak is known, model FLOP/s utilisation."""
-    rate = steps * run.data.batch * run.data.length / seconds
-    beside = stage in GATED and run.gates.model != "all"
-    per_token = _flops(run, run.model, "beside" if beside else "all")
-    if teacher is not None:
-        per_token += _flops(run, teacher, "nothing")
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
-    return {"tokens_per_second": rate} | ({} if utilisation is None else {"mfu": utilisation})
-
-
-def _flops(run: RunConfig, model: ModelConfig, learns: str) -> float:
-    table = 0 if model.tied_embeddings else model.vocab_size * model.width
-    return metrics.flops_per_token(
-        params_without_embedding=count_parameters(model) - table,
-        layers=model.layers,
-        heads=model.heads,
-        head_dim=model.head_dim,
-        length=run.data.length,
-        learns=learns,
     )

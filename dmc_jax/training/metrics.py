@@ -22,6 +22,7 @@ from absl import logging
 from tqdm import tqdm
 
 from dmc_jax.errors import UserError
+from dmc_jax.evaluation.times import MARK
 from dmc_jax.files import write_text
 
 # Peak dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; the first match
@@ -48,6 +49,7 @@ class MetricsLogger:
     """A run's open sinks; made by `open_metrics`."""
 
     sinks: tuple[Sink, ...]
+    lost: float = 0.0  # seconds of the steps that an earlier process took, and whose lines were cut
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record one step's numbers everywhere.
@@ -95,7 +97,7 @@ def open_metrics(
     with ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _cut_lines_from(run_dir / "metrics.jsonl", first_step)
+            lost = _cut_lines_from(run_dir / "metrics.jsonl", first_step)
             file = stack.enter_context(open(run_dir / "metrics.jsonl", "a"))
         except OSError as error:
             raise UserError(
@@ -109,7 +111,7 @@ def open_metrics(
             sinks.append(_wandb_sink(stack, wandb_module, run_dir))
         if not quiet:
             sinks.append(_screen_sink(stack, total_steps, first_step))
-        yield MetricsLogger(tuple(sinks))
+        yield MetricsLogger(tuple(sinks), lost)
 
 
 def check_packages(*, tensorboard: bool, wandb: bool) -> None:
@@ -246,28 +248,40 @@ def _screen_sink(stack: ExitStack, total_steps: int, first_step: int) -> Sink:
 
 
 def _compact(numbers: dict[str, float]) -> str:
-    """One line: of what there is one of a layer, only least, median and most."""
-    single = {name: x for name, x in numbers.items() if LAYER_MARK not in name}
+    """One line: of what there is one of a layer, only least, median and most; times are last."""
+    single = {n: x for n, x in numbers.items() if LAYER_MARK not in n and not n.startswith(MARK)}
     parts = [f"{name} {x:.4g}" for name, x in single.items()]
     for name in dict.fromkeys(n.split(LAYER_MARK)[0] for n in numbers if LAYER_MARK in n):
         layers = [x for n, x in numbers.items() if n.startswith(name + LAYER_MARK)]
         spread = "/".join(f"{f(layers):.4g}" for f in (min, statistics.median, max))
         parts.append(f"{name} of layers {spread} (min/median/max)")
+    times = [
+        f"{n.removeprefix(MARK)} {x:.3g}" for n, x in numbers.items() if n.startswith(MARK) and x
+    ]
+    parts += [f"seconds: {', '.join(times)}"] if times else []
     return "  ".join(parts)
 
 
-def _cut_lines_from(file: Path, step: int) -> None:
-    """Keep the lines of earlier steps; drop the rest and the half line that a kill may leave."""
+def _cut_lines_from(file: Path, step: int) -> float:
+    """Keep the lines of earlier steps; drop the rest and the half line that a kill may leave.
+
+    Returns:
+        The seconds of the steps that are dropped.
+    """
     if not file.exists():
-        return
-    kept = []
+        return 0.0
+    kept, lost = [], 0.0
     for line in file.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] < step:
-                kept.append(line)
+            values = json.loads(line)
         except ValueError:
             continue
+        if line.endswith("\n") and values["step"] < step:
+            kept.append(line)
+        else:
+            lost += values.get(f"{MARK}step", 0.0) + values.get(f"{MARK}lost", 0.0)
     write_text(file, "".join(kept))
+    return lost
 
 
 def _required(package: str, setting: str) -> ModuleType:

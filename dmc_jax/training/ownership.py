@@ -202,6 +202,7 @@ def _settings(run: RunConfig, begun: set[str]) -> dict[str, Any]:
         fields = {"": None} if settings is None else to_dict(settings)
         kept |= {f"{group}.{name}".rstrip("."): value for name, value in fields.items()}
     kept["model.kv_heads"] = run.model.kv_heads_by_layer
+    kept["guard.spike"] = run.guard.spike  # after how many the run stops may change
     for later in ("teacher", "calibration_windows"):  # known by its contents; after training
         del kept[f"compression.{later}"]
     return kept | {f"data.{n}": getattr(run.data, n) for n in ("length", "batch", "weights")}

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from dmc_jax.checkpoints.metadata import Metadata
 from dmc_jax.config import GATED, MERGING, RunConfig
+from dmc_jax.core.schedules import decision_channel_scale
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import load_tokenizer
 from dmc_jax.evaluation.perplexity import calibrate_threshold, evaluate
@@ -55,16 +56,23 @@ def assess(
     data: PreparedData,
     mesh: Mesh,
     *,
-    calibrate: bool = True,
+    within: int | None = None,
 ) -> dict:
     """Measurements at the end of a stage: calibrated threshold and validation figures.
+
+    Args:
+        run, stage, params, data, mesh: of the stage.
+        within: steps that were taken, where it goes on: then nothing is calibrated, and zero_out
+            attends with what is left of its channel.
 
     Returns:
         Fields `policy` and `validation` of `Metadata`.
     """
     policy = _policy(run, stage)
+    if stage == "zero_out" and within is not None:
+        policy = Dense(decision_channel_scale(within, run.zero_out.steps))
     common = evaluation_options(run, mesh)
-    if calibrate and stage in MERGING and run.compression.calibration_windows:
+    if within is None and stage in MERGING and run.compression.calibration_windows:
         threshold = calibrate_threshold(
             params,
             run.model,

@@ -4,18 +4,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 from absl import logging
 from jax.sharding import Mesh
 
 from dmc_jax.checkpoints.models import StoredModel, find_model, open_model
 from dmc_jax.checkpoints.run_directory import CheckpointRef, latest
-from dmc_jax.checkpoints.states import load_state
 from dmc_jax.config import GATED, ModelConfig, RunConfig, to_dict
 from dmc_jax.data.prepared import read_manifest
 from dmc_jax.errors import UserError
 from dmc_jax.policies.dense import Dense
-from dmc_jax.training.state import TrainState, abstract_state, init_state, state_of
+from dmc_jax.training.state import TrainState, abstract_state, init_state, restore, state_of
 
 
 def initial_model(run: RunConfig) -> StoredModel | None:
@@ -99,12 +99,13 @@ def start_of_stage(
     wanted = abstract_state(run.model, optimizer, mesh)
     own = latest(directory / stage)
     if own is not None:
-        return load_state(own, wanted), own
+        return restore(own, wanted), own
     position = run.stage_names.index(stage)
     if position > 0:
         before = latest(directory / run.stage_names[position - 1])
-        state = load_state(before, wanted)
-        return dataclasses.replace(state, step=0 * state.step), None
+        state = restore(before, wanted)
+        begun = jax.tree.map(lambda x: 0 * x, (state.step, state.guard))
+        return dataclasses.replace(state, step=begun[0], guard=begun[1]), None
     model = initial_model(run)
     if model is None:
         return init_state(run.model, optimizer, mesh, run.seed), None

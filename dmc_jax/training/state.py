@@ -10,7 +10,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from dmc_jax.checkpoints.run_directory import CheckpointRef
+from dmc_jax.checkpoints.states import describe_mismatch, load_state
 from dmc_jax.config import STAGES, ModelConfig, RunConfig
+from dmc_jax.core.guard import Guard, fresh_guard, judge
 from dmc_jax.model.llama import init_params
 from dmc_jax.model.sharding import shardings, with_shardings
 
@@ -23,11 +26,64 @@ class TrainState:
     step: Int[Array, ""]
     params: Any
     optimizer: Any
+    guard: Guard | None  # None: to load what was saved without
 
 
 def state_of(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state around given parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return new_state(params, optimizer.init(params))
+
+
+def new_state(params: Any, optimizer_state: Any) -> TrainState:
+    """A state before the first step of a stage."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_state, fresh_guard())
+
+
+def after_step(
+    before: TrainState, params: Any, optimizer_state: Any, metrics: dict[str, Array], spike: float
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take a step, unless it is one to be skipped: then only the count of steps moves.
+
+    Args:
+        before: the state that it was computed from.
+        params, optimizer_state: that it comes to.
+        metrics: of the step, among them "loss" where there is a spike to be told by it.
+        spike: of `GuardSettings`; 0: only what is not finite is skipped.
+
+    Returns:
+        (the state, the metrics with what the guard says: steps `skipped` so far, `skipped_in_row`
+        up to this one, which is skipped where that is not 0, and the `usual_loss` before it).
+    """
+    loss = metrics["loss"] if spike else jnp.zeros(())
+    numbers = list(metrics.values())
+    good, guard = judge(before.guard, before.step, loss, numbers, spike)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (params, optimizer_state),
+        (before.params, before.optimizer),
+    )
+    told = {"skipped": guard.skipped, "skipped_in_row": guard.in_row}
+    told["usual_loss"] = before.guard.usual
+    return TrainState(before.step + 1, *kept, guard), metrics | told
+
+
+def restore(ref: CheckpointRef, wanted: TrainState) -> TrainState:
+    """Load the state of a stage, or of one from before skipped steps were counted.
+
+    Args:
+        ref: its checkpoint.
+        wanted: shapes and shardings.
+
+    Raises:
+        UserError: the checkpoint is of another shape, or damaged.
+    """
+    if not describe_mismatch(ref, {"guard": wanted.guard}, within="guard"):
+        return load_state(ref, wanted)
+    uncounted = load_state(ref, dataclasses.replace(wanted, guard=None))
+    placed = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), fresh_guard(), wanted.guard
+    )
+    return dataclasses.replace(uncounted, guard=placed)
 
 
 def abstract_state(

@@ -20,7 +20,7 @@ from dmc_jax.model.sharding import shardings
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole, decision_means
-from dmc_jax.training.state import TrainState, key_of
+from dmc_jax.training.state import TrainState, after_step, key_of
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -29,7 +29,7 @@ Metrics = dict[str, Array]
 class Noise(NamedTuple):
     """What the noise of (a part of) a batch is drawn from; see `attend_whole`."""
 
-    key: Array
+    key: Array  # or one of each window
     part: tuple[Int[Array, ""] | int, int]
 
 
@@ -43,8 +43,8 @@ def make_train_step(
     """Make the jitted step of a stage, `(state, batch, teacher_params) -> (state, metrics)`.
 
     The state is donated. Everything that changes with time is a function of `state.step`; the noise
-    key comes from (seed, stage, step) and, inside the model, the layer. So a resumed run repeats an
-    unbroken one bit for bit.
+    key comes from (seed, stage, step), the window's place in the batch and, inside the model, the
+    layer. So a resumed run repeats an unbroken one bit for bit.
 
     Args:
         run: the whole configuration.
@@ -68,9 +68,9 @@ def make_train_step(
         tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
 
         def noise(number):
-            if run.draws > 1 or parts == 1:
-                return Noise(key, (number, parts))
-            return Noise(jax.random.fold_in(key, number), (0, 1))
+            if run.draws == 1 and parts > 1:
+                return Noise(jax.random.fold_in(key, number), (0, 1))
+            return noise_of(run, key, number, batch)
 
         merges = None
         if stage in MERGING and run.compression.per_layer and parts > 1:
@@ -103,10 +103,28 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         metrics |= {"learning_rate": rate, "gradient_norm": optax.tree.norm(grads)}
-        state = TrainState(state.step + 1, params, optimizer_state)
+        state, metrics = after_step(state, params, optimizer_state, metrics, run.guard.spike)
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def noise_of(run: RunConfig, key: Array, number: Int[Array, ""] | int, batch: Batch) -> Noise:
+    """Say what the noise of part `number` of a batch is drawn from: windows have keys of their own.
+
+    So it depends neither on the parts nor on the devices that a batch is divided over, and a part
+    draws its own alone.
+
+    Args:
+        run: the configuration; where it began with fewer `draws`, each part draws that of all.
+        key: of the step.
+        number: of the part, whose windows are every `run.accumulation`-th from there on.
+        batch: the whole.
+    """
+    if run.draws < 3:
+        return Noise(key, (number, run.accumulation))
+    windows = jnp.arange(0, batch["tokens"].shape[0], run.accumulation) + number
+    return Noise(jax.vmap(jax.random.fold_in, (None, 0))(key, windows), (0, 1))
 
 
 def rate_at(step: Array, stage: StageConfig) -> Float[Array, ""]:

@@ -12,7 +12,7 @@ from absl import logging
 from dmc_jax.config import RunConfig
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import count_parameters
-from dmc_jax.training import loop, metrics
+from dmc_jax.training import metrics, recent
 
 
 def lines_of(run):
@@ -181,10 +181,10 @@ def the_teachers_pass_is_work_of_the_device_too_test(monkeypatch, stage, frozen)
     run = RunConfig.named("tiny_4x")
     table = run.model.vocab_size * run.model.width * (not run.model.tied_embeddings)
     weights = count_parameters(run.model) - table
-    one_pass = loop._flops(run, run.model, "nothing")
+    one_pass = recent.flops(run, run.model, "nothing")
     monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
     for teacher, passes in ((None, 3), (run.model, 4)):
-        told = loop._speed(run, stage, teacher, steps=3, seconds=2.0)
+        told = recent.speed(run, stage, teacher, steps=3, seconds=2.0)
         rate = 3 * run.data.batch * run.data.length / 2.0
         work = rate * (passes * one_pass - 2 * frozen * weights)
         assert told["tokens_per_second"] == rate
