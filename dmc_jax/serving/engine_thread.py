@@ -46,6 +46,7 @@ class Job:
         self.size, self.began = size, time.perf_counter()
         self.accepted = asyncio.get_running_loop().create_future()
         self.ended: set[int] = set()  # places of sequences
+        self.spoke: set[int] = set()  # likewise, of those with a token; the thread's
         self._news: asyncio.Queue[tuple[int, Event] | ApiError] = asyncio.Queue()
         self._close, self._closed = close, False
 
@@ -241,7 +242,9 @@ class EngineThread:
             if event.sequence not in self._jobs:  # cancelled
                 continue
             job, place = self._jobs[event.sequence]
-            self._metrics.heard(event, time.perf_counter() - job.began)
+            first = bool(event.tokens) and place not in job.spoke
+            job.spoke |= {place} if first else set()
+            self._metrics.heard(event, time.perf_counter() - job.began if first else None)
             news.append((job, place, event))
             if event.finish_reason:
                 del self._jobs[event.sequence]

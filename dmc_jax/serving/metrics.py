@@ -47,37 +47,32 @@ class Metrics:
         rate.set_function(self._rate)
         self._lock, self._recent = threading.Lock(), collections.deque()
         self._tokens = self._slots = 0.0
-        self._begun: set[int] = set()  # sequences that have said something
 
     def watch(self, state: Callable[[], _State]) -> None:
         """Show how the engine stands whenever metrics are read."""
         for name, gauge in self._gauges.items():
             gauge.set_function(lambda name=name: getattr(state(), name))
 
-    def heard(self, event: Event, seconds: float) -> None:
+    def heard(self, event: Event, first: float | None) -> None:
         """Count an event.
 
         Args:
             event: of a sequence.
-            seconds: since its request was accepted.
+            first: seconds from its request's acceptance to it, if it is the first with a token.
         """
+        if first is not None:
+            self._first.observe(first)
         if event.tokens:
             self._generated.inc(len(event.tokens))
             with self._lock:
                 self._recent.append((time.monotonic(), len(event.tokens)))
                 self._forget()
-            if event.sequence not in self._begun:
-                self._first.observe(seconds)
-                self._begun.add(event.sequence)
         if event.finish_reason:
-            self._begun.discard(event.sequence)
             self.ended(event.finish_reason)
             if event.result.ratio is not None:
                 read = event.result.prompt_tokens + event.result.new_tokens
-                self._tokens, self._slots = (
-                    self._tokens + read,
-                    self._slots + read / event.result.ratio,
-                )
+                self._tokens += read
+                self._slots += read / event.result.ratio
                 self._ratio.set(self._tokens / self._slots)
 
     def ended(self, reason: str) -> None:

@@ -1,6 +1,5 @@
 """Answers in the shapes of OpenAI's API: whole, or in the parts of a stream."""
 
-import dataclasses
 import json
 import secrets
 import time
