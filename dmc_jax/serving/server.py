@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=Protocol,
+                loop="asyncio",  # whatever else is installed
                 ws="none",
                 log_config=None,
                 access_log=False,  # has addresses as clients spell them
