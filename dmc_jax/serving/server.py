@@ -58,7 +58,6 @@ class Server(uvicorn.Server):
                 loop="asyncio",  # whatever else is installed
                 ws="none",
                 log_config=None,
-                access_log=False,  # has addresses as clients spell them
                 proxy_headers=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(drain_seconds) + _TO_BE_TOLD + 1,
@@ -107,6 +106,7 @@ class _TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.access_log = False  # which has addresses as clients spell them
         self._watch()
 
     def data_received(self, data: bytes) -> None:

@@ -20,8 +20,8 @@ from tests.tiny_llama import build, some_gates
 PATIENCE = 60  # seconds that anything may take
 MODEL = "tiny"
 TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% for m in messages %}<s>{{ m['role'][0] }} {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>a {% endif %}"
 )
 LIMITS = Limits(length=128, prompt_tokens=100, new_tokens=64, choices=8, body=10_000)
 

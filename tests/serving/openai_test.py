@@ -40,15 +40,13 @@ def alone(tiny):
 
 
 def chat_ids(tiny, *messages):
-    text = "".join(f"<s>{role}: {content}</s>" for role, content in messages)
-    return tiny.tokenizer.encode_special(f"{text}<s>assistant: ")
+    text = "".join(f"<s>{role[0]} {content}</s>" for role, content in messages)
+    return tiny.tokenizer.encode_special(f"{text}<s>a ")
 
 
 def a_completion_is_what_the_engine_says_alone_test(client, alone, live):
-    done = client.completions.create(
-        model=MODEL, prompt="abba", max_tokens=12, seed=3, temperature=0.9, top_p=0.9
-    )
-    expected = alone("abba", 12, 3, temperature=0.9, top_p=0.9)
+    done = client.completions.create(model=MODEL, prompt="abba", max_tokens=12, seed=3, top_p=0.9)
+    expected = alone("abba", 12, 3, top_p=0.9)
     [choice] = done.choices
     assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
     assert (done.object, done.model, choice.logprobs) == ("text_completion", MODEL, None)
@@ -63,17 +61,17 @@ def a_completion_is_what_the_engine_says_alone_test(client, alone, live):
 
 def several_prompts_have_several_choices_that_differ_by_seed_test(client, alone, tiny):
     prompts = ["abba", "é€ ab"]
-    expected = [alone(prompt, 9, 5 + n) for prompt in prompts for n in range(3)]
+    expected = [alone(prompt, 9, 5 + n) for prompt in prompts for n in range(2)]
     for given in (prompts, [encode_prompt(tiny.tokenizer, prompt) for prompt in prompts]):
-        done = client.completions.create(model=MODEL, prompt=given, max_tokens=9, seed=5, n=3)
-        assert [choice.index for choice in done.choices] == list(range(6))
+        done = client.completions.create(model=MODEL, prompt=given, max_tokens=9, seed=5, n=2)
+        assert [choice.index for choice in done.choices] == list(range(4))
         assert [choice.text for choice in done.choices] == [one.text for one in expected]
         # The choices of a prompt share it.
-        assert done.usage.prompt_tokens == sum(one.prompt_tokens for one in expected) / 3
-    assert len({choice.text for choice in done.choices}) > 3
+        assert done.usage.prompt_tokens == sum(one.prompt_tokens for one in expected) / 2
+    assert len({choice.text for choice in done.choices}) == 4
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [1, 4])
 def a_stream_joins_to_the_whole_test(client, alone, n):
     options = {"model": MODEL, "max_tokens": 20, "seed": 8, "n": n}
     texts, reasons, usages = [""] * n, {}, []
@@ -130,11 +128,11 @@ def a_text_ends_before_a_stop_string_test(client, alone):
 
 
 def a_request_has_a_ratio_of_its_own_test(client, alone):
-    options = {"model": MODEL, "prompt": "abba" * 20, "max_tokens": 20, "temperature": 0}
+    options = {"model": MODEL, "prompt": "abba" * 14, "max_tokens": 20, "temperature": 0}
     slots = {}
     for ratio in (1.0, 3.0):
         done = client.completions.create(extra_body={"ratio": ratio}, **options)
-        expected = alone("abba" * 20, 20, 0, temperature=0.0, ratio=ratio)
+        expected = alone("abba" * 14, 20, 0, temperature=0.0, ratio=ratio)
         assert done.choices[0].text == expected.text
         slots[ratio] = done.usage.model_extra["compression"]["tokens_per_slot"]
         assert slots[ratio] == pytest.approx(expected.ratio)
@@ -153,7 +151,8 @@ def log_probabilities_stand_beside_their_tokens_test(client, alone):
         assert set(top.values()) <= {logprob for _, logprob in one.likely}
         assert top.get(name, own) == own or "\ufffd" in name  # several bytes are called so
     assert len(said.tokens) == len(expected.tokens) == len(said.text_offset)
-    assert "".join(said.tokens) == done.choices[0].text
+    joined, text = "".join(said.tokens), done.choices[0].text
+    assert joined == text or "\ufffd" in joined  # characters of several tokens
     with client.completions.create(prompt="abba", logprobs=3, stream=True, **options) as stream:
         parts = [chunk.choices[0].logprobs for chunk in stream]
     assert [x for part in parts for x in part.token_logprobs] == said.token_logprobs
@@ -210,8 +209,6 @@ def models_are_listed_test(client):
 
 def no_text_of_a_prompt_is_logged_test(client, live, caplog):
     caplog.set_level(logging.DEBUG)
-    for logger in ("httpx", "httpcore", "openai"):  # the client's own
-        caplog.set_level(logging.CRITICAL, logger)
     client.completions.create(model=MODEL, prompt=SECRET, max_tokens=2)
     messages = [{"role": "user", "content": SECRET}]
     with client.chat.completions.create(
@@ -221,5 +218,8 @@ def no_text_of_a_prompt_is_logged_test(client, live, caplog):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=MODEL, prompt=SECRET * 99)
     assert httpx.get(f"{live.url}/{SECRET}?{SECRET}", timeout=PATIENCE).status_code == 404
-    assert "POST /v1/completions 200" in caplog.text and "GET other 404" in caplog.text
-    assert "XYZZY" not in caplog.text
+    clients = ("httpx", "httpcore", "openai")
+    logged = [x.getMessage() for x in caplog.records if not x.name.startswith(clients)]
+    assert sum(line.startswith("POST /v1/completions 200") for line in logged) == 1
+    assert sum(line.startswith("GET other 404") for line in logged) == 1
+    assert not [line for line in logged if "XYZZY" in line]
