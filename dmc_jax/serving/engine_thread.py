@@ -217,7 +217,7 @@ class EngineThread:
             self._tell(self._fail, job, ApiError(400, str(error), code="invalid_value"))
             return
         self._jobs |= {sequence: (job, place) for place, sequence in enumerate(ids)}
-        self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        self._metrics.accepted(prompts)
         self._tell(lambda: job.accepted.done() or job.accepted.set_result(None))
 
     def _cancel(self, job: Job) -> None:

@@ -3,7 +3,7 @@
 import collections
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -26,7 +26,8 @@ class Metrics:
     def __init__(self):
         self._registry = CollectorRegistry()
         own = {"registry": self._registry}
-        self.prompt_tokens = Counter("dmc_prompt_tokens", "Tokens of accepted prompts.", **own)
+        self._accepted = Counter("dmc_sequences_accepted", "That were queued.", **own)
+        self._prompt_tokens = Counter("dmc_prompt_tokens", "Tokens of accepted prompts.", **own)
         self._generated = Counter("dmc_generated_tokens", "New tokens.", **own)
         self._ended = Counter("dmc_sequences_ended", "By what ended them.", ["reason"], **own)
         self._first = Histogram(
@@ -52,6 +53,11 @@ class Metrics:
         """Show how the engine stands whenever metrics are read."""
         for name, gauge in self._gauges.items():
             gauge.set_function(lambda name=name: getattr(state(), name))
+
+    def accepted(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Count sequences that were queued."""
+        self._accepted.inc(len(prompts))
+        self._prompt_tokens.inc(sum(map(len, prompts)))
 
     def heard(self, event: Event, first: float | None) -> None:
         """Count an event.
