@@ -13,13 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dmc_jax.checkpoints.metadata import Metadata
-from dmc_jax.checkpoints.states import open_for_saving
-from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.data.tokenizer import fingerprint
-from dmc_jax.policies.dmc import DMC
 from tests.doors import runs_of
-from tests.serving.live import PATIENCE, make_tiny
+from tests.serving.live import PATIENCE, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 KEY, SECRET = "s3cret-key", "abba XYZZY"
@@ -27,20 +22,7 @@ KEY, SECRET = "s3cret-key", "abba XYZZY"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoint")
-    tiny = make_tiny(root)
-    metadata = Metadata(
-        stage="finetune",
-        step=5,
-        model=tiny.config,
-        policy=DMC(DMCSettings(window=3, offset=0.0), 0.0),
-        compute_dtype="float32",
-        tokenizer=str(root / "t.model"),
-        tokenizer_sha256=fingerprint(root / "t.model"),
-    )
-    with open_for_saving(root / "tiny", "finetune", keep=1) as saver:
-        saver.save(5, {"params": tiny.params}, {}, metadata)
-    return root / "tiny"
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def under_load_sigterm_lets_what_was_accepted_finish_test(checkpoint):

@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 import httpx
 
+from dmc_jax.checkpoints.metadata import Metadata
+from dmc_jax.checkpoints.states import open_for_saving
+from dmc_jax.core.dmc import DMCSettings
 from dmc_jax.data.chat import load_chat_template
-from dmc_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from dmc_jax.data.tokenizer import fingerprint, load_tokenizer, train_sentencepiece
 from dmc_jax.inference.engine import Engine
+from dmc_jax.policies.dmc import DMC
 from dmc_jax.serving.app import Service, make_app
 from dmc_jax.serving.engine_thread import EngineThread
 from dmc_jax.serving.metrics import Metrics
@@ -42,6 +46,23 @@ def make_tiny(folder):
     tokenizer = load_tokenizer(folder / "t.model")
     render = load_chat_template(folder / "t.model", answer_next=True)
     return Tiny(*build(vocab_size=266), tokenizer, render)
+
+
+def save_checkpoint(folder):
+    """The model as one that merges, on disk; its name is `MODEL`."""
+    tiny = make_tiny(folder)
+    metadata = Metadata(
+        stage="finetune",
+        step=5,
+        model=tiny.config,
+        policy=DMC(DMCSettings(window=3, offset=0.0), 0.0),
+        compute_dtype="float32",
+        tokenizer=str(folder / "t.model"),
+        tokenizer_sha256=fingerprint(folder / "t.model"),
+    )
+    with open_for_saving(folder / MODEL, "finetune", keep=1) as saver:
+        saver.save(5, {"params": tiny.params}, {}, metadata)
+    return folder / MODEL
 
 
 def make_engine(tiny, **changes):
