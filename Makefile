@@ -96,7 +96,7 @@ clean:
 
 # A candidate is run, not just looked up: version managers leave launchers behind that only fail.
 # An existing .venv is kept and brought up to date, unless its own interpreter no longer runs.
-$(STAMP): requirements.txt requirements-dev.txt
+$(STAMP): requirements.txt requirements-serve.txt requirements-dev.txt
 	@if ! $(VENV_PYTHON) -c "" 2>/dev/null; then \
 	  for candidate in $(CANDIDATES); do \
 	    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \

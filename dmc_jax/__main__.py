@@ -15,6 +15,8 @@ COMMANDS = (
     "train",
     "evaluate",
     "decode",
+    "chat",
+    "serve",
     "arena",
     "convert",
     "search_kv_heads",

@@ -14,30 +14,21 @@ from pathlib import Path
 from absl import flags, logging
 
 from dmc_jax import commands
-from dmc_jax.checkpoints.models import find_model
 from dmc_jax.data.chat import encode_chat
 from dmc_jax.data.tokenizer import encode_prompt
 from dmc_jax.errors import UserError
 from dmc_jax.inference import compiling
 from dmc_jax.inference.engine import Engine
+from dmc_jax.inference.engine_flags import EngineFlags
 from dmc_jax.inference.output import EXISTING, Output, as_json, check_output, results_file
-from dmc_jax.inference.pages import KV_DTYPES
-from dmc_jax.inference.prompts import PromptLine, parse_bytes, read_prompts, read_text
+from dmc_jax.inference.prompts import PromptLine, read_prompts, read_text
 from dmc_jax.inference.requests import Event, Result, check_text
 from dmc_jax.inference.sampling import SamplingParams
-from dmc_jax.policies.choice import BUDGETED, POLICIES
 
-_DEMO_RUN = Path("runs/tiny_4x")  # what `make demo-train` makes
 _INTERRUPTED = 130  # the exit code
 _MOST_SEQUENCES = 64  # at a time; the bytes of the cache are the limit that counts
 
-_CHECKPOINT = flags.DEFINE(
-    commands.PATH,
-    "checkpoint",
-    None,
-    "A run's directory, a stage of it, a step, the folder of a Hugging Face, Meta or Megatron "
-    "checkpoint, or a GGUF file; default: the run of `make demo-train`.",
-)
+_ENGINE = EngineFlags()
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.")
 _PROMPT_FILE = flags.DEFINE(commands.PATH, "prompt_file", None, "File whose text is the prompt.")
 _PROMPTS = flags.DEFINE(
@@ -55,33 +46,6 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likely tokens of this
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the output; may be given again.")
 _STREAM = flags.DEFINE_bool("stream", True, "Show a single prompt's text as it is made.")
-_KV_BYTES = flags.DEFINE_string("kv_bytes", "2GiB", "Keys and values in the cache, at most.")
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Slots per page: 8, 16, 32, ...")
-_WINDOW = flags.DEFINE_integer(
-    "window", None, "Merge window in tokens, 0: unlimited; default: that of training."
-)
-_POLICY = flags.DEFINE_enum(
-    "policy", None, list(POLICIES), "What the cache keeps; default: what the model was trained for."
-)
-_BUDGET = flags.DEFINE_integer(
-    "budget", None, f"Slots of a row, with --policy={'|'.join(BUDGETED)}; with --ratio, the least."
-)
-_THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "Logit above which DMC merges or gates drop; default: that of training."
-)
-_GATES = flags.DEFINE(
-    commands.PATH,
-    "gates",
-    None,
-    "File of gates, or the name of some that come along: they make a pretrained model compress as "
-    "it is.",
-)
-_RATIO = flags.DEFINE_float(
-    "ratio", None, "Tokens per slot of gates, of a budget that grows, or of --policy=stride."
-)
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Tokens of a prompt and its continuation at most; default: the model's."
-)
 _SPECIAL_TOKENS = flags.DEFINE_bool(
     "special_tokens", False, "Take special tokens that a text spells, such as </s>, as such."
 )
@@ -93,28 +57,6 @@ _EXISTING = flags.DEFINE_enum(
     EXISTING,
     "What to do with an --output that is there; it is replaced once the new one is complete.",
 )
-_TOKENIZER = flags.DEFINE(
-    commands.PATH,
-    "tokenizer",
-    None,
-    "Its file, where it did not come along or is no longer where it was.",
-)
-_ADD_BOS = flags.DEFINE_bool(
-    "add_bos", None, "Whether prompts begin with BOS; default: as the model's files say."
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16"],
-    "Of the computation; default: that of the checkpoint, but float32 on a CPU.",
-)
-_KV_DTYPE = flags.DEFINE_enum(
-    "kv_dtype",
-    None,
-    KV_DTYPES,
-    "Of keys and values in the cache, int8 with a scale for each; default: that of the "
-    "computation.",
-)
 
 
 def main() -> int:
@@ -123,26 +65,9 @@ def main() -> int:
     output, lines = _output(), _prompts()
     compiling.keep_programs()
     compiling.show_compiling()
-    model = find_model(_checkpoint())
-    commands.show_notes(model.notes)
-    engine = Engine.from_checkpoint(
-        model,
-        kv_bytes=parse_bytes(_KV_BYTES.value),
-        max_sequences=min(len(lines), _MOST_SEQUENCES),
-        policy=_POLICY.value,
-        tokenizer=_TOKENIZER.value,
-        page_size=_PAGE_SIZE.value,
-        max_length=_MAX_LENGTH.value,
-        window=_WINDOW.value,
-        budget=_BUDGET.value,
-        threshold=_THRESHOLD.value,
-        gates=_GATES.value,
-        ratio=_RATIO.value,
-        add_bos=_ADD_BOS.value,
-        dtype=_DTYPE.value,
-        kv_dtype=_KV_DTYPE.value,
-    )
-    ask = functools.partial(_ask, engine, Path(_TOKENIZER.value or model.tokenizer))
+    model = _ENGINE.find()
+    engine = _ENGINE.engine(model, min(len(lines), _MOST_SEQUENCES))
+    ask = functools.partial(_ask, engine, _ENGINE.tokenizer(model))
     with results_file(output) as write:
         code = _decode(engine, lines, ask, write)
         if code == _INTERRUPTED and output and output.path.exists() and not output.is_stream:
@@ -237,14 +162,6 @@ def _prompts() -> list[PromptLine]:
         check_text(_PROMPT.value)  # bytes of a command line need not be a text
         return [PromptLine(_PROMPT.value, params)]
     return [PromptLine(read_text(_PROMPT_FILE.value, "the prompt"), params)]
-
-
-def _checkpoint() -> str | Path:
-    if _CHECKPOINT.value is None and not _DEMO_RUN.is_dir():
-        raise UserError(
-            f"no --checkpoint, and no run of the demo in {_DEMO_RUN}: `make demo-train` makes one"
-        )
-    return _CHECKPOINT.value or _DEMO_RUN
 
 
 def _output() -> Output | None:

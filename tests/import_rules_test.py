@@ -1,5 +1,6 @@
 """The layers of the house: what a module reaches through its imports, and no room too long.
 
+    doors -> serving -> inference
     doors -> {training, inference, interop, evaluation, baselines}
           -> checkpoints -> policies -> {model, data, pallas_kernels} -> core
 
@@ -23,7 +24,7 @@ PRODUCT = ("dmc_jax", "pallas_kernels", "benchmarks", "experiments", "configs")
 SOURCES = (*PRODUCT, "tests")
 MAX_LINES = 420
 
-FLOWS = {"training", "inference", "interop", "evaluation", "baselines"}
+FLOWS = {"training", "inference", "interop", "evaluation", "baselines", "serving"}
 COMMON = {"package", "config", "errors", "fields", "files", "commands"}
 MODEL = COMMON | {"model", "pallas_kernels", "core"}
 DATA = COMMON | {"data", "core"}
@@ -36,6 +37,7 @@ MAY_REACH = {
     "door": LIBRARY,
     **{flow: CHECKPOINTS | {flow} for flow in FLOWS},
     "training": CHECKPOINTS | {"training", "evaluation"},
+    "serving": CHECKPOINTS | {"inference", "serving"},  # and no engine knows that it is served
     "checkpoints": CHECKPOINTS,
     "policies": POLICIES,
     "model": MODEL,
@@ -204,6 +206,7 @@ GOOD_TREE = {
     "dmc_jax/training/loop.py": "from . import step\nfrom ..evaluation import perplexity",
     "dmc_jax/training/step.py": "import optax\nfrom pallas_kernels import plan",
     "dmc_jax/inference/engine.py": "import dmc_jax.checkpoints.models\nfrom dmc_jax import errors",
+    "dmc_jax/serving/app.py": "import starlette\nfrom dmc_jax.inference import engine",
     "dmc_jax/interop/direct.py": "from dmc_jax.checkpoints.models import f",
     "dmc_jax/evaluation/perplexity.py": "from dmc_jax.policies import dmc",
     "pallas_kernels/__init__.py": "",
@@ -243,6 +246,7 @@ BAD_FILES = [
     ("training/bad.py", "import dmc_jax.inference.engine", "training may not reach dmc_jax.inf"),
     ("training/bad.py", "import dmc_jax.interop.direct", "training may not reach dmc_jax.interop"),
     ("inference/bad.py", "from ..training import step", "inference may not reach dmc_jax.training"),
+    ("inference/bad.py", "import dmc_jax.serving.app", "inference may not reach dmc_jax.serving"),
     ("evaluation/bad.py", "import dmc_jax.training.step", "evaluation may not reach dmc_jax.tr"),
     ("interop/bad.py", "import dmc_jax.inference.engine", "interop may not reach dmc_jax.infer"),
     ("training/bad.py", "from dmc_jax import train", "training may not reach dmc_jax.train"),

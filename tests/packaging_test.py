@@ -40,7 +40,13 @@ def the_installed_package_works_from_any_folder_test(tmp_path):
         shutil.copytree(ROOT / name, source / name)
     (source / "dmc_jax/gates").mkdir(exist_ok=True)
     (source / "dmc_jax/gates/some_dms.safetensors").write_bytes(b"gates")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "requirements.txt",
+        "requirements-serve.txt",
+    ):
         shutil.copy(ROOT / name, source / name)
     pip = [
         sys.executable,

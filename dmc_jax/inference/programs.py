@@ -18,11 +18,13 @@ from dmc_jax.inference.paged_cache import PagedCache, pages_for_one_token, pages
 from dmc_jax.inference.prefill import chunk_width, read_chunk
 from dmc_jax.inference.requests import Request, Usage
 from dmc_jax.inference.sampling import (
+    Chosen,
     SamplingArrays,
     SamplingParams,
     sample,
     stack_params,
     token_keys,
+    with_logprobs,
 )
 from dmc_jax.inference.snapshot import copy_in
 from dmc_jax.policies.policy import Policy
@@ -124,7 +126,7 @@ def read_prompts(
     chunk: int,
     policy: Policy,
     dtype: str,
-) -> tuple[Batch, Int[Array, " B"]]:
+) -> tuple[Batch, Chosen]:
     """Read some tokens more of sequences, what they have said included, in one pass.
 
     Args:
@@ -235,7 +237,7 @@ def next_tokens(
     *,
     policy: Policy,
     dtype: str,
-) -> tuple[Batch, Int[Array, " seats"], Tally]:
+) -> tuple[Batch, Chosen, Tally]:
     """Read one token of every active sequence and choose the one after it.
 
     Args:
@@ -333,14 +335,15 @@ def choose_tokens(
     logits: Float[Array, "seats V"],
     sampling: SamplingArrays,
     index: Int[Array, " seats"],
-) -> tuple[Bool[Array, "seats V"], Int[Array, " seats"]]:
+) -> tuple[Bool[Array, "seats V"], Chosen]:
     """Choose a token after every sequence; see `next_tokens`.
 
     Returns:
         (tokens seen, the chosen ones among them; the chosen tokens).
     """
     chosen = sample(logits, sampling, token_keys(sampling.seed, index), seen)
-    return seen.at[jnp.arange(chosen.size), chosen].set(True), chosen
+    seen = seen.at[jnp.arange(chosen.size), chosen].set(True)
+    return seen, with_logprobs(chosen, logits) if sampling.logprobs else Chosen(chosen)
 
 
 @functools.partial(jax.jit, donate_argnames="batch")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dmc_jax.data.tokenizer import Tokenizer, encode_prompt, end_ids
 from dmc_jax.errors import UserError
 from dmc_jax.inference.compiling import working_seconds
-from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.inference.sampling import SamplingParams, TokenLogprob
 from dmc_jax.inference.snapshot import CachedRows, Snapshot
 from dmc_jax.inference.text import TextState, begin_text, cut_at_stop, end_text, extend_text
 
@@ -44,6 +44,7 @@ class Result:
     dense_cache_bytes: int
     seconds_to_first_token: float | None  # from `submit` or `resume`: with the time in the queue
     tokens_per_second: float  # from it to the last but for compiling; 0 with fewer than two
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of tokens since `submit` or `resume`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Event:
     text: str  # that is certain now; the parts join to the text of the result
     finish_reason: str | None = None
     result: Result | None = None  # with the finish reason
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of the tokens, where `params` asked
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,6 +72,7 @@ class Request:
     seat: int | None = None  # in the cache; None: it waits
     tokens: list[int] = dataclasses.field(default_factory=list)
     parts: list[str] = dataclasses.field(default_factory=list)  # of the text
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)  # where asked for
     first_time: float | None = None  # of the first token
     first_work: float = 0.0  # when that was, by the clock that stands still for compiling
     last_work: float = 0.0  # and when the newest was
@@ -124,7 +127,9 @@ def new_request(
     return Request(
         prompt=prompt,
         params=settle(params),
-        stop_ids=frozenset((*end_ids(tokenizer), *params.stop_token_ids)),
+        stop_ids=frozenset(
+            (*(() if params.ignore_eos else end_ids(tokenizer)), *params.stop_token_ids)
+        ),
         text=begin_text(tokenizer, prompt),
         submitted=time.perf_counter(),
     )
@@ -203,13 +208,16 @@ def resumed_request(
     return request
 
 
-def take_token(request: Request, token: int, tokenizer: Tokenizer) -> Event:
+def take_token(
+    request: Request, token: int, tokenizer: Tokenizer, logprob: TokenLogprob | None = None
+) -> Event:
     """Let a sequence have its next token.
 
     Args:
         request: is changed.
         token: the id.
         tokenizer: of the text.
+        logprob: the token's, where `params` asked for it.
 
     Returns:
         What to tell the user; with a finish reason if this was the end.
@@ -220,13 +228,18 @@ def take_token(request: Request, token: int, tokenizer: Tokenizer) -> Event:
     if token in request.stop_ids:
         return finish(request, "stop", tokenizer)
     request.tokens.append(token)
+    request.logprobs += () if logprob is None else (logprob,)
     request.text, ready, stopped = extend_text(tokenizer, request.text, token, request.params.stop)
     request.parts.append(ready)
     if stopped:
         return _ended(request, "stop", (token,), ready)
     if len(request.tokens) == request.params.max_new_tokens:
         return finish(request, "length", tokenizer, (token,), ready)
-    return Event(request.id, (token,), ready)
+    return Event(request.id, (token,), ready, logprobs=_newest_logprob(request))
+
+
+def _newest_logprob(request: Request) -> tuple[TokenLogprob, ...] | None:
+    return None if request.params.logprobs is None else tuple(request.logprobs[-1:])
 
 
 def finish(
@@ -266,5 +279,8 @@ def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) ->
         dense_cache_bytes=request.usage.dense_bytes,
         seconds_to_first_token=None if first is None else first - request.submitted,
         tokens_per_second=more / took if more > 0 and took > 0 else 0.0,
+        logprobs=None if request.params.logprobs is None else tuple(request.logprobs),
     )
-    return Event(request.id, tokens, text, reason, result)
+    return Event(
+        request.id, tokens, text, reason, result, _newest_logprob(request) if tokens else None
+    )

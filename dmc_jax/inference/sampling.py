@@ -4,7 +4,7 @@ import dataclasses
 import json
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,14 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from dmc_jax.errors import UserError
 
 _SHOWN = 80  # characters of a bad value
+MOST_LOGPROBS = 20  # tokens beside a chosen one
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How to continue one sequence, what its cache keeps, and when to stop.
 
-    A token must pass `top_k`, then `top_p` among those, then `min_p`. EOS always ends a sequence.
+    A token must pass `top_k`, then `top_p` among those, then `min_p`. EOS ends a sequence.
     How much is merged or dropped, `ratio` or `threshold` says; without either, the engine's policy.
     """
 
@@ -33,6 +34,8 @@ class SamplingParams:
     seed: int = 0  # with the index of a token, all that its draw depends on
     stop: tuple[str, ...] = ()  # strings that end the text, themselves not part of it
     stop_token_ids: tuple[int, ...] = ()  # tokens that do, besides EOS
+    ignore_eos: bool = False  # go on after it
+    logprobs: int | None = None  # report each token's, and those of so many likely ones beside it
     ratio: float | None = None  # tokens per slot to come to, looked up in the engine's gates
     threshold: float | None = None  # or the logit above which a token is merged or dropped
 
@@ -60,6 +63,10 @@ class SamplingParams:
         require("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
         require("stop", _all(self.stop, _is_text), 'a list of texts, none empty, such as ["END"]')
         require("stop_token_ids", _all(self.stop_token_ids, _is_whole), "a list of token ids")
+        require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        logprobs = 0 if self.logprobs is None else self.logprobs
+        known = _is_whole(logprobs) and 0 <= logprobs <= MOST_LOGPROBS
+        require("logprobs", known, f"0 to {MOST_LOGPROBS} likely tokens beside each")
         for name, least, expected in (
             ("ratio", 1, "tokens per slot, 1 or more"),
             ("threshold", -np.inf, "a logit, such as 0 (even odds)"),
@@ -112,6 +119,7 @@ class SamplingArrays:
     seed: UInt32[Array, " B"]
     draws: bool = dataclasses.field(metadata={"static": True})  # some temperature is above 0
     limits: bool = dataclasses.field(metadata={"static": True})  # and has top-k, top-p or min-p
+    logprobs: bool = dataclasses.field(metadata={"static": True})  # some sequence reports them
 
 
 _DTYPES = {"top_k": np.int32, "seed": np.uint32}
@@ -127,10 +135,52 @@ def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
         },
         draws=bool(drawn),
         limits=any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in drawn),
+        logprobs=any(one.logprobs is not None for one in params),
     )
 
 
 # ---- the next token ---------------------------------------------------------------------------
+
+
+class TokenLogprob(NamedTuple):
+    """How likely a token was to the model itself, whatever it was drawn by."""
+
+    logprob: float  # nats
+    likely: tuple[tuple[int, float], ...]  # ids and theirs, the likeliest first
+
+
+class Chosen(NamedTuple):
+    """A token for each of B sequences, and where some sequence reports them, log-probabilities."""
+
+    tokens: Int[Array, " B"]
+    logprobs: Float[Array, " B"] | None = None
+    likely: Int[Array, "B n"] | None = None  # ids, the likeliest first
+    of_likely: Float[Array, "B n"] | None = None
+
+    def logprob(self, place: int, count: int | None) -> TokenLogprob | None:
+        """Say how likely one token was, from NumPy arrays.
+
+        Args:
+            place: of the sequence.
+            count: of likely tokens beside it; None: it does not report them.
+        """
+        if count is None:
+            return None
+        likely = self.likely[place, :count].tolist(), self.of_likely[place, :count].tolist()
+        return TokenLogprob(float(self.logprobs[place]), tuple(zip(*likely, strict=True)))
+
+
+def with_logprobs(tokens: Int[Array, " B"], logits: Float[Array, "B V"]) -> Chosen:
+    """Add the log-probabilities of tokens and of the likeliest ones: the log-softmax of the logits.
+
+    Args:
+        tokens: that were chosen.
+        logits: of the model.
+    """
+    of_all = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    of_likely, likely = jax.lax.top_k(of_all, min(MOST_LOGPROBS, logits.shape[-1]))
+    own = jnp.take_along_axis(of_all, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
+    return Chosen(tokens, own, likely.astype(jnp.int32), of_likely)
 
 
 def token_keys(seeds: UInt32[Array, " B"], index: Int[Array, " B"]) -> Key[Array, " B"]:

@@ -24,6 +24,7 @@ from dmc_jax.inference import programs
 from dmc_jax.inference.prefill import check_chunk, chunk_width, usual_chunk
 from dmc_jax.inference.programs import Tally
 from dmc_jax.inference.requests import Event, Request, finish, take_token
+from dmc_jax.inference.sampling import Chosen
 from dmc_jax.inference.snapshot import CachedRows, copy_out
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.policy import Policy
@@ -212,7 +213,9 @@ class Scheduler:
                 continue
             self._batch, self._counts = programs.put_back(self._config, self._batch, request), None
             if not self._sent_away(request):
-                request.rows = None
+                at, request.rows = request.rows.position, None
+                if not request.tokens or at < len(request.prompt) + len(request.tokens) - 1:
+                    self._unread[request] = at  # the snapshot had less than it is to have
 
     def _fits(self, request: Request) -> bool | np.bool_:
         if not self.running():
@@ -262,13 +265,14 @@ class Scheduler:
         self._batch, chosen = programs.read_prompts(
             *(self._params, self._config, self._batch, parts), chunk=self._chunk, **self._options()
         )
-        for (request, begin), token in zip(parts, jax.device_get(chosen), strict=True):
+        chosen = jax.device_get(chosen)
+        for place, (request, begin) in enumerate(parts):
             if request not in self._unread or self._sent_away(request):
                 continue
             self._unread[request] = begin + self._chunk
             if self._unread[request] >= len(request.prompt) + len(request.tokens):
                 del self._unread[request]
-                self._take(request, int(token))
+                self._take(request, chosen, place)
 
     def _sent_away(self, request: Request) -> bool:
         """Let a sequence wait that found no pages in the cache, and the younger ones behind it."""
@@ -308,9 +312,10 @@ class Scheduler:
                 # There was room for all but a single sequence, which has the whole pool.
                 self.end(request, "pages")
             else:
-                self._take(request, int(chosen[request.seat]))
+                self._take(request, chosen, request.seat)
 
-    def _take(self, request: Request, token: int) -> None:
+    def _take(self, request: Request, chosen: Chosen, place: int) -> None:
+        token = int(chosen.tokens[place])
         if token < 0:
             self._leave(request)  # others can go on
             raise RunFailure(
@@ -319,6 +324,7 @@ class Scheduler:
                 f"that {self._dtype} cannot compute with"
             )
         request.usage = programs.usage(self._batch.cache, self._counts, request.seat)
-        self._events.append(take_token(request, token, self._tokenizer))
+        logprob = chosen.logprob(place, request.params.logprobs)
+        self._events.append(take_token(request, token, self._tokenizer, logprob))
         if self._events[-1].finish_reason:
             self._leave(request)

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,9 @@ from dmc_jax.files import appears_when_complete
 from dmc_jax.inference.paged_cache import PagedCache, fitted, pages_of, reserve
 from dmc_jax.inference.pages import Pages
 from dmc_jax.inference.sampling import SamplingParams
+from dmc_jax.policies.choice import POLICIES
+
+_CUT = {name for name, policy in POLICIES.items() if policy.observers}  # prompts, at their ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,28 @@ class Snapshot:
     tokens: tuple[int, ...]  # new ones so far
     params: SamplingParams  # with the threshold that it runs by
     rows: CachedRows | None  # of all tokens but the last; None: it was not in the cache
+
+    def followed_by(self, prompt: Sequence[int]) -> "Snapshot":
+        """Let what is in the cache be the beginning of a prompt, which is read on from there.
+
+        Args:
+            prompt: ids that begin with all tokens that the rows hold.
+
+        Returns:
+            What `Engine.resume` takes: nothing of the prompt is said yet.
+
+        Raises:
+            UserError: the snapshot has no rows, or rows of other tokens; or its policy cuts a
+                prompt at its end, which moves.
+        """
+        if self.rows is None:
+            raise UserError("the snapshot is of a sequence that was not in the cache")
+        if self.model["policy"]["name"] in _CUT:
+            raise UserError(f"policy {self.model['policy']['name']} cuts a prompt once, at its end")
+        held = (*self.prompt, *self.tokens)[: self.rows.position]
+        if len(prompt) <= len(held) or tuple(prompt[: len(held)]) != held:
+            raise UserError(f"the prompt does not begin with the {len(held)} tokens that are held")
+        return dataclasses.replace(self, prompt=tuple(prompt), tokens=())
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a file, a NumPy archive without pickles.

@@ -689,6 +689,48 @@ def a_fork_may_go_on_in_another_way_and_harms_nobody_test(roomy):
     assert all(tokens[:5] == first[0][:5] for tokens, *_ in rest)
 
 
+def a_prompt_that_goes_on_where_a_snapshot_ends_is_read_from_there_test(
+    tiny_model, alone, monkeypatch
+):
+    engine = build_engine(tiny_model, pages=10_000)
+    [first] = some_prompts(1, seed=3)
+    params = greedy(40, ignore_eos=True)
+    sequence = engine.submit(first, params)
+    said = []
+    while len(said) < 9:
+        said += [token for event in engine.step() for token in event.tokens]
+    snapshot = engine.snapshot(sequence)
+    engine.cancel(sequence)
+    held = snapshot.rows.position
+    assert held == len(first) + len(said) - 1
+    read, begins = programs.read_prompts, []
+    monkeypatch.setattr(
+        programs,
+        "read_prompts",
+        lambda *args, **options: (
+            begins.extend(begin for _, begin in args[3]),
+            read(*args, **options),
+        )[1],
+    )
+    for more in ([*said[-1:], 7, 8, 9, 10], said[-1:]):
+        prompt = [*first, *said[:-1], *more]
+        asked = [greedy(12), SamplingParams(12, seed=5, logprobs=0)]
+        results = []
+        for one in asked:
+            next_turn = engine.resume(snapshot.followed_by(prompt), one)
+            results += results_of(engine, next_turn)
+        assert begins == [held] * 2
+        assert results == [what_was_said(result) for result in alone([prompt] * 2, asked)]
+        begins.clear()
+    with pytest.raises(UserError, match=f"does not begin with the {held} tokens"):
+        snapshot.followed_by([*first, *said[:-1]])
+    with pytest.raises(UserError, match="not in the cache"):
+        dataclasses.replace(snapshot, rows=None).followed_by(prompt)
+    cuts = {**snapshot.model, "policy": {"name": "snapkv"}}
+    with pytest.raises(UserError, match="snapkv cuts a prompt"):
+        dataclasses.replace(snapshot, model=cuts).followed_by(prompt)
+
+
 def a_snapshot_of_a_sequence_that_waits_is_read_again_test(tiny_model, alone, departures):
     prompts, params = some_prompts(6, seed=4, longest=10), [greedy(20)] * 6
     engine = build_engine(tiny_model, pages=TINY)
@@ -740,6 +782,35 @@ def logits_that_are_no_numbers_end_their_sequence_with_an_error_test(tiny_model)
     assert [result.tokens for result in results] == [alone[0].tokens]
 
 
+def log_probabilities_are_those_of_the_model_whoever_asked_for_them_test(tiny_model, alone):
+    engine, prompts = build_engine(tiny_model, pages=TINY), some_prompts(5, seed=8, longest=10)
+    asked = [None, 0, 3, 20, None]
+    params = [SamplingParams(12, temperature=1.5, seed=n, logprobs=x) for n, x in enumerate(asked)]
+    parts = {}
+    results = {}
+    for event in engine.stream(prompts, params):
+        assert (event.logprobs is None) == (asked[event.sequence] is None or not event.tokens)
+        parts[event.sequence] = (*parts.get(event.sequence, ()), *(event.logprobs or ()))
+        results[event.sequence] = event.result
+    results = [results[n] for n in range(5)]
+    plain = alone(prompts, [dataclasses.replace(one, logprobs=None) for one in params])
+    assert list(map(what_was_said, results)) == list(map(what_was_said, plain))
+    said = [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)]
+    expected = jax.nn.log_softmax(what_follows(said, tiny_model).logits, axis=-1)
+    for row, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        if asked[row] is None:
+            assert result.logprobs is None
+            continue
+        assert result.logprobs == parts[row] and len(result.logprobs) == len(result.tokens)
+        of_tokens = expected[row, len(prompt) - 1 :]
+        for token, of_all, one in zip(result.tokens, of_tokens, result.logprobs, strict=False):
+            np.testing.assert_allclose(one.logprob, of_all[token], atol=1e-4)
+            ids, values = [x for x, _ in one.likely], [x for _, x in one.likely]
+            assert len(ids) == len(set(ids)) == asked[row]
+            np.testing.assert_allclose(values, np.sort(of_all)[::-1][: asked[row]], atol=1e-4)
+            np.testing.assert_allclose(values, of_all[np.array(ids, int)], atol=1e-4)
+
+
 def every_eos_ends_a_text_test(tiny_model):
     class TwoEnds(Pieces):
         eos_ids = (2, 30)
@@ -755,3 +826,6 @@ def every_eos_ends_a_text_test(tiny_model):
     [went_on] = Engine(certain, config, Pieces(), **options).generate([[1, 5]], greedy)
     assert (ended.finish_reason, ended.tokens) == ("stop", ())
     assert (went_on.finish_reason, went_on.tokens) == ("length", (30,) * 5)
+    endless = dataclasses.replace(greedy, ignore_eos=True)
+    [ignored] = Engine(certain, config, TwoEnds(), **options).generate([[1, 5]], endless)
+    assert (ignored.finish_reason, ignored.tokens) == ("length", (30,) * 5)

@@ -4,13 +4,10 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmc_jax.checkpoints.gates import Measured, StoredGates
 from dmc_jax.core.dmc import DMCSettings
-from dmc_jax.core.gates import Gates
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.inference.engine import Engine
@@ -18,9 +15,9 @@ from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.snapshot import load_snapshot
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
-from dmc_jax.policies.dms import DMS
+from tests.tiny_llama import some_gates
 
-ROWS, PAGE, SEATS, WIDTH = 4, 8, 3, 32  # of the tiny model
+ROWS, PAGE, SEATS = 4, 8, 3  # of the tiny model
 TOLERANCE = 2e-5  # of keys and values of size 1
 
 
@@ -34,14 +31,6 @@ class Ids(Tokenizer):
 
     def decode(self, ids):
         return " ".join(map(str, ids))
-
-
-def some_gates():
-    rng = np.random.default_rng(3)
-    arrays = np.zeros((2, WIDTH)), np.ones((2, WIDTH)), rng.normal(0, 0.3, (ROWS, WIDTH))
-    gates = Gates(*(jnp.asarray(x, jnp.float32) for x in (*arrays, rng.normal(size=ROWS))))
-    table = ((9.0, 1.0), (0.5, 1.5), (-0.5, 2.0), (-2.0, 3.0))
-    return StoredGates(DMS(gates, 9.0, delay=4), "", tuple(Measured(*x) for x in table), {})
 
 
 GATES = some_gates()
