@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dmc_jax.config import MeshConfig
 from dmc_jax.errors import UserError
@@ -54,28 +54,64 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _axes_of(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...] | None:
+    """The mesh axis of each of an array's dimensions, as the table has it; None: no rule."""
+    for pattern, axes in RULES:
+        if re.search(rf"(^|/){pattern}$", path) and len(shape) >= len(axes):
+            return (None,) * (len(shape) - len(axes)) + axes
+    return None
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The rule for one array; an axis that does not divide its dimension is left out of it.
 
-    So two KV heads on four tensor devices are replicated rather than refused.
+    So two KV heads on four tensor devices are replicated rather than refused. Training refuses
+    what is not meant so: `check_divisible`.
 
     Args:
         path: slash-separated path of the leaf.
         shape: of the array; leading dimensions beyond the rule (stacked layers) are replicated.
         mesh: gives the axis sizes.
     """
-    for pattern, axes in RULES:
-        if re.search(rf"(^|/){pattern}$", path) and len(shape) >= len(axes):
-            leading = len(shape) - len(axes)
-            fitting = [
-                axis if axis and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(axes, shape[leading:], strict=True)
-            ]
-            return PartitionSpec(*[None] * leading, *fitting)
-    return PartitionSpec()
+    axes = _axes_of(path, shape)
+    if axes is None:
+        return PartitionSpec()
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
+    )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def check_divisible(params: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Refuse a mesh over which parameters would not be split, but lie on every device in full.
+
+    KV heads that are fewer than the devices of `tensor` are meant to.
+
+    Args:
+        params: tree of arrays or shapes.
+        mesh: gives the axis sizes.
+
+    Raises:
+        UserError: an axis does not divide a dimension; it names the parameter.
+    """
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = leaf_path(keys)
+        for axis, size in zip(_axes_of(path, leaf.shape) or (), leaf.shape, strict=False):
+            devices = mesh.shape[axis] if axis else 1
+            if re.search(r"(^|/)[kv]/kernel$", path) and axis == "tensor" and size < devices:
+                continue
+            if size % devices:
+                sizes = " x ".join(map(str, leaf.shape))
+                raise UserError(
+                    f"mesh: {size} of the parameter {path} ({sizes}) cannot be split over {axis} "
+                    f"{devices}: every device would hold it in full; choose a divisor of {size} "
+                    f"for --config.mesh.{axis}"
+                )
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A `NamedSharding` for every leaf of a tree of arrays or shapes."""
 
     def of(path, leaf):
@@ -84,7 +120,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def with_shardings(abstract: Any, mesh: Mesh) -> Any:
+def with_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shapes of a tree, with where each leaf belongs."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -13,7 +13,8 @@ from dmc_jax.data.loader import evaluation_batches, training_batches
 from dmc_jax.data.prepared import MANIFEST, PreparedData, open_data, read_manifest
 from dmc_jax.errors import Checklist, UserError
 from dmc_jax.model.causal_attention import choose_attention
-from dmc_jax.model.sharding import make_mesh
+from dmc_jax.model.llama import abstract_params
+from dmc_jax.model.sharding import check_divisible, make_mesh
 from dmc_jax.training import metrics, starts
 from dmc_jax.training.closed_form import FEWEST
 
@@ -146,6 +147,7 @@ def _tokenizer_flag(run: RunConfig, start: StoredModel | None) -> str:
 
 def _find_mesh(run: RunConfig) -> Mesh:
     mesh = make_mesh(run.mesh)
+    check_divisible(abstract_params(run.model), mesh)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if (run.data.batch // run.accumulation) % shares:
         raise UserError(

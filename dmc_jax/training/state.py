@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from dmc_jax.config import STAGES, ModelConfig, RunConfig
@@ -31,7 +31,7 @@ def state_of(params: Any, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes and shardings of a state; what a checkpoint is restored into."""
     shapes = jax.eval_shape(
