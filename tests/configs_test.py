@@ -28,12 +28,12 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation import perplexity
 from dmc_jax.evaluation.arena_config import ArenaConfig
 from dmc_jax.fields import from_dict
-from dmc_jax.model.sharding import batch_sharding, make_mesh
+from dmc_jax.model.sharding import make_mesh
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.training import gated, stages
 from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.state import abstract_state
+from dmc_jax.training.state import abstract_batch, abstract_state
 from dmc_jax.training.step import make_train_step
 from tests.tiny_llama import build
 
@@ -154,13 +154,6 @@ def a_run_saved_when_every_stage_had_settings_is_read_back_test():
     saved = to_dict(RunConfig.named("7b_8x")) | {"pretrain": to_dict(stage)}
     run = from_dict(RunConfig, json.loads(json.dumps(saved)))
     assert run == dataclasses.replace(RunConfig.named("7b_8x"), pretrain=stage)
-
-
-def abstract_batch(windows, length, mesh):
-    ids = ("tokens", "targets", "positions", "segment_ids")
-    dtypes = {**dict.fromkeys(ids, jnp.int32), "loss_mask": jnp.float32}
-    placed = {"sharding": batch_sharding(mesh)}
-    return {n: jax.ShapeDtypeStruct((windows, length), d, **placed) for n, d in dtypes.items()}
 
 
 @pytest.mark.parametrize(

@@ -29,29 +29,42 @@ def leaf_path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Count the devices along each axis of the mesh that the config asks for.
+
+    Args:
+        config: devices per axis; one axis may be -1 and takes what is left.
+        devices: how many there are.
+
+    Raises:
+        UserError: the product is not that.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    if sizes.count(-1) == 1:
+        known = int(np.prod([s for s in sizes if s != -1]))
+        if known > 0 and devices % known == 0:
+            sizes[sizes.index(-1)] = devices // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != devices:
+        asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+        raise UserError(
+            f"mesh {asked} does not fit {devices} devices: the product must be "
+            f"{devices}; one axis may be -1 to take what is left"
+        )
+    return tuple(sizes)
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Arrange the devices in the mesh that the config asks for.
 
     Args:
-        config: devices per axis; one axis may be -1 and takes what is left.
+        config: as for `mesh_sizes`.
         devices: all of JAX's by default.
 
     Raises:
         UserError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    if sizes.count(-1) == 1:
-        known = int(np.prod([s for s in sizes if s != -1]))
-        if known > 0 and len(devices) % known == 0:
-            sizes[sizes.index(-1)] = len(devices) // known
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
-        asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
-        raise UserError(
-            f"mesh {asked} does not fit {len(devices)} devices: the product must be "
-            f"{len(devices)}; one axis may be -1 to take what is left"
-        )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    return Mesh(np.asarray(devices).reshape(mesh_sizes(config, len(devices))), AXES)
 
 
 def _axes_of(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...] | None:
@@ -129,7 +142,7 @@ def with_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches [B, ...] are split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 

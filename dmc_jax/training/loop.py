@@ -22,9 +22,9 @@ from dmc_jax.config import GATED, MERGING, STAGES, ModelConfig, RunConfig
 from dmc_jax.data.loader import training_batches
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.evaluation.tables import missed_target
-from dmc_jax.model.llama import count_parameters
 from dmc_jax.model.sharding import batch_sharding
 from dmc_jax.training import checks, gated, metrics, ownership, stages, starts
+from dmc_jax.training.flops import model_flops
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import order_seed
 from dmc_jax.training.step import make_train_step
@@ -355,21 +355,9 @@ def _speed(
     """Tokens per second and, where the device's peak is known, model FLOP/s utilisation."""
     rate = steps * run.data.batch * run.data.length / seconds
     beside = stage in GATED and run.gates.model != "all"
-    per_token = _flops(run, run.model, "beside" if beside else "all")
+    per_token = model_flops(run.model, run.data.length, "beside" if beside else "all")
     if teacher is not None:
-        per_token += _flops(run, teacher, "nothing")
+        per_token += model_flops(teacher, run.data.length, "nothing")
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
     return {"tokens_per_second": rate} | ({} if utilisation is None else {"mfu": utilisation})
-
-
-def _flops(run: RunConfig, model: ModelConfig, learns: str) -> float:
-    table = 0 if model.tied_embeddings else model.vocab_size * model.width
-    return metrics.flops_per_token(
-        params_without_embedding=count_parameters(model) - table,
-        layers=model.layers,
-        heads=model.heads,
-        head_dim=model.head_dim,
-        length=run.data.length,
-        learns=learns,
-    )

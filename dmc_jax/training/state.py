@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from dmc_jax.config import STAGES, ModelConfig, RunConfig
 from dmc_jax.model.llama import init_params
-from dmc_jax.model.sharding import shardings, with_shardings
+from dmc_jax.model.sharding import batch_sharding, shardings, with_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +38,17 @@ def abstract_state(
         lambda key: state_of(init_params(config, key), optimizer), jax.random.key(0)
     )
     return with_shardings(shapes, mesh)
+
+
+def abstract_batch(windows: int, length: int, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Shapes and shardings of what a step reads of a batch [windows, length]."""
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    dtypes["loss_mask"] = jnp.float32
+    placed = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((windows, length), dtype, sharding=placed)
+        for name, dtype in dtypes.items()
+    }
 
 
 def key_of(seed: int) -> Array:
