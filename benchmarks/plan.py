@@ -67,8 +67,9 @@ def main() -> int:
                 run = recipe(model, ratio, gpus)
                 plans.append(found | {"name": run.name} | costs(run, found["stage"], machine))
             print(f"{model} on {gpus}: {_cell(found)}", flush=True)
-    FILE.write_text(json.dumps({"command": "python -m benchmarks.plan", "plans": plans}, indent=1))
-    print(table(sorted(plans, key=lambda found: found["gpus"])))
+    report = {"command": "python -m benchmarks.plan", "plans": plans}
+    FILE.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(plans))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Command   python -m dmc_jax.train --config=configs/13b_4x.py --config.init_from=DIR
 Hardware  64 H100 80 GB, mesh fsdp 64, three quarters of their memory.
-Time      about 3 days at 40 % of peak: an estimate by the FLOP count, not a measurement.
+Time      about 3.2 days at 40 % of peak: an estimate by the FLOP count, not a measurement.
 Expected  The paper reports quality kept up to 4x.
 """
 

@@ -2,7 +2,7 @@
 
 Command   python -m dmc_jax.train --config=configs/7b_2x.py --config.init_from=DIR
 Hardware  64 H100 80 GB, mesh fsdp 64, three quarters of their memory.
-Time      about 15 hours at 40 % of peak: an estimate by the FLOP count, not a measurement.
+Time      about 16 hours at 40 % of peak: an estimate by the FLOP count, not a measurement.
 Expected  The paper reports quality kept at 2x.
 """
 

@@ -2,7 +2,7 @@
 
 Command   python -m dmc_jax.train --config=configs/llama3_8b_4x.py --config.init_from=DIR
 Hardware  64 H100 80 GB, mesh fsdp 64, three quarters of their memory.
-Time      about 45 hours at 40 % of peak: an estimate by the FLOP count, not a measurement.
+Time      about 46 hours at 40 % of peak: an estimate by the FLOP count, not a measurement.
 Expected  None: the paper retrofits Llama 2. Rate and schedule are those of the 7B.
 """
 

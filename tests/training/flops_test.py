@@ -15,8 +15,7 @@ def products_of_a_dense_step_are_those_of_its_matrices_and_pairs_test(tiny_run, 
     run = dataclasses.replace(tiny_run, remat=remat, attention="xla", attention_block=block)
     c, T = run.model, run.data.length
     params = abstract_params(c)
-    assert c.tied_embeddings
-    head = params.pop("embedding").size
+    head = params["head"].size
     in_layers = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 2)
     down = params["run_0"]["down"]["kernel"].size
     # What comes after `down` is not needed again. Of a small vocabulary logits are kept.
