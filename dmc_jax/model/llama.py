@@ -301,6 +301,7 @@ def forward(
     return model.apply({"params": params}, tokens, **inputs)
 
 
+@functools.cache
 def abstract_params(config: ModelConfig) -> dict:
     """Shapes and dtypes of the parameters of `init_params`, without making any."""
     return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))

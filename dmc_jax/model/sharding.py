@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dmc_jax.config import MeshConfig
+from dmc_jax.config import MeshConfig, ModelConfig
 from dmc_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -145,6 +145,16 @@ def with_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches [B, ...] are split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def residual_sharding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The residual stream [B, T, D] of training, of which every layer's input is kept.
+
+    Its width is split over tensor where that divides it: products that end in it then scatter
+    their sums instead of giving all of them to all.
+    """
+    width = "tensor" if config.width % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, width))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -33,7 +33,8 @@ _MOST_TENSOR = 8  # devices of a host, beyond which activations would cross the 
 # after `down` is never needed again.
 _GATHERS = 3
 _GATHERS_OF_DOWN = 2
-_SUMS = 5  # of activations over `tensor` in a layer: two forward, one again, two backward
+# Passes of activations over `tensor` in a layer.
+_SCATTERED, _GATHERED = 5, 9
 
 # Fitted: numbers held of a layer's parameters, gathered, and for each token of its width, of its
 # queries, and, where tokens merge, of its keys.
@@ -232,9 +233,10 @@ def estimate(run: RunConfig, stage: str) -> Need:
     keys /= tensor if max(c.kv_heads_by_layer) % tensor == 0 else 1
     numbers = _OF_LAYER * layer + tokens * (_OF_WIDTH * c.width + _OF_QUERIES * queries)
     numbers += tokens * _OF_KEYS * keys * (stage in MERGING)
-    kept = tokens * c.layers * c.width * width  # what enters each layer, for the backward pass
-    once_more = gradients  # of the newest part, before they are added
-    temporaries = once_more + kept + int(numbers * width / 2)
+    split = tensor if c.width % tensor == 0 else 1
+    kept = tokens * c.layers * c.width / split * width  # what enters each layer
+    once_more = gradients if run.accumulation > 1 else 0  # of the newest part, to be added
+    temporaries = once_more + int(kept + numbers * width / 2)
     return Need(parameters, optimizer, gradients, temporaries, _traffic(run, tokens, gradients))
 
 
@@ -251,9 +253,12 @@ def _traffic(run: RunConfig, tokens: int, gradients: int) -> dict[str, int]:
         times = _GATHERS_OF_DOWN if path.endswith("down/kernel") else _GATHERS
         gathered += others * (4 if path == "embedding" else times * width)
         summed += others * 4
-    sums = 2 * _SUMS * run.model.layers * tokens * run.model.width * width * (tensor > 1)
-    sums += 2 * gradients * (data > 1)
-    moved = {"all-gather": gathered, "reduce-scatter": summed, "all-reduce": sums}
+    stream = run.model.layers * tokens * run.model.width * width * (tensor - 1) / tensor
+    moved = {
+        "all-gather": gathered + _GATHERED * stream,
+        "reduce-scatter": summed + _SCATTERED * stream,
+        "all-reduce": 2 * gradients * (data > 1),
+    }
     return {kind: int(run.accumulation * each) for kind, each in moved.items() if each}
 
 

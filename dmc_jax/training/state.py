@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from dmc_jax.config import STAGES, ModelConfig, RunConfig
-from dmc_jax.model.llama import init_params
+from dmc_jax.model.llama import abstract_params, init_params
 from dmc_jax.model.sharding import batch_sharding, shardings, with_shardings
 
 
@@ -34,9 +34,7 @@ def abstract_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes and shardings of a state; what a checkpoint is restored into."""
-    shapes = jax.eval_shape(
-        lambda key: state_of(init_params(config, key), optimizer), jax.random.key(0)
-    )
+    shapes = jax.eval_shape(lambda params: state_of(params, optimizer), abstract_params(config))
     return with_shardings(shapes, mesh)
 
 

@@ -1,16 +1,23 @@
 """A mesh that would leave parameters whole on every device is refused by name."""
 
+import dataclasses
 import re
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import abstract_params
 from dmc_jax.model.presets import PRESETS
-from dmc_jax.model.sharding import AXES, check_divisible, leaf_path, partition_spec
+from dmc_jax.model.sharding import (
+    AXES,
+    check_divisible,
+    leaf_path,
+    partition_spec,
+    residual_sharding,
+)
 
 
 def mesh_of(*sizes):
@@ -33,6 +40,13 @@ def a_mesh_that_does_not_divide_a_parameter_is_refused_by_name_test(model, sizes
     told = re.escape(told).replace(r"\.\*", ".*")
     with pytest.raises(UserError, match=told):
         check_divisible(abstract_params(PRESETS[model]), mesh_of(*sizes))
+
+
+def the_residual_streams_width_is_split_where_it_can_be_test():
+    config, mesh = PRESETS["smollm2_135m"], mesh_of(2, 2, 3)
+    assert residual_sharding(config, mesh).spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    odd = dataclasses.replace(config, width=580)
+    assert residual_sharding(odd, mesh).spec == PartitionSpec(("data", "fsdp"), None, None)
 
 
 @pytest.mark.parametrize(

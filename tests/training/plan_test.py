@@ -55,7 +55,8 @@ def arithmetic_is_near_what_xla_reserves_and_moves_test(model, gpus):
     found = FITTING[model, gpus]
     assert found["by"].startswith("XLA for NVIDIA H100")
     assert found["asked"] == found["fitting"]
-    compare(estimate(on_mesh(named(model, gpus), MeshConfig(), gpus), "retrofit"), found["asked"])
+    run = named(model, gpus)
+    compare(estimate(on_mesh(run, run.mesh, gpus), "retrofit"), found["asked"])
 
 
 def compare(estimated, compiled):
@@ -63,9 +64,10 @@ def compare(estimated, compiled):
     assert -0.03 < estimated.total / compiled["bytes"]["total"] - 1 < 0.125
     for name in ("parameters", "optimizer", "gradients"):
         assert getattr(estimated, name) == compiled["bytes"][name]
-    for kind, size in compiled["bytes_received_a_step"].items():
-        if size > 2**30:
-            assert estimated.moved[kind] == pytest.approx(size, rel=0.06)
+    moved = compiled["bytes_received_a_step"]
+    for kind, size in moved.items():
+        if size > 0.01 * sum(moved.values()):
+            assert estimated.moved[kind] == pytest.approx(size, rel=0.08)
 
 
 @pytest.mark.slow
@@ -170,22 +172,25 @@ def what_plan_knows_nothing_of_is_refused_test():
 def the_command_says_what_fits_and_writes_it_test(tmp_path):
     tiny = "--config=tiny_4x", "--config.compression.distillation=0", "--config.remat=full"
     tiny += ("--nocompile", "--gpus=4")
-    fits, small, indivisible, twice, none = runs_of(
+    fits, none, indivisible, twice = runs_of(
         "plan",
-        [*tiny, f"--output={tmp_path}/plan.json"],
-        [*tiny, "--memory=60MiB", "--memory_fraction=1", "--config.data.batch=64"],
+        [
+            *(*tiny, "--memory=60MiB", "--memory_fraction=1", "--config.data.batch=64"),
+            f"--output={tmp_path}/plan.json",
+        ],
+        [*tiny, "--memory=1MiB"],
         [*tiny, "--mesh=1x1x4", "--config.model.heads=2", "--config.model.kv_heads=2"],
         [*tiny, "--mesh=2x2"],
-        [*tiny, "--memory=1MiB"],
     )
-    assert (fits.returncode, small.returncode, none.returncode) == (0, 0, 1), small.stderr
+    assert (fits.returncode, none.returncode) == (0, 1), fits.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["fitting"] == found["asked"] and found["by"] == "arithmetic"
+    assert found["fitting"]["accumulation"] > found["asked"]["accumulation"] == 1
+    assert found["by"] == "arithmetic" and not found["asked"]["fits"]
     assert found["dollars"] == pytest.approx(found["days"] * 24 * 4 * 2.5)
     mesh = r"mesh data (\d) x fsdp (\d) x tensor (\d), accumulation (\d+)"
-    asked, chosen = re.findall(mesh, small.stdout)
-    assert asked == ("4", "1", "1", "1") and chosen[3] != "1" and "does not fit" in small.stdout
-    assert "nothing fits" in none.stdout
+    asked, chosen = re.findall(mesh, fits.stdout)
+    assert (asked, chosen[:3]) == (("4", "1", "1", "1"), ("1", "4", "1"))
+    assert "does not fit" in fits.stdout and "nothing fits" in none.stdout
     for refused, told in (
         (indivisible, r"error: mesh: 2 of the parameter run_0/o/kernel"),
         (twice, "error: --mesh: expected DATAxFSDPxTENSOR, such as 1x8x1, got '2x2'"),
