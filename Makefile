@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo demo-train test test-all notebooks gpu gpu-quick lint clean
+.PHONY: venv demo demo-train test cuda-plugin test-all notebooks gpu gpu-quick lint clean
 
 venv: $(STAMP)
 
@@ -38,16 +38,19 @@ notebooks: $(STAMP)
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"
 
+# What `plan` compiles with for GPUs that are not here; it finds it there.
+cuda-plugin: $(STAMP)
+	$(VENV_PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda-plugin \
+	  $(foreach package,plugin pjrt,"jax-cuda12-$(package)==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')") \
+	  nvidia-cuda-nvcc-cu12
+
 # With JAX's CUDA plugin jax-triton can be imported, and so its kernels lowered, where there is no GPU;
 # and whole programs are compiled for one that is only described.
 # So they are for a TPU, by the libtpu that JAX asks for.
 # Both lie apart: wherever JAX finds them, they complain on every start that there is none.
 # Here programs are compiled as in real runs; `make test` leaves out LLVM's optimizations.
-test-all: $(STAMP)
+test-all: $(STAMP) cuda-plugin
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
-	$(VENV_PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda-plugin \
-	  $(foreach package,plugin pjrt,"jax-cuda12-$(package)==$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)')") \
-	  nvidia-cuda-nvcc-cu12
 	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
 	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/lowering_test.py \
 	  tests/pallas_kernels/cache_update/compile_test.py tests/pallas_kernels/gpu_program_test.py

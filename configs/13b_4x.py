@@ -1,8 +1,8 @@
 """Llama 2 13B to 4x: 20,250 steps of 1,024 x 4,096 tokens (85B).
 
 Command   python -m dmc_jax.train --config=configs/13b_4x.py --config.init_from=DIR
-Hardware  64 H100 80 GB, mesh fsdp 64 x tensor 1.
-Time      about 3 days at 40 % of peak: an estimate by the FLOP count, not a measurement.
+Hardware  64 H100 80 GB, mesh fsdp 64, three quarters of their memory.
+Time      about 3.2 days at 40 % of peak: an estimate by the FLOP count, not a measurement.
 Expected  The paper reports quality kept up to 4x.
 """
 

@@ -1,8 +1,8 @@
 """Llama 2 7B to 2x: 8,250 steps of 1,024 x 4,096 tokens (35B).
 
 Command   python -m dmc_jax.train --config=configs/7b_2x.py --config.init_from=DIR
-Hardware  64 H100 80 GB, mesh fsdp 64 x tensor 1.
-Time      about 15 hours at 40 % of peak: an estimate by the FLOP count, not a measurement.
+Hardware  64 H100 80 GB, mesh fsdp 64, three quarters of their memory.
+Time      about 16 hours at 40 % of peak: an estimate by the FLOP count, not a measurement.
 Expected  The paper reports quality kept at 2x.
 """
 

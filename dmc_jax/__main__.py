@@ -12,6 +12,7 @@ from pathlib import Path
 # In the order in which a newcomer meets them.
 COMMANDS = (
     "prepare_data",
+    "plan",
     "train",
     "evaluate",
     "decode",

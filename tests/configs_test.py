@@ -28,12 +28,12 @@ from dmc_jax.errors import UserError
 from dmc_jax.evaluation import perplexity
 from dmc_jax.evaluation.arena_config import ArenaConfig
 from dmc_jax.fields import from_dict
-from dmc_jax.model.sharding import batch_sharding, make_mesh
+from dmc_jax.model.sharding import make_mesh
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.training import gated, stages
 from dmc_jax.training.optimizer import make_optimizer
-from dmc_jax.training.state import abstract_state
+from dmc_jax.training.state import abstract_batch, abstract_state
 from dmc_jax.training.step import make_train_step
 from tests.tiny_llama import build
 
@@ -116,11 +116,13 @@ def the_papers_recipe_takes_the_sizes_of_a_checkpoint_test(tmp_path, monkeypatch
         ("7b_9x", "no config named '7b_9x'; name a Python file, or one of 13b_4x, 13b_8x,"),
         ("configs/7b_9x.py", "no file 'configs/7b_9x.py'; name a Python file, or one of 13b_4x"),
         ("paper", "takes paper:MODEL,ratio=R with a model of 7b, 13b, 70b, llama3_8b"),
-        ("paper:7b", "such as paper:7b,ratio=8; got '7b'"),
+        ("paper:7b", "such as paper:7b,ratio=8 or paper:7b,ratio=8,gpus=16; got '7b'"),
         ("paper:8b,ratio=4", "or the path of a checkpoint, and a ratio above 1"),
         ("paper:tests,ratio=4", "no complete checkpoint in tests"),
         ("paper:7b,ratio=1", "a ratio above 1"),
         ("paper:7b,ratio=nan", "got '7b,ratio=nan'"),
+        ("paper:70b,ratio=4,gpus=16", "70b is planned for 64 or 256 GPUs, not 16: `python -m"),
+        ("paper:tests,ratio=4,gpus=8", "tests is planned for no GPUs, not 8: `python -m dmc_jax"),
         ("gates", "gates.py needs arguments"),
         ("gates:none", "no complete checkpoint in none"),
         ("gqa:none", "no complete checkpoint in none"),
@@ -154,13 +156,6 @@ def a_run_saved_when_every_stage_had_settings_is_read_back_test():
     saved = to_dict(RunConfig.named("7b_8x")) | {"pretrain": to_dict(stage)}
     run = from_dict(RunConfig, json.loads(json.dumps(saved)))
     assert run == dataclasses.replace(RunConfig.named("7b_8x"), pretrain=stage)
-
-
-def abstract_batch(windows, length, mesh):
-    ids = ("tokens", "targets", "positions", "segment_ids")
-    dtypes = {**dict.fromkeys(ids, jnp.int32), "loss_mask": jnp.float32}
-    placed = {"sharding": batch_sharding(mesh)}
-    return {n: jax.ShapeDtypeStruct((windows, length), d, **placed) for n, d in dtypes.items()}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from dmc_jax.errors import UserError
-from dmc_jax.model.llama import init_params
+from dmc_jax.model.llama import abstract_params
 from dmc_jax.model.sharding import with_shardings
 from dmc_jax.policies.choice import Trained
 
@@ -73,7 +73,7 @@ class StoredModel:
         Raises:
             UserError: a damaged checkpoint.
         """
-        shapes = jax.eval_shape(lambda key: init_params(self.config, key), jax.random.key(0))
+        shapes = abstract_params(self.config)
         shapes = jax.tree_util.tree_map_with_path(functools.partial(_in_dtype, dtype), shapes)
         if mesh is not None:
             shapes = with_shardings(shapes, mesh)

@@ -225,7 +225,7 @@ class Llama(nn.Module):
 
 
 def init_params(config: ModelConfig, key: Array) -> dict:
-    """Draw fresh float32 parameters; `jax.eval_shape` of it gives the shapes alone."""
+    """Draw fresh float32 parameters; `abstract_params` gives the shapes alone."""
 
     def attend(q, k, v, x, layer, state):  # shapes are all that initialisation needs
         return q, state, None
@@ -302,7 +302,12 @@ def forward(
 
 
 @functools.cache
+def abstract_params(config: ModelConfig) -> dict:
+    """Shapes and dtypes of the parameters of `init_params`, without making any."""
+    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+
+
+@functools.cache
 def count_parameters(config: ModelConfig) -> int:
     """Count the parameters, without making any."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))

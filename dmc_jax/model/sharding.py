@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dmc_jax.config import MeshConfig
+from dmc_jax.config import MeshConfig, ModelConfig
 from dmc_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -29,53 +29,102 @@ def leaf_path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Count the devices along each axis of the mesh that the config asks for.
+
+    Args:
+        config: devices per axis; one axis may be -1 and takes what is left.
+        devices: how many there are.
+
+    Raises:
+        UserError: the product is not that.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    if sizes.count(-1) == 1:
+        known = int(np.prod([s for s in sizes if s != -1]))
+        if known > 0 and devices % known == 0:
+            sizes[sizes.index(-1)] = devices // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != devices:
+        asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+        raise UserError(
+            f"mesh {asked} does not fit {devices} devices: the product must be "
+            f"{devices}; one axis may be -1 to take what is left"
+        )
+    return tuple(sizes)
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Arrange the devices in the mesh that the config asks for.
 
     Args:
-        config: devices per axis; one axis may be -1 and takes what is left.
+        config: as for `mesh_sizes`.
         devices: all of JAX's by default.
 
     Raises:
         UserError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    if sizes.count(-1) == 1:
-        known = int(np.prod([s for s in sizes if s != -1]))
-        if known > 0 and len(devices) % known == 0:
-            sizes[sizes.index(-1)] = len(devices) // known
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
-        asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
-        raise UserError(
-            f"mesh {asked} does not fit {len(devices)} devices: the product must be "
-            f"{len(devices)}; one axis may be -1 to take what is left"
-        )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    return Mesh(np.asarray(devices).reshape(mesh_sizes(config, len(devices))), AXES)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _axes_of(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...] | None:
+    """The mesh axis of each of an array's dimensions, as the table has it; None: no rule."""
+    for pattern, axes in RULES:
+        if re.search(rf"(^|/){pattern}$", path) and len(shape) >= len(axes):
+            return (None,) * (len(shape) - len(axes)) + axes
+    return None
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The rule for one array; an axis that does not divide its dimension is left out of it.
 
-    So two KV heads on four tensor devices are replicated rather than refused.
+    So two KV heads on four tensor devices are replicated rather than refused. Training refuses
+    what is not meant so: `check_divisible`.
 
     Args:
         path: slash-separated path of the leaf.
         shape: of the array; leading dimensions beyond the rule (stacked layers) are replicated.
         mesh: gives the axis sizes.
     """
-    for pattern, axes in RULES:
-        if re.search(rf"(^|/){pattern}$", path) and len(shape) >= len(axes):
-            leading = len(shape) - len(axes)
-            fitting = [
-                axis if axis and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(axes, shape[leading:], strict=True)
-            ]
-            return PartitionSpec(*[None] * leading, *fitting)
-    return PartitionSpec()
+    axes = _axes_of(path, shape)
+    if axes is None:
+        return PartitionSpec()
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
+    )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def check_divisible(params: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Refuse a mesh over which parameters would not be split, but lie on every device in full.
+
+    KV heads that are fewer than the devices of `tensor` are meant to.
+
+    Args:
+        params: tree of arrays or shapes.
+        mesh: gives the axis sizes.
+
+    Raises:
+        UserError: an axis does not divide a dimension; it names the parameter.
+    """
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = leaf_path(keys)
+        for axis, size in zip(_axes_of(path, leaf.shape) or (), leaf.shape, strict=False):
+            devices = mesh.shape[axis] if axis else 1
+            if re.search(r"(^|/)[kv]/kernel$", path) and axis == "tensor" and size < devices:
+                continue
+            if size % devices:
+                sizes = " x ".join(map(str, leaf.shape))
+                raise UserError(
+                    f"mesh: {size} of the parameter {path} ({sizes}) cannot be split over {axis} "
+                    f"{devices}: every device would hold it in full; choose a divisor of {size} "
+                    f"for --config.mesh.{axis}"
+                )
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A `NamedSharding` for every leaf of a tree of arrays or shapes."""
 
     def of(path, leaf):
@@ -84,7 +133,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def with_shardings(abstract: Any, mesh: Mesh) -> Any:
+def with_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shapes of a tree, with where each leaf belongs."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -93,9 +142,19 @@ def with_shardings(abstract: Any, mesh: Mesh) -> Any:
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches [B, ...] are split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def residual_sharding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The residual stream [B, T, D] of training, of which every layer's input is kept.
+
+    Its width is split over tensor where that divides it: products that end in it then scatter
+    their sums instead of giving all of them to all.
+    """
+    width = "tensor" if config.width % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, width))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

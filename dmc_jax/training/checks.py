@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dmc_jax.checkpoints.models import StoredModel
 from dmc_jax.config import RunConfig
@@ -13,7 +13,8 @@ from dmc_jax.data.loader import evaluation_batches, training_batches
 from dmc_jax.data.prepared import MANIFEST, PreparedData, open_data, read_manifest
 from dmc_jax.errors import Checklist, UserError
 from dmc_jax.model.causal_attention import choose_attention
-from dmc_jax.model.sharding import make_mesh
+from dmc_jax.model.llama import abstract_params
+from dmc_jax.model.sharding import check_divisible, make_mesh
 from dmc_jax.training import metrics, starts
 from dmc_jax.training.closed_form import FEWEST
 from dmc_jax.training.spent import profiled_steps
@@ -147,14 +148,28 @@ def _tokenizer_flag(run: RunConfig, start: StoredModel | None) -> str:
 
 def _find_mesh(run: RunConfig) -> Mesh:
     mesh = make_mesh(run.mesh)
+    check_mesh(run, mesh)
+    choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
+    return mesh
+
+
+def check_mesh(run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Refuse a mesh over which a run's parameters or windows cannot be split evenly.
+
+    Args:
+        run: the configuration.
+        mesh: devices, or the sizes of its axes alone.
+
+    Raises:
+        UserError: it names the parameter, or the number of windows.
+    """
+    check_divisible(abstract_params(run.model), mesh)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if (run.data.batch // run.accumulation) % shares:
         raise UserError(
             f"data.batch / accumulation = {run.data.batch // run.accumulation} windows cannot be "
             f"split over {shares} devices (mesh data x fsdp); choose a multiple of {shares}"
         )
-    choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
-    return mesh
 
 
 def _check_name(run: RunConfig) -> None:

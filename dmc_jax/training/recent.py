@@ -13,8 +13,8 @@ from dmc_jax.checkpoints.states import Saver
 from dmc_jax.config import GATED, STAGES, ModelConfig, RunConfig
 from dmc_jax.errors import RunFailure
 from dmc_jax.evaluation.times import MARK
-from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import metrics, stages
+from dmc_jax.training.flops import model_flops
 from dmc_jax.training.spent import Spent
 
 _SCHEDULES = ("learning_rate", "target_ratio")  # of the newest step, not averaged
@@ -140,22 +140,9 @@ def speed(
     """
     rate = steps * run.data.batch * run.data.length / max(seconds, 1e-9)
     beside = stage in GATED and run.gates.model != "all"
-    per_token = flops(run, run.model, "beside" if beside else "all")
+    per_token = model_flops(run.model, run.data.length, "beside" if beside else "all")
     if teacher is not None:
-        per_token += flops(run, teacher, "nothing")
+        per_token += model_flops(teacher, run.data.length, "nothing")
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     utilisation = metrics.mfu(rate, per_token, jax.device_count(), peak)
     return {"tokens_per_second": rate} | ({} if utilisation is None else {"mfu": utilisation})
-
-
-def flops(run: RunConfig, model: ModelConfig, learns: str) -> float:
-    """Count a model's operations a token, by `metrics.flops_per_token`."""
-    table = 0 if model.tied_embeddings else model.vocab_size * model.width
-    return metrics.flops_per_token(
-        params_without_embedding=count_parameters(model) - table,
-        layers=model.layers,
-        heads=model.heads,
-        head_dim=model.head_dim,
-        length=run.data.length,
-        learns=learns,
-    )

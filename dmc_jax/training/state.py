@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from dmc_jax.checkpoints.run_directory import CheckpointRef
 from dmc_jax.checkpoints.states import describe_mismatch, load_state
 from dmc_jax.config import STAGES, ModelConfig, RunConfig
 from dmc_jax.core.guard import Guard, fresh_guard, judge
-from dmc_jax.model.llama import init_params
-from dmc_jax.model.sharding import shardings, with_shardings
+from dmc_jax.model.llama import abstract_params, init_params
+from dmc_jax.model.sharding import batch_sharding, shardings, with_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -87,13 +87,22 @@ def restore(ref: CheckpointRef, wanted: TrainState) -> TrainState:
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes and shardings of a state; what a checkpoint is restored into."""
-    shapes = jax.eval_shape(
-        lambda key: state_of(init_params(config, key), optimizer), jax.random.key(0)
-    )
+    shapes = jax.eval_shape(lambda params: state_of(params, optimizer), abstract_params(config))
     return with_shardings(shapes, mesh)
+
+
+def abstract_batch(windows: int, length: int, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Shapes and shardings of what a step reads of a batch [windows, length]."""
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    dtypes["loss_mask"] = jnp.float32
+    placed = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((windows, length), dtype, sharding=placed)
+        for name, dtype in dtypes.items()
+    }
 
 
 def key_of(seed: int) -> Array:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dmc_jax.config import MERGING, STAGES, ModelConfig, RunConfig, StageConfig
@@ -16,7 +16,7 @@ from dmc_jax.core.losses import compression_loss, token_losses
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
 from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
-from dmc_jax.model.sharding import shardings
+from dmc_jax.model.sharding import residual_sharding, shardings
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole, decision_means
@@ -241,7 +241,7 @@ def apply_model(run: RunConfig, config: ModelConfig, mesh: Mesh, params, tokens,
         config,
         dtype=jnp.dtype(run.compute_dtype),
         remat=run.remat,
-        sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp"))),
+        sharding=residual_sharding(config, mesh),
         products=jnp.dtype(run.products) if run.products else None,
     )
     return model.apply({"params": params}, tokens, attend=attend)

@@ -13,37 +13,6 @@ import re
 import sys
 from pathlib import Path
 
-# An H100 80GB HBM3, as XLA describes devices to itself. The versions decide what it captures.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  driver_version: "13.0.0"
-  runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA"
-runtime_version { major: 13 }
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
 _LARGE = 2**20  # numbers
 _SEATS = 64  # of the cache that a prompt is read into
 
@@ -71,10 +40,11 @@ def main(program: str, layers: int, ratio: int, size: int, folder: Path) -> None
     from dmc_jax.inference.prefill import attend_chunk
     from dmc_jax.inference.programs import read_tokens
     from dmc_jax.model.presets import PRESETS
+    from dmc_jax.training.absent import H100, KIND
     from tests.pallas_kernels.lowered import on
 
     topology = topologies.get_topology_desc(
-        "", platform="cuda", target_config=_H100, topology="1x1x1"
+        "", platform="cuda", target_config=H100, topology="1x1x1"
     )
     there = SingleDeviceSharding(topology.devices[0])
     config = dataclasses.replace(PRESETS["7b"], layers=layers)
@@ -87,7 +57,7 @@ def main(program: str, layers: int, ratio: int, size: int, folder: Path) -> None
         return put(jax.ShapeDtypeStruct(sizes, dtype))
 
     batch = size if program == "read_tokens" else _SEATS
-    with on("NVIDIA H100 80GB HBM3"):
+    with on(KIND):
         arguments, options, _ = step_shapes(setup, Run(1024, 2048, ratio, batch, None))
         params, config, cache, *others = arguments
         policy = put(options["policy"])

@@ -16,6 +16,7 @@ from dmc_jax.checkpoints.run_directory import latest
 from dmc_jax.config import MeshConfig, RunConfig, StageConfig, named_configs
 from dmc_jax.data import prepared
 from dmc_jax.errors import Checklist, RunFailure, UserError
+from dmc_jax.model.sharding import make_mesh
 from dmc_jax.training import checks, loop, stages
 from dmc_jax.training.loop import train
 from tests.doors import runs_of
@@ -48,6 +49,15 @@ def refused(run, message):
     with pytest.raises(UserError, match=message):
         train(run, quiet=True)
     assert sorted(Path(run.output).rglob("*")) == before
+
+
+def a_mesh_that_parameters_cannot_be_split_over_is_refused_test(short, monkeypatch):
+    monkeypatch.setattr(checks, "make_mesh", make_mesh)
+    model = dataclasses.replace(short.model, heads=4)
+    refused(
+        dataclasses.replace(short, model=model, mesh=MeshConfig(1, 1, 8)),
+        r"mesh: 4 of the parameter run_0/o/kernel \(2 x 4 x 8 x 32\) cannot be split over tensor 8",
+    )
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../elsewhere", "/tmp/elsewhere", "two\nlines"])

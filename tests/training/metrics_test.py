@@ -13,6 +13,7 @@ from dmc_jax.config import RunConfig
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import count_parameters
 from dmc_jax.training import metrics, recent
+from dmc_jax.training.flops import model_flops
 
 
 def lines_of(run):
@@ -181,7 +182,7 @@ def the_teachers_pass_is_work_of_the_device_too_test(monkeypatch, stage, frozen)
     run = RunConfig.named("tiny_4x")
     table = run.model.vocab_size * run.model.width * (not run.model.tied_embeddings)
     weights = count_parameters(run.model) - table
-    one_pass = recent.flops(run, run.model, "nothing")
+    one_pass = model_flops(run.model, run.data.length, "nothing")
     monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
     for teacher, passes in ((None, 3), (run.model, 4)):
         told = recent.speed(run, stage, teacher, steps=3, seconds=2.0)
