@@ -3,7 +3,7 @@
     doors -> {training, inference, interop, evaluation, baselines}
           -> checkpoints -> policies -> {model, data, pallas_kernels} -> core
 
-`config`, `errors`, `fields`, `files` and `commands` serve every layer but `core` and
+`config`, `errors`, `fields`, `files`, `commands` and `processes` serve every layer but `core` and
 `pallas_kernels`, which know no other. A module reaches all that importing it loads: what it
 imports, and what that imports in turn. Imports inside functions load later; they keep the same
 rules, but for those in `LAZY`.
@@ -24,7 +24,7 @@ SOURCES = (*PRODUCT, "tests")
 MAX_LINES = 420
 
 FLOWS = {"training", "inference", "interop", "evaluation", "baselines"}
-COMMON = {"package", "config", "errors", "fields", "files", "commands"}
+COMMON = {"package", "config", "errors", "fields", "files", "commands", "processes"}
 MODEL = COMMON | {"model", "pallas_kernels", "core"}
 DATA = COMMON | {"data", "core"}
 POLICIES = MODEL | DATA | {"policies"}
@@ -46,6 +46,7 @@ MAY_REACH = {
     "fields": {"package", "fields", "errors"},
     "files": {"package", "files"},
     "commands": {"package", "commands", "errors"},
+    "processes": {"package", "processes", "errors"},
     "errors": {"package"},
     "package": {"package"},
     "configs": CHECKPOINTS | {"configs", "evaluation"},  # of whose arena it has settings

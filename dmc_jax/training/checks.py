@@ -13,7 +13,7 @@ from dmc_jax.data.loader import evaluation_batches, training_batches
 from dmc_jax.data.prepared import MANIFEST, PreparedData, open_data, read_manifest
 from dmc_jax.errors import Checklist, UserError
 from dmc_jax.model.causal_attention import choose_attention
-from dmc_jax.model.sharding import make_mesh
+from dmc_jax.model.sharding import make_mesh, part_of_batches
 from dmc_jax.training import metrics, starts
 from dmc_jax.training.closed_form import FEWEST
 
@@ -152,6 +152,7 @@ def _find_mesh(run: RunConfig) -> Mesh:
             f"data.batch / accumulation = {run.data.batch // run.accumulation} windows cannot be "
             f"split over {shares} devices (mesh data x fsdp); choose a multiple of {shares}"
         )
+    part_of_batches(mesh)  # which refuses what processes cannot share
     choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
     return mesh
 

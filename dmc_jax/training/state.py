@@ -1,6 +1,7 @@
 """What training carries from step to step."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,5 +65,10 @@ def init_state(
     def make(key):
         return state_of(init_params(config, key), optimizer)
 
-    key = key_of(seed)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
+    return made_on(mesh, make, key_of(seed))
+
+
+def made_on(mesh: Mesh, make: Callable, *arguments: Any) -> Any:
+    """Run a function whose results belong on a mesh, where `shardings` says."""
+    shapes = jax.eval_shape(make, *arguments)
+    return jax.jit(make, out_shardings=shardings(shapes, mesh))(*arguments)
