@@ -108,7 +108,9 @@ def wait_for(condition, processes, seconds=SECONDS):
     """Waits for something that living processes do."""
     until = time.monotonic() + seconds
     while not condition():
-        dead = [process.said.read_text() for process in processes if process.popen.poll() is not None]
+        dead = [
+            process.said.read_text() for process in processes if process.popen.poll() is not None
+        ]
         assert not dead and time.monotonic() < until, dead
         time.sleep(0.01)
 
