@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -62,6 +61,12 @@ def started(run, folder, count=2, devices=2, flags=(), environment=None, program
     """
     folder.mkdir(exist_ok=True)
     coordinator = f"127.0.0.1:{free_port()}"
+    variables = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, *(["-c", program] if program else ["-m", "dmc_jax.train"])]
     runs = run if isinstance(run, list) else [run] * count
     processes = []
     try:
@@ -73,20 +78,15 @@ def started(run, folder, count=2, devices=2, flags=(), environment=None, program
                 told += [f"--coordinator={coordinator}", f"--processes={count}"]
                 told += [f"--process={number}"]
             said = folder / f"{number}.txt"
-            popen = subprocess.Popen(
-                [sys.executable, *(["-c", program] if program else ["-m", "dmc_jax.train"]), *told],
-                cwd=folder,
-                env=os.environ
-                | {
-                    "PYTHONPATH": str(ROOT),
-                    "JAX_PLATFORMS": "cpu",
-                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                }
-                | (environment[number] if environment else {}),
-                stdin=subprocess.DEVNULL,
-                stdout=said.open("w"),
-                stderr=subprocess.STDOUT,
-            )
+            with said.open("w") as output:
+                popen = subprocess.Popen(
+                    [*command, *told],
+                    cwd=folder,
+                    env=variables | (environment[number] if environment else {}),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
             processes.append(Process(popen, said, time.monotonic() + SECONDS))
         yield processes
     finally:
@@ -113,7 +113,3 @@ def wait_for(condition, processes, seconds=SECONDS):
         ]
         assert not dead and time.monotonic() < until, dead
         time.sleep(0.01)
-
-
-def kill(process):
-    process.popen.send_signal(signal.SIGKILL)

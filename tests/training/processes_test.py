@@ -40,7 +40,7 @@ def four_devices():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    make_data(folder, 320, seed=0, words=(150, 300))
+    make_data(folder, 320, seed=0, words=(150, 200))
     return open_data(folder / "data")
 
 
@@ -112,7 +112,8 @@ def told_by_slurm():
 
 
 def two_tasks_of_slurm_train_what_one_process_does_test(run, tmp_path):
-    run = dataclasses.replace(run, pretrain=StageConfig(steps=2, learning_rate=1e-3))
+    two_steps = StageConfig(steps=2, learning_rate=1e-3)
+    run = dataclasses.replace(run, pretrain=two_steps, mesh=MeshConfig(data=4))
     said = trained(run, tmp_path / "said", environment=told_by_slurm())
     assert "report: " in said[0] and "report: " not in said[1]
     assert_same_run(directory_of(run), alone(run), "pretrain")
