@@ -102,18 +102,21 @@ def joined(
     try:
         with lost_peers_named():
             yield
-    except LostPeer:
+    except (LostPeer, OSError):
         raise
     except (UserError, RunFailure, KeyboardInterrupt):  # all were told, or have agreed
-        jax.distributed.shutdown()
-        raise
-    except OSError:
+        _part()
         raise
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # Python's own end would wait for the others, and they for this one
-    jax.distributed.shutdown()
+    _part()
+
+
+def _part() -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # one has gone before: all is done here
+        jax.distributed.shutdown()
 
 
 def _launched() -> bool:

@@ -13,11 +13,11 @@ import pytest
 from dmc_jax import processes
 from dmc_jax.checkpoints.gates import FILE, load_gates
 from dmc_jax.checkpoints.metadata import load_metadata
-from dmc_jax.checkpoints.models import open_model
+from dmc_jax.checkpoints.models import find_model, open_model
 from dmc_jax.checkpoints.run_directory import PARTIAL_MARK, complete_steps, latest
 from dmc_jax.config import GatesConfig, MeshConfig, StageConfig
 from dmc_jax.data.prepared import open_data
-from dmc_jax.errors import UserError
+from dmc_jax.errors import LostPeer, UserError
 from dmc_jax.evaluation.report import write_report
 from dmc_jax.model.sharding import make_mesh
 from dmc_jax.training.loop import train
@@ -148,6 +148,38 @@ def a_coordinator_that_cannot_be_reached_is_told_in_a_line_test():
 def addresses_and_numbers_that_do_not_fit_are_refused_test(given, message):
     with pytest.raises(UserError, match=message), processes.joined(*given):
         pass
+
+
+def what_tells_of_a_lost_peer_is_told_as_that_test(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    closed = jax.errors.JaxRuntimeError(
+        "UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:51385"
+    )
+    with pytest.raises(LostPeer, match="has died"), processes.lost_peers_named():
+        raise closed
+    with pytest.raises(LostPeer, match="has died"), processes.lost_peers_named():
+        raise TimeoutError("Timed out while waiting for a barrier.") from closed
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="memory"), processes.lost_peers_named():
+        raise full
+
+
+def a_lost_peer_is_no_damage_of_the_checkpoint_that_was_read_test(data, tmp_path, monkeypatch):
+    model = find_model(save_model(data, tmp_path / "base"))
+
+    def lost(*_, **__):
+        raise LostPeer("another process has died")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", lost)
+    with pytest.raises(LostPeer):
+        model.load()
+
+
+@pytest.mark.slow
+def processes_that_share_windows_train_what_one_does_test(run, tmp_path):
+    run = dataclasses.replace(run, mesh=MeshConfig(data=1, fsdp=1, tensor=4))
+    trained(run, tmp_path / "said")
+    assert_same_run(directory_of(run), alone(run), "pretrain")
 
 
 @pytest.mark.slow
