@@ -11,3 +11,7 @@ class Checklist(UserError):
 
 class RunFailure(Exception):
     """Work that could not go on, such as a loss that is not a number; doors exit 1."""
+
+
+class LostPeer(RunFailure):
+    """Another process of the run has died: nothing can be finished together with it."""

@@ -4,7 +4,7 @@
     doors -> {training, inference, interop, evaluation, baselines}
           -> checkpoints -> policies -> {model, data, pallas_kernels} -> core
 
-`config`, `errors`, `fields`, `files` and `commands` serve every layer but `core` and
+`config`, `errors`, `fields`, `files`, `commands` and `processes` serve every layer but `core` and
 `pallas_kernels`, which know no other. A module reaches all that importing it loads: what it
 imports, and what that imports in turn. Imports inside functions load later; they keep the same
 rules, but for those in `LAZY`.
@@ -25,7 +25,7 @@ SOURCES = (*PRODUCT, "tests")
 MAX_LINES = 420
 
 FLOWS = {"training", "inference", "interop", "evaluation", "baselines", "serving"}
-COMMON = {"package", "config", "errors", "fields", "files", "commands"}
+COMMON = {"package", "config", "errors", "fields", "files", "commands", "processes"}
 MODEL = COMMON | {"model", "pallas_kernels", "core"}
 DATA = COMMON | {"data", "core"}
 POLICIES = MODEL | DATA | {"policies"}
@@ -48,6 +48,7 @@ MAY_REACH = {
     "fields": {"package", "fields", "errors"},
     "files": {"package", "files"},
     "commands": {"package", "commands", "errors"},
+    "processes": {"package", "processes", "errors"},
     "errors": {"package"},
     "package": {"package"},
     "configs": CHECKPOINTS | {"configs", "evaluation"},  # of whose arena it has settings

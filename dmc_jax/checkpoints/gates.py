@@ -30,6 +30,7 @@ from dmc_jax.fields import from_dict
 from dmc_jax.files import appears_when_complete
 from dmc_jax.policies.choice import Gated
 from dmc_jax.policies.delayed_dmc import DelayedDMC
+from dmc_jax.processes import fetch
 
 FILE = "gates.safetensors"  # in the directory of a run that made some, and in an export
 
@@ -252,7 +253,7 @@ def model_hash(params: Any, config: ModelConfig) -> str:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return hash_of_samples(
         (
-            (jax.tree_util.keystr(path), leaf.shape, leaf.reshape(-1)[sampled(leaf.size)])
+            (jax.tree_util.keystr(path), leaf.shape, fetch(leaf.reshape(-1)[sampled(leaf.size)]))
             for path, leaf in leaves
         ),
         config,

@@ -34,7 +34,8 @@ from dmc_jax.checkpoints.run_directory import (
     remove_step,
 )
 from dmc_jax.config import STAGES
-from dmc_jax.errors import UserError
+from dmc_jax.errors import LostPeer, UserError
+from dmc_jax.processes import first, is_lost_peer, of_first
 
 PyTree = Any
 
@@ -96,10 +97,9 @@ class Saver:
         return True
 
     def _record(self) -> None:
-        """In the background, when a step is complete but for its name."""
-        if jax.process_index() == 0:
-            for partial in self._directory.glob(f"{self._pending}{PARTIAL_MARK}*"):
-                digests.record(partial)
+        """In the background, in process 0, when a step is complete but for its name."""
+        for partial in self._directory.glob(f"{self._pending}{PARTIAL_MARK}*"):
+            digests.record(partial)
 
     def wait(self) -> None:
         """Wait for the save in the background, then remove what is beyond the limits.
@@ -109,7 +109,7 @@ class Saver:
         """
         self._attempt(self._checkpointer.wait_until_finished)
         self._pending = None
-        if jax.process_index() == 0:
+        if first():
             for step in surplus(self._directory.parent, self._directory.name, self._limits):
                 remove_step(step)
 
@@ -128,6 +128,8 @@ class Saver:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, LostPeer):
+            return  # a save that has begun takes all: it would wait for the dead
         if error is None:
             self.close()
             return
@@ -181,15 +183,18 @@ def open_for_saving(
     if limits.per_stage < 1:
         raise UserError(f"keep is {keep}: at least 1 checkpoint of a stage must stay.")
     directory = Path(run_dir).absolute() / stage
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+
+    def clear() -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
             clear_partial(directory)
-    except OSError as error:
-        raise UserError(
-            f"cannot write checkpoints in {directory}: {error.strerror or error}. Choose a run "
-            "directory that this user may write to."
-        ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write checkpoints in {directory}: {error.strerror or error}. Choose a run "
+                "directory that this user may write to."
+            ) from error
+
+    of_first(clear)
     return Saver(directory, limits, resumed_step)
 
 
@@ -205,8 +210,12 @@ def load_data_state(ref: CheckpointRef) -> dict | bytes:
     Raises:
         UserError: The file is missing or damaged.
     """
-    digests.check(ref.path, "data/")
-    saved = read_json(ref.path / "data" / "metadata")
+
+    def read() -> dict:
+        digests.check(ref.path, "data/")
+        return read_json(ref.path / "data" / "metadata")
+
+    saved = of_first(read)
     return base64.b64decode(saved["base64"]) if saved["type"] == "bytes" else saved["json"]
 
 
@@ -224,8 +233,7 @@ def load_state(ref: CheckpointRef, abstract_state: PyTree) -> PyTree:
     Raises:
         UserError: The checkpoint is of another shape, or damaged.
     """
-    digests.check(ref.path, "state/")
-    _require_match(ref, describe_mismatch(ref, abstract_state))
+    of_first(lambda: _check(ref, abstract_state))
     return _restore(ref, abstract_state)
 
 
@@ -242,10 +250,15 @@ def load_params(ref: CheckpointRef, abstract_params: PyTree) -> PyTree:
     Raises:
         UserError: The checkpoint is of another shape, or damaged.
     """
-    digests.check(ref.path, "state/")
     wanted = {"params": abstract_params}
-    _require_match(ref, describe_mismatch(ref, wanted, within="params"))
+    of_first(lambda: _check(ref, wanted, within="params"))
     return _restore(ref, wanted)["params"]
+
+
+def _check(ref: CheckpointRef, wanted: PyTree, within: str | None = None) -> None:
+    """Read the checkpoint through before all processes read their parts of it."""
+    digests.check(ref.path, "state/")
+    _require_match(ref, describe_mismatch(ref, wanted, within=within))
 
 
 def describe_mismatch(
@@ -297,7 +310,7 @@ def quiet_orbax() -> None:
 
 
 def _restore(ref: CheckpointRef, abstract: PyTree) -> PyTree:
-    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or first_device
@@ -315,6 +328,8 @@ def _restore(ref: CheckpointRef, abstract: PyTree) -> PyTree:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(ref.path / "state", args=args)
         except Exception as error:
+            if is_lost_peer(error):
+                raise
             damaged = _damaged(ref, error)
         # Raised out here, without the cause: that would keep the other reads alive.
         gc.collect()

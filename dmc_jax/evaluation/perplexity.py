@@ -20,7 +20,7 @@ from dmc_jax.data.prepared import PreparedData
 from dmc_jax.data.tokenizer import load_tokenizer, token_bytes
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import Llama
-from dmc_jax.model.sharding import batch_sharding, replicated
+from dmc_jax.model.sharding import batch_sharding, replicated, spread
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import Policy, attend_whole, slots_taken
 
@@ -150,10 +150,7 @@ def _place(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
     if mesh is None:
         return batch
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-        for name, x in batch.items()
-    }
+    return {name: spread(x, sharding) for name, x in batch.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.errors import UserError
 from dmc_jax.interop.source import Source, Tensor
 from dmc_jax.model.llama import layer_stacks
+from dmc_jax.model.sharding import spread
 
 # Bytes of a part of a tensor that is transposed, converted or written at a time.
 PART_BYTES = 2**24
@@ -220,8 +222,8 @@ def read_params(source: Source, abstract: Mapping | None = None) -> dict:
             for begin in range(0, place.shape[0], step):
                 end = min(begin + step, place.shape[0])
                 target[begin:end] = to_ours(place, tensor, begin, end)
-        where = getattr(wanted.get(leaf), "sharding", None) or jax.devices()[0]
-        params[leaf] = jax.device_put(array, where)
+        first_device = SingleDeviceSharding(jax.local_devices()[0])
+        params[leaf] = spread(array, getattr(wanted.get(leaf), "sharding", None) or first_device)
     return unflatten(params)
 
 

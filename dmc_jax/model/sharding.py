@@ -157,6 +157,33 @@ def residual_sharding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSh
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, width))
 
 
+def part_of_batches(mesh: Mesh) -> tuple[int, int]:
+    """Say which windows of each batch the devices of this process take.
+
+    Returns:
+        (which part, of how many equal consecutive ones). Processes whose devices share windows,
+        along `tensor`, have the same.
+
+    Raises:
+        UserError: they are no such part.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    of_devices = batch_sharding(mesh).addressable_devices_indices_map((shares,)).values()
+    mine = sorted({rows.indices(shares)[0] for (rows,) in of_devices})
+    part, rest = divmod(mine[0], len(mine))
+    if rest or shares % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
+        raise UserError(
+            f"mesh: {mesh.shape['tensor']} devices along tensor do not fit processes of "
+            f"{jax.local_device_count()} devices: one must be a multiple of the other"
+        )
+    return part, shares // len(mine)
+
+
+def spread(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Give every device its part of an array that every process has in full."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device in full."""
     return NamedSharding(mesh, PartitionSpec())

@@ -14,7 +14,7 @@ from dmc_jax.data.prepared import MANIFEST, PreparedData, open_data, read_manife
 from dmc_jax.errors import Checklist, UserError
 from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import abstract_params
-from dmc_jax.model.sharding import check_divisible, make_mesh
+from dmc_jax.model.sharding import check_divisible, make_mesh, part_of_batches
 from dmc_jax.training import metrics, starts
 from dmc_jax.training.closed_form import FEWEST
 from dmc_jax.training.spent import profiled_steps
@@ -149,6 +149,7 @@ def _tokenizer_flag(run: RunConfig, start: StoredModel | None) -> str:
 def _find_mesh(run: RunConfig) -> Mesh:
     mesh = make_mesh(run.mesh)
     check_mesh(run, mesh)
+    part_of_batches(mesh)  # which refuses what processes cannot share
     choose_attention(run.attention, mesh=mesh)  # which refuses what cannot run here
     return mesh
 

@@ -29,6 +29,7 @@ from dmc_jax.core.losses import token_losses
 from dmc_jax.core.rope import rotary_frequencies, rotate
 from dmc_jax.errors import UserError
 from dmc_jax.model.llama import Llama
+from dmc_jax.processes import fetch
 
 Batch = dict[str, np.ndarray | Array]
 
@@ -82,11 +83,11 @@ def fit_gates(
     """
     batches, held_out = list(batches), list(held_out)
     size = functools.partial(_gradient_size, config, dtype)
-    sizes = np.mean([jax.device_get(size(params, batch)) for batch in batches], axis=0)
+    sizes = np.mean([fetch(size(params, batch)) for batch in batches], axis=0)
     measure = functools.partial(_moments, config, dtype, delay)
 
     def total(windows):
-        sums = [jax.device_get(measure(params, batch, sizes)) for batch in windows]
+        sums = [fetch(measure(params, batch, sizes)) for batch in windows]
         if not sums or not sums[0][0].count > 0:
             length = delay + FEWEST
             raise UserError(

@@ -50,6 +50,7 @@ from dmc_jax.policies.delayed_dmc import DelayedDMC
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dms import DMS
 from dmc_jax.policies.policy import attend_whole
+from dmc_jax.processes import of_first
 from dmc_jax.training import adapted
 from dmc_jax.training.closed_form import SPREAD, fit_gates
 from dmc_jax.training.optimizer import clipped_adam
@@ -58,6 +59,7 @@ from dmc_jax.training.state import (
     TrainState,
     after_step,
     key_of,
+    made_on,
     new_state,
     order_seed,
     restore,
@@ -111,7 +113,9 @@ def solve(run: RunConfig, model: LoadedModel, datas: Datas, windows: int) -> Tra
         delay=max(1, run.gates.delay),
         dtype=run.compute_dtype,
     )
-    return _trained(run, fit.gates, np.concatenate(fit.r2), model.params)
+    # One solution for all: hosts may differ in the last digits of theirs.
+    gates, r2 = of_first(lambda: jax.device_get((fit.gates, np.concatenate(fit.r2))))
+    return _trained(run, gates, r2, model.params)
 
 
 def begin(
@@ -134,22 +138,27 @@ def begin(
 
     def solve_all(state, batch, params):
         trained = solve(run, model, datas, _TRIED if run.dry_run else run.gates.windows)
-        state = dataclasses.replace(state_of(trained, optimizer), step=jnp.ones((), jnp.int32))
+        state = made_on(mesh, lambda x: state_of(x, optimizer, step=1), trained)
         return state, {"r2": trained["r2"].mean()}
 
     wanted = with_shardings(jax.eval_shape(lambda: state_of(empty(run), optimizer)), mesh)
-    own, before = (latest(directory / name) for name in (stage, "closed_form"))
+    names = stage, "closed_form"
+    own, before = of_first(lambda: tuple(latest(directory / name) for name in names))
     state = own and restore(own, wanted)
     if stage == "closed_form":
         return state, own, solve_all
-    state = state or state_of(load_params(before, wanted.params), optimizer)
+    state = state or made_on(
+        mesh, lambda x: state_of(x, optimizer), load_params(before, wanted.params)
+    )
     counts = count_ids(datas, run.model.vocab_size)
     return state, own, make_distill_step(run, mesh, optimizer, counts)
 
 
-def state_of(trained: Trained, optimizer: optax.GradientTransformation) -> TrainState:
+def state_of(
+    trained: Trained, optimizer: optax.GradientTransformation, step: int = 0
+) -> TrainState:
     """Begin to distill."""
-    return new_state(trained, optimizer.init(_learnt(trained)))
+    return new_state(trained, optimizer.init(_learnt(trained)), step)
 
 
 def _learnt(trained: Trained) -> Any:
@@ -359,7 +368,7 @@ def measure(
 
     texts = [data for data, _ in datas]
     dense = [on(data, Dense(), model.params) for data in texts]
-    knots = [float(x) for x in trained["thresholds"]]
+    knots = np.asarray(trained["thresholds"]).tolist()
     table: list[Measured] = []
     for threshold in (knots[0] + 9 * SPREAD, knots[0] + SPREAD / 2, *knots):
         policy = dataclasses.replace(trained["policy"], threshold=threshold)
@@ -402,7 +411,9 @@ def save_model(run: RunConfig, trained: Trained, model: LoadedModel, data: Prepa
     folder, steps = Path(run.output, run.name, "model"), run.distill.steps
     params = adapted.adapt(run.gates, model.params, trained["model"])
     about = dataclasses.replace(describe(run, "distill", steps, data), stage="pretrain")
-    there = latest(folder)  # where a run ended after this, and before all was measured
+    there = of_first(
+        lambda: latest(folder)
+    )  # where a run ended after this, and before all was measured
     with open_for_saving(folder, "pretrain", 1, resumed_step=there and there.step) as saver:
         saver.save(steps, {"params": params}, {}, about)
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dmc_jax import processes
 from dmc_jax.checkpoints.digests import set_aside_damaged
 from dmc_jax.checkpoints.gates import FILE, model_hash, save_gates
 from dmc_jax.checkpoints.metadata import Metadata, load_metadata, write_metadata
@@ -24,7 +24,8 @@ from dmc_jax.config import GATED, MERGING, ModelConfig, RunConfig
 from dmc_jax.data.loader import training_batches
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.evaluation.tables import missed_target
-from dmc_jax.model.sharding import batch_sharding
+from dmc_jax.model.sharding import batch_sharding, part_of_batches
+from dmc_jax.processes import of_first, together
 from dmc_jax.training import checks, gated, memory, metrics, ownership, stages, starts
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.recent import Recent, not_finite, steps_before
@@ -57,12 +58,15 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
     spent = Spent()
     directory = Path(run.output) / run.name
     with contextlib.ExitStack() as stack:
-        begun = (directory / "config.json").exists()
+        processes.require_equal(run, _say_differing)
+        begun = of_first((directory / "config.json").exists)
         if begun:
             _keep(directory, stack)
-        ready = checks.check(run)
-        contents = ownership.contents_of(run, ready.datas, ready.start, ready.teacher)
-        run = ownership.same_run(directory, run, contents)
+        ready = together(lambda: checks.check(run))
+        contents = of_first(
+            lambda: ownership.contents_of(run, ready.datas, ready.start, ready.teacher)
+        )
+        run = of_first(lambda: ownership.same_run(directory, run, contents))
         for note in checks.notes(run, ready):
             logging.warning(note)
         if run.stage_names[0] in GATED:
@@ -71,14 +75,10 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
             _try_one_step(run, ready)
             return directory
         if not begun:
-            directory.mkdir(parents=True, exist_ok=True)
             _keep(directory, stack)
-        if jax.process_index() == 0:
-            run = ownership.claim(directory, run, contents)
-            for told in set_aside_damaged(directory):
-                logging.warning("%s", told)
+        run = of_first(lambda: _claim(directory, run, contents))
         for stage in run.stage_names:
-            if not _is_finished(directory, run, stage):
+            if of_first(lambda stage=stage: not _is_finished(directory, run, stage)):
                 # No name for the parameters: they would stay beside those of the next stage.
                 _measure_stage(
                     run, stage, _train_stage(run, stage, ready, quiet, spent), ready, spent
@@ -87,8 +87,24 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
 
 
 def _keep(directory: Path, stack: contextlib.ExitStack) -> None:
-    if jax.process_index() == 0:
+    def keep():
+        directory.mkdir(parents=True, exist_ok=True)
         stack.enter_context(ownership.locked(directory))
+
+    of_first(keep)
+
+
+def _claim(directory: Path, run: RunConfig, contents: dict[str, Any]) -> RunConfig:
+    run = ownership.claim(directory, run, contents)
+    for told in set_aside_damaged(directory):
+        logging.warning("%s", told)
+    return run
+
+
+def _say_differing(ours: RunConfig, theirs: RunConfig) -> str:
+    fields = ((name, value, getattr(theirs, name)) for name, value in vars(ours).items())
+    differing = "; ".join(f"{n} is {b}, there {a}" for n, a, b in fields if a != b)
+    return f"its config is not that of process 0 ({differing}): start all with the same command"
 
 
 def _is_finished(directory: Path, run: RunConfig, stage: str) -> bool:
@@ -104,14 +120,14 @@ def _measure_stage(
     run: RunConfig, stage: str, params: Any, ready: checks.Ready, spent: Spent
 ) -> None:
     """Measure the end of a stage once it is safe on disk; the figures join its metadata."""
-    ref = latest(Path(run.output) / run.name / stage)
+    ref = of_first(lambda: latest(Path(run.output) / run.name / stage))
     if stage == "distill":
         gated.save_model(run, params, ready.start, ready.datas[0][0])
     with spent.on("evaluation"):
         measured = _assess(run, stage, ref.step, params, ready)
     _check_measured(f"stage {stage}, {ref.path}", measured["validation"])
     about = _describe(run, stage, ref.step, ready)
-    write_metadata(ref, dataclasses.replace(about, **measured))
+    of_first(lambda: write_metadata(ref, dataclasses.replace(about, **measured)))
     if stage in MERGING:
         missed = missed_target(measured["validation"]["ratio"], run.compression.ratio)
         if missed:
@@ -134,8 +150,7 @@ def _assess(
     gates, measured = gated.measure(
         run, params, ready.start, ready.datas, ready.mesh, tokens=tokens
     )
-    if jax.process_index() == 0:
-        save_gates(Path(run.output, run.name, FILE), gates)
+    of_first(lambda: save_gates(Path(run.output, run.name, FILE), gates))
     return {"validation": dataclasses.asdict(measured)}
 
 
@@ -167,7 +182,7 @@ class _Begun(NamedTuple):
 
 
 def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> _Begun:
-    batches = _batches(run, stage, ready.datas)
+    batches = _batches(run, stage, ready)
     if stage in GATED:
         state, resumed, step = gated.begin(run, stage, ready.start, ready.datas, ready.mesh)
         teacher, beside = run.model if run.gates.distillation else None, ready.start.params
@@ -196,7 +211,8 @@ def _position(resumed: CheckpointRef) -> dict | bytes:
 def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
     """Take the next step of a run and forget it."""
     directory = Path(run.output) / run.name
-    stage = next((s for s in run.stage_names if not _is_finished(directory, run, s)), None)
+    unfinished = (s for s in run.stage_names if not _is_finished(directory, run, s))
+    stage = of_first(lambda: next(unfinished, None))
     if stage is None:
         logging.info("every stage of %s is finished", directory)
         return
@@ -207,7 +223,7 @@ def _try_one_step(run: RunConfig, ready: checks.Ready) -> None:
         step = step.lower(begun.state, batch, begun.beside).compile()
         for line in memory.describe(begun.state, begun.beside, batch, step):
             logging.info("dry run: %s", line)
-    values = jax.device_get(step(begun.state, batch, begun.beside)[1])
+    values = processes.fetch(step(begun.state, batch, begun.beside)[1])
     if not stages.finite(values):
         raise RunFailure(f"dry run, stage {stage}: {not_finite(values)} after one step")
     name = {"closed_form": "r2", "distill": "distillation"}.get(stage, "loss")
@@ -229,10 +245,12 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool, s
             open_for_saving(directory, stage, Limits.of(run), resumed_step=first) as saver,
             _open_metrics(run, stage, first, quiet) as sink,
             profiler(profiled_steps(run.profile), directory / "profile") as before_step,
+            processes.lost_peers_named(),  # innermost: nobody is left to finish a save with
         ):
             recent = Recent(run, stage, sink, saver, teacher, spent)
             spent.began(sink.lost)
             saved, due, values = time.monotonic(), False, None
+            stop_for = processes.stop_agreement()
             for step in range(first, steps):
                 batch = spent.fetch(batches, values)
                 placed = _to_devices(batch, ready.mesh)
@@ -242,7 +260,7 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool, s
                     state, values = take_step(state, placed, beside)
                 recent.add(step, values, batch)
                 taken = step + 1
-                last, interrupted = taken == steps, bool(stopping)
+                last, interrupted = taken == steps, stop_for(stopping)
                 if last:
                     state = stages.finish_stage(stage, state)
                 due |= taken % run.save_every == 0
@@ -265,8 +283,8 @@ def _train_stage(run: RunConfig, stage: str, ready: checks.Ready, quiet: bool, s
                     break
             with spent.on("checkpoint"):
                 saver.wait()
-        if stopping:
-            raise KeyboardInterrupt(stopping[0])
+        if number := processes.agreed_signal(stopping):
+            raise KeyboardInterrupt(number)
     return state.params
 
 
@@ -279,22 +297,20 @@ def _validate(run: RunConfig, stage: str, taken: int, params: Any, ready: checks
 
 def _overdue(run: RunConfig, saved: float) -> bool:
     """Whether a save is by the clock; all hosts go by that of the first."""
-    overdue = 0 < run.save_minutes <= (time.monotonic() - saved) / 60
-    if jax.process_count() == 1:
-        return overdue
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(overdue)))
+    return of_first(lambda: 0 < run.save_minutes <= (time.monotonic() - saved) / 60)
 
 
-def _batches(run: RunConfig, stage: str, datas: list):
+def _batches(run: RunConfig, stage: str, ready: checks.Ready):
     """The stage's own endless stream of training batches, this host's rows of them."""
+    part, parts = part_of_batches(ready.mesh)
     return iter(
         training_batches(
-            datas,
+            ready.datas,
             length=run.data.length,
             batch=run.data.batch,
             seed=order_seed(run, stage),
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            host_index=part,
+            host_count=parts,
         )
     )
 
@@ -307,6 +323,8 @@ def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def _open_metrics(run: RunConfig, stage: str, first: int, quiet: bool):
+    if not processes.first():
+        return contextlib.nullcontext(metrics.MetricsLogger(()))
     return metrics.open_metrics(
         Path(run.output) / run.name,
         total_steps=steps_before(run, run.stage_names[-1]) + run.stage(run.stage_names[-1]).steps,

@@ -13,6 +13,7 @@ from dmc_jax.checkpoints.states import Saver
 from dmc_jax.config import GATED, STAGES, ModelConfig, RunConfig
 from dmc_jax.errors import RunFailure
 from dmc_jax.evaluation.times import MARK
+from dmc_jax.processes import fetch
 from dmc_jax.training import metrics, stages
 from dmc_jax.training.flops import model_flops
 from dmc_jax.training.spent import Spent
@@ -63,7 +64,7 @@ class Recent:
         """
         if not self.steps:
             return
-        fetched = jax.device_get([values for _, values, _ in self.steps])
+        fetched = fetch([values for _, values, _ in self.steps])
         times = self.spent.take()
         guards = [{n: v.pop(n) for n in _OF_GUARD if n in v} for v in fetched]
         for (step, _, read), values, guard in zip(self.steps, fetched, guards, strict=True):
@@ -114,12 +115,16 @@ class Recent:
         """The newest checkpoint from which a step was taken that came to something."""
         directory = Path(self.run.output) / self.run.name / self.stage
         self.saver.wait()
-        good = [step for step in complete_steps(directory) if step < first_skipped]
-        if good:
-            return CheckpointRef(directory / str(good[-1]), self.stage, good[-1])
-        before = STAGES[: STAGES.index(self.stage)]
-        found = [latest(directory.parent / stage) for stage in reversed(before)]
-        return next(filter(None, found), None)
+
+        def newest():
+            good = [step for step in complete_steps(directory) if step < first_skipped]
+            if good:
+                return CheckpointRef(directory / str(good[-1]), self.stage, good[-1])
+            before = STAGES[: STAGES.index(self.stage)]
+            found = [latest(directory.parent / stage) for stage in reversed(before)]
+            return next(filter(None, found), None)
+
+        return of_first(newest)
 
 
 def not_finite(values: dict[str, Any]) -> str:

@@ -15,7 +15,15 @@ from dmc_jax.config import GATED, ModelConfig, RunConfig, to_dict
 from dmc_jax.data.prepared import read_manifest
 from dmc_jax.errors import UserError
 from dmc_jax.policies.dense import Dense
-from dmc_jax.training.state import TrainState, abstract_state, init_state, restore, state_of
+from dmc_jax.processes import of_first
+from dmc_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    made_on,
+    restore,
+    state_of,
+)
 
 
 def initial_model(run: RunConfig) -> StoredModel | None:
@@ -97,12 +105,12 @@ def start_of_stage(
     """
     directory = Path(run.output) / run.name
     wanted = abstract_state(run.model, optimizer, mesh)
-    own = latest(directory / stage)
+    own = of_first(lambda: latest(directory / stage))
     if own is not None:
         return restore(own, wanted), own
     position = run.stage_names.index(stage)
     if position > 0:
-        before = latest(directory / run.stage_names[position - 1])
+        before = of_first(lambda: latest(directory / run.stage_names[position - 1]))
         state = restore(before, wanted)
         begun = jax.tree.map(lambda x: 0 * x, (state.step, state.guard))
         return dataclasses.replace(state, step=begun[0], guard=begun[1]), None
@@ -112,7 +120,12 @@ def start_of_stage(
     logging.info("starting %s from %s (%s)", stage, model.path, model.format)
     for note in model.notes:
         logging.info(note)
-    return state_of(model.read_params(wanted.params), optimizer), None
+    params = model.read_params(wanted.params)
+    # The rest alone: parameters are not copied.
+    state = made_on(
+        mesh, lambda p: dataclasses.replace(state_of(p, optimizer), params=None), params
+    )
+    return dataclasses.replace(state, params=params), None
 
 
 def load_teacher(run: RunConfig, stage: str, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
@@ -127,6 +140,6 @@ def load_teacher(run: RunConfig, stage: str, mesh: Mesh) -> tuple[ModelConfig | 
     source = run.compression.teacher or run.init_from
     if run.compression.distillation == 0 or (stage == "pretrain" and not source):
         return None, None
-    path = source or Path(run.output, run.name, "pretrain")
+    path = source or of_first(lambda: latest(Path(run.output, run.name, "pretrain"))).path
     teacher = open_model(path, mesh)
     return teacher.config, teacher.params

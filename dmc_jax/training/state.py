@@ -1,6 +1,7 @@
 """What training carries from step to step."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,9 +35,9 @@ def state_of(params: Any, optimizer: optax.GradientTransformation) -> TrainState
     return new_state(params, optimizer.init(params))
 
 
-def new_state(params: Any, optimizer_state: Any) -> TrainState:
-    """A state before the first step of a stage."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_state, fresh_guard())
+def new_state(params: Any, optimizer_state: Any, step: int = 0) -> TrainState:
+    """A state before the first step of a stage, or after what counts as some."""
+    return TrainState(jnp.asarray(step, jnp.int32), params, optimizer_state, fresh_guard())
 
 
 def after_step(
@@ -129,5 +130,10 @@ def init_state(
     def make(key):
         return state_of(init_params(config, key), optimizer)
 
-    key = key_of(seed)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
+    return made_on(mesh, make, key_of(seed))
+
+
+def made_on(mesh: Mesh, make: Callable, *arguments: Any) -> Any:
+    """Run a function whose results belong on a mesh, where `shardings` says."""
+    shapes = jax.eval_shape(make, *arguments)
+    return jax.jit(make, out_shardings=shardings(shapes, mesh))(*arguments)
