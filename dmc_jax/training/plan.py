@@ -100,32 +100,18 @@ def plan(
         UserError: `mesh` is no mesh of so many devices, or does not divide a parameter; the run
             has stages that this knows nothing of.
     """
-    stage = neediest_stage(run)
+    stage, limit = neediest_stage(run), int(machine.fraction * machine.memory)
     need = functools.partial(by_compiler, memory=machine.memory) if compiled else estimate
-    limit = int(machine.fraction * machine.memory)
-
-    def told(candidate: RunConfig) -> dict[str, Any]:
-        found = need(candidate, stage)
-        return {
-            "mesh": {axis: getattr(candidate.mesh, axis) for axis in AXES},
-            "accumulation": candidate.accumulation,
-            "bytes": {name: getattr(found, name) for name in (*Need._fields[:-1], "total")},
-            "fits": found.total <= limit,
-            "bytes_received_a_step": found.moved,
-        }
-
     try:
-        asked = told(on_mesh(run, mesh or run.mesh, machine.gpus))
+        asked = on_mesh(run, mesh or run.mesh, machine.gpus)
+        asked = _told(asked, need(asked, stage), limit)
     except UserError as fault:
         if mesh is not None:
             raise
         asked = {"fits": False, "refused": str(fault)}
-    fitting = asked if asked["fits"] else None
-    for candidate in () if fitting else fitting_runs(run, stage, machine.gpus, limit):
-        found = told(candidate)
-        if found["fits"]:
-            fitting = found
-            break
+    candidates = () if asked["fits"] else fitting_runs(run, stage, machine.gpus, limit)
+    others = (_told(candidate, need(candidate, stage), limit) for candidate in candidates)
+    fitting = asked if asked["fits"] else next((one for one in others if one["fits"]), None)
     return {
         "name": run.name,
         "gpus": machine.gpus,
@@ -136,6 +122,17 @@ def plan(
         "asked": asked,
         "fitting": fitting,
         **costs(run, stage, machine),
+    }
+
+
+def _told(run: RunConfig, found: Need, limit: int) -> dict[str, Any]:
+    """What a run on a mesh needs, as plain values."""
+    return {
+        "mesh": {axis: getattr(run.mesh, axis) for axis in AXES},
+        "accumulation": run.accumulation,
+        "bytes": {name: getattr(found, name) for name in (*Need._fields[:-1], "total")},
+        "fits": found.total <= limit,
+        "bytes_received_a_step": found.moved,
     }
 
 
