@@ -45,6 +45,16 @@ class Snapshot:
     params: SamplingParams  # with the threshold that it runs by
     rows: CachedRows | None  # of all tokens but the last; None: it was not in the cache
 
+    def check(self, model: Mapping[str, Any]) -> None:
+        """Refuse an engine that was made with something else.
+
+        Raises:
+            UserError: it was.
+        """
+        for name, value in model.items():
+            if (theirs := self.model.get(name)) != value:
+                raise UserError(f"the snapshot's {name} is {theirs}, this engine's is {value}")
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a file, a NumPy archive without pickles.
 
