@@ -5,7 +5,7 @@ Sequences join and leave between steps, and what one says does not depend on who
 """
 
 import collections
-import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,15 +19,17 @@ from dmc_jax.checkpoints.models import LoadedModel, StoredModel, find_model, loa
 from dmc_jax.config import ModelConfig, to_dict
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
-from dmc_jax.inference.pages import KV_DTYPES
+from dmc_jax.inference.branching import BranchingScheduler
 from dmc_jax.inference.requests import (
     Event,
     Params,
     Prompt,
     Request,
     Result,
+    cut_request,
     new_requests,
     resumed_request,
+    settled,
 )
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
@@ -35,8 +37,6 @@ from dmc_jax.inference.snapshot import Snapshot
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.choice import policy_for, to_json
 from dmc_jax.policies.policy import Policy
-
-_DTYPES = ("float32", "bfloat16")  # of the forward pass
 
 
 class Engine:
@@ -62,6 +62,8 @@ class Engine:
         chunk: int | None = None,
         dtype: str = "float32",
         kv_dtype: str | None = None,
+        prefix_cache: bool = False,
+        rollback: int = 0,
     ):
         """Allocate the cache.
 
@@ -81,17 +83,16 @@ class Engine:
             dtype: of the forward pass: float32 or bfloat16.
             kv_dtype: of keys and values in the pool: float32, bfloat16, or int8 with a scale for
                 each key and each value; None: that of the forward pass.
+            prefix_cache: whether prompts go on from what was read of others that begin alike
+                (`Result.cached_tokens`), which is kept as long as nobody needs its pages.
+            rollback: tokens that `truncate` may take back; above 0 this includes `prefix_cache`.
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
-                sequence, a length that the model does not know, a bad `chunk`, an unknown dtype, or
-                what `paged_cache.init` refuses.
+                sequence, a length that the model does not know, a bad `chunk`, an unknown dtype, a
+                policy whose caches cannot branch, or what `paged_cache.init` refuses.
         """
         kv_dtype = dtype if kv_dtype is None else kv_dtype
-        allowed = {"dtype": (dtype, _DTYPES), "kv_dtype": (kv_dtype, KV_DTYPES)}
-        for name, (given, known) in allowed.items():
-            if given not in known:
-                raise UserError(f"{name}: expected {' or '.join(known)}, got {given!r}")
         self.config, self.tokenizer = config, tokenizer
         self.max_sequences, self.page_size = max_sequences, page_size
         self.max_length = config.max_length if max_length is None else max_length
@@ -99,24 +100,24 @@ class Engine:
             raise UserError(
                 f"max_length: the model was made for {config.max_length}, got {self.max_length}"
             )
+        kept = to_json(policy)
+        threshold = kept.pop("threshold", None)  # each sequence has its own
+        settle = functools.partial(settled, threshold=threshold, gates=gates, policy=policy.name)
         self._limits = {"vocab_size": config.vocab_size, "max_length": self.max_length}
-        self._limits["settle"] = self._settled
-        self._gates, kept = gates, to_json(policy)
-        self._threshold = kept.pop("threshold", None)  # each sequence has its own
+        self._limits["settle"] = settle
         kept.pop("prompt", None)  # likewise
         # What a snapshot's rows depend on, but for the parameters. As JSON gives it back.
-        self._model = {"model": to_dict(config), "policy": kept}
-        self._model |= {"dtype": dtype, "kv_dtype": kv_dtype, "page_size": page_size}
+        stored = {"dtype": dtype, "kv_dtype": kv_dtype, "page_size": page_size}
+        self._model = {"model": to_dict(config), "policy": kept, **stored}
         self._model = json.loads(json.dumps(self._model))
-        self._scheduler = Scheduler(
-            params,
-            config,
-            tokenizer,
+        self._rollback, make = rollback, Scheduler
+        if prefix_cache or rollback:
+            make = functools.partial(BranchingScheduler, rollback=rollback)
+        self._scheduler = make(
+            *(params, config, tokenizer),
+            **stored,
             policy=policy,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
             seats=max_sequences,
-            page_size=page_size,
             pages=pages,
             kv_bytes=kv_bytes,
             max_length=self.max_length,
@@ -164,7 +165,7 @@ class Engine:
             ratio: tokens per slot that these gates shall come to, None: as `threshold` says; or
                 with which a budget grows; or of the segments of "stride".
             add_bos: whether prompts of text begin with BOS; None: as the model has it.
-            options: `page_size`, `max_length`, `chunk`, `kv_dtype` of the engine.
+            options: `page_size`, `max_length`, `chunk`, `kv_dtype`, ... of the engine.
 
         Raises:
             UserError: no checkpoint there, another tokenizer, an unknown policy, or as for an
@@ -261,11 +262,28 @@ class Engine:
         Raises:
             UserError: it has ended, or there never was such a sequence.
         """
-        for request in self._scheduler.unfinished():
-            if request.id == sequence:
-                said = request.prompt, tuple(request.tokens), request.params
-                return Snapshot(self._model, *said, self._scheduler.rows(request))
-        raise UserError(f"no sequence {sequence} to take a snapshot of: it ended or never was")
+        request = self._unfinished(sequence, "to take a snapshot of")
+        said = request.prompt, tuple(request.tokens), request.params
+        return Snapshot(self._model, *said, self._scheduler.rows(request))
+
+    def truncate(self, sequence: int, tokens: int, params: SamplingParams | None = None) -> None:
+        """Let a sequence forget all but its first tokens, and go on as one that never had more.
+
+        Events have told of the others, which nothing takes back. A few tokens may be read again.
+
+        Args:
+            sequence: an id from `submit`.
+            tokens: of its prompt and what follows that it keeps, 1 or more.
+            params: as for `resume`; with the same ones as before it says the same again.
+
+        Raises:
+            UserError: it has ended, or has not so many tokens; more than the engine's `rollback`
+                are to be taken back; or as for `resume`.
+        """
+        request = self._unfinished(sequence, "to truncate")
+        params = request.params if params is None else params
+        cut_request(request, tokens, params, self.tokenizer, self._rollback, **self._limits)
+        self._scheduler.rewind(request)
 
     def resume(self, snapshot: Snapshot, params: SamplingParams | None = None) -> int:
         """Queue a sequence that goes on where a snapshot was taken.
@@ -283,10 +301,7 @@ class Engine:
         Raises:
             UserError: another model or cache, or `params` with which it would have ended.
         """
-        for name, value in self._model.items():
-            if snapshot.model.get(name) != value:
-                theirs = snapshot.model.get(name)
-                raise UserError(f"the snapshot's {name} is {theirs}, this engine's is {value}")
+        snapshot.check(self._model)
         params = snapshot.params if params is None else params
         return self._queued([resumed_request(snapshot, params, self.tokenizer, **self._limits)])[0]
 
@@ -366,26 +381,14 @@ class Engine:
 
     # ---- what comes in ------------------------------------------------------------------------
 
+    def _unfinished(self, sequence: int, purpose: str) -> Request:
+        for request in self._scheduler.unfinished():
+            if request.id == sequence:
+                return request
+        raise UserError(f"no sequence {sequence} {purpose}: it ended or never was")
+
     def _enqueue(self, prompts: Sequence[Prompt], params: Params) -> list[int]:
         return self._queued(new_requests(prompts, params, self.tokenizer, **self._limits))
-
-    def _settled(self, params: SamplingParams) -> SamplingParams:
-        """Give a request its threshold: that of its ratio, its own or the engine's."""
-        if self._threshold is None:
-            for name in ("ratio", "threshold"):
-                if getattr(params, name) is not None:
-                    policy = self._model["policy"]["name"]
-                    raise UserError(f"{name}: with policy {policy} no threshold decides anything")
-            return params
-        threshold = self._threshold if params.threshold is None else params.threshold
-        if params.ratio is not None:
-            if self._gates is None:
-                raise UserError(
-                    "ratio: it is looked up in a file of gates, which this engine does not have: "
-                    "give a threshold"
-                )
-            threshold = self._gates.at(params.ratio).threshold
-        return dataclasses.replace(params, ratio=None, threshold=float(threshold))
 
     def _queued(self, requests: list[Request]) -> list[int]:
         for request in requests:

@@ -7,7 +7,8 @@ nothing here waits for the host. Three facts hold after every function but `gran
 check them:
 
     a row of n slots owns the first ceil(n / page) entries of its page table;
-    a page is owned by one row, or lies in `free_pages[:free_count]` once;
+    a page is owned by one row, or lies in `free_pages[:free_count]` once; where there are
+    `references`, it may be owned by more, none of which writes to it any more (`kept_rows`);
     a write without a page goes nowhere, and its seat is marked in `failed`.
 """
 
@@ -44,6 +45,7 @@ class PagedCache:
     free_count: Int[Array, ""]
     failed: Bool[Array, " seats"]  # lacked a page: what it holds is void, until it is freed
     most_pages: Int[Array, " seats"]  # that a sequence had when it gave some back; 0 before
+    references: Int[Array, " P"] | None = None  # owners beyond the first; None: there are none
 
 
 def init(
@@ -348,11 +350,8 @@ def free(cache: PagedCache, leaving: Bool[Array, " seats"]) -> PagedCache:
         cache: the cache.
         leaving: seats to empty; those that are empty already may be among them.
     """
-    P, page = cache.pages.count, cache.pages.page_size
-    entries = jnp.arange(cache.page_table.shape[2])
-    owned = (entries < pages_of(cache.lengths, page)[..., None]) & leaving[:, None, None]
-    owned = owned.reshape(-1)
-    place = jnp.where(owned, cache.free_count + jnp.cumsum(owned) - 1, P)  # place P is dropped
+    owned = owned_entries(cache, cache.page_table, cache.lengths) & leaving[:, None, None]
+    cache = give_back(cache, cache.page_table, owned)
 
     def emptied(x):
         # Not a product: what is left of a sequence with NaN must not reach the next one.
@@ -363,10 +362,33 @@ def free(cache: PagedCache, leaving: Bool[Array, " seats"]) -> PagedCache:
         lengths=emptied(cache.lengths),
         state=jax.tree.map(emptied, cache.state),
         position=emptied(cache.position),
-        free_pages=cache.free_pages.at[place].set(cache.page_table.reshape(-1), mode="drop"),
-        free_count=cache.free_count + owned.sum(dtype=jnp.int32),
         failed=emptied(cache.failed),
         most_pages=emptied(cache.most_pages),
+    )
+
+
+def owned_entries(
+    cache: PagedCache, table: Int[Array, "*rows maxp"], lengths: Int[Array, "*rows"]
+) -> Bool[Array, "*rows maxp"]:
+    """Say which entries of page tables are pages of their rows."""
+    return jnp.arange(table.shape[-1]) < pages_of(lengths, cache.pages.page_size)[..., None]
+
+
+def give_back(
+    cache: PagedCache, table: Int[Array, "*rows maxp"], owned: Bool[Array, "*rows maxp"]
+) -> PagedCache:
+    """Let rows give up the pages of some entries; those that no other row has are free then."""
+    P, ids, owned = cache.pages.count, table.reshape(-1), owned.reshape(-1)
+    if cache.references is not None:
+        owners = jnp.zeros_like(cache.references).at[jnp.where(owned, ids, P)].add(1, mode="drop")
+        ids, owned = jnp.arange(P, dtype=jnp.int32), owners > cache.references
+        left = jnp.where(owned, 0, cache.references - owners)
+        cache = dataclasses.replace(cache, references=left)
+    place = jnp.where(owned, cache.free_count + jnp.cumsum(owned) - 1, P)  # place P is dropped
+    return dataclasses.replace(
+        cache,
+        free_pages=cache.free_pages.at[place].set(ids, mode="drop"),
+        free_count=cache.free_count + owned.sum(dtype=jnp.int32),
     )
 
 

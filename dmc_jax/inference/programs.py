@@ -142,8 +142,11 @@ def read_prompts(
         (the batch, the token that follows each, which means nothing if the sequence `failed`, or
         has tokens left to read).
     """
-    known = [(*request.prompt, *request.tokens) for request, _ in parts]
-    read = [tokens[begin : begin + chunk] for tokens, (_, begin) in zip(known, parts, strict=True)]
+    known = [request.known for request, _ in parts]
+    read = [
+        tokens[begin : request.part_end(begin, chunk)]
+        for tokens, (request, begin) in zip(known, parts, strict=True)
+    ]
     seats = np.array([request.seat for request, _ in parts], np.int32)
     cache, x = read_chunk(
         *(params, config, batch.cache, read, seats),

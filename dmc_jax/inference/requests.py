@@ -44,7 +44,10 @@ class Result:
     dense_cache_bytes: int
     seconds_to_first_token: float | None  # from `submit` or `resume`: with the time in the queue
     tokens_per_second: float  # from it to the last but for compiling; 0 with fewer than two
-    logprobs: tuple[TokenLogprob, ...] | None = None  # of tokens since `submit` or `resume`
+    logprobs: tuple[TokenLogprob, ...] | None = (
+        None  # of tokens since `submit`, `resume`, `truncate`
+    )
+    cached_tokens: int = 0  # of the prompt, that were not read: they had been before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,19 @@ class Request:
     pages_wanted: int = 0  # to go on with fewer has failed
     inherited: int = 0  # tokens that it had when it was resumed from a snapshot
     rows: CachedRows | None = None  # of that snapshot, until they are in the cache
+    put_back: bool = False  # they are there: perhaps not what it would have read by its threshold
+    branch: int = 0  # tokens after which another goes on otherwise: a part of the prompt ends there
+    cached_tokens: int = 0  # of the prompt, that were not read
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """All its tokens."""
+        return *self.prompt, *self.tokens
+
+    def part_end(self, begin: int, chunk: int) -> int:
+        """Say how many tokens are read once a part from `begin` on is, of `chunk` at most."""
+        end = min(begin + chunk, len(self.prompt) + len(self.tokens))
+        return self.branch if begin < self.branch < end else end
 
 
 def new_request(
@@ -133,6 +149,36 @@ def new_request(
         text=begin_text(tokenizer, prompt),
         submitted=time.perf_counter(),
     )
+
+
+def settled(
+    params: SamplingParams, *, threshold: float | None, gates: Any, policy: str
+) -> SamplingParams:
+    """Give a request its threshold: that of its ratio, its own or the engine's.
+
+    Args:
+        params: of the request.
+        threshold: of the engine's policy; None: it has none.
+        gates: `StoredGates`, in whose table ratios are looked up, if there are any.
+        policy: its name.
+
+    Raises:
+        UserError: there is none to be had.
+    """
+    if threshold is None:
+        for name in ("ratio", "threshold"):
+            if getattr(params, name) is not None:
+                raise UserError(f"{name}: with policy {policy} no threshold decides anything")
+        return params
+    threshold = threshold if params.threshold is None else params.threshold
+    if params.ratio is not None:
+        if gates is None:
+            raise UserError(
+                "ratio: it is looked up in a file of gates, which this engine does not have: "
+                "give a threshold"
+            )
+        threshold = gates.at(params.ratio).threshold
+    return dataclasses.replace(params, ratio=None, threshold=float(threshold))
 
 
 def check_text(prompt: Prompt) -> None:
@@ -192,19 +238,63 @@ def resumed_request(
     Raises:
         UserError: as in `new_request`, or with these `params` the sequence would have ended.
     """
-    if params.ratio is None and params.threshold is None:
-        params = dataclasses.replace(params, threshold=snapshot.params.threshold)
-    request = new_request(snapshot.prompt, params, tokenizer, **limits)
-    for token in snapshot.tokens:
-        if take_token(request, token, tokenizer).finish_reason:
-            raise UserError(
-                f"a sequence with {len(snapshot.tokens)} new tokens cannot be resumed: its "
-                "SamplingParams (max_new_tokens or a stop) end it before"
-            )
+    said = snapshot.prompt, snapshot.tokens, snapshot.params.threshold
+    request = _said_again(*said, params, tokenizer, **limits)
     request.inherited, request.first_time = len(snapshot.tokens), None
     request.rows = snapshot.rows
     if snapshot.rows is not None:
         request.pages_wanted = snapshot.rows.pages.count
+    return request
+
+
+def cut_request(
+    request: Request,
+    tokens: int,
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    most: int,
+    **limits: Any,
+) -> None:
+    """Let a request forget all but its first tokens; it is to be read again.
+
+    Args:
+        request: is changed.
+        tokens: that it keeps, of its prompt first.
+        params: how it goes on, as for `resumed_request`.
+        tokenizer: of the prompt and what follows.
+        most: tokens that it may forget.
+        limits: as in `new_request`.
+
+    Raises:
+        UserError: it has not so many tokens, has to forget too many, or as in `resumed_request`.
+    """
+    has = len(request.known)
+    if not 1 <= tokens <= has:
+        raise UserError(f"truncate: sequence {request.id} has {has} tokens, cannot keep {tokens}")
+    if has - tokens > most or not most:
+        raise UserError(
+            f"truncate: {has - tokens} tokens are to be taken back, this engine's rollback is "
+            f"{most}: make one with a higher rollback, or submit the tokens as a prompt"
+        )
+    prompt, said = request.prompt[:tokens], request.known[len(request.prompt) : tokens]
+    again = _said_again(prompt, said, request.params.threshold, params, tokenizer, **limits)
+    for name in ("prompt", "params", "stop_ids", "text", "tokens", "parts", "logprobs"):
+        setattr(request, name, getattr(again, name))
+    request.inherited = min(request.inherited, len(said))
+    request.rows, request.pages_wanted = None, 0
+
+
+def _said_again(prompt, tokens, threshold, params, tokenizer, **limits) -> Request:
+    """Make a request that has said some tokens, by a threshold unless `params` name another."""
+    if params.ratio is None and params.threshold is None:
+        params = dataclasses.replace(params, threshold=threshold)
+    request = new_request(prompt, params, tokenizer, **limits)
+    for token in tokens:
+        if take_token(request, token, tokenizer).finish_reason:
+            raise UserError(
+                f"a sequence with {len(tokens)} new tokens cannot be resumed: its "
+                "SamplingParams (max_new_tokens or a stop) end it before"
+            )
     return request
 
 
@@ -279,6 +369,7 @@ def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) ->
         dense_cache_bytes=request.usage.dense_bytes,
         seconds_to_first_token=None if first is None else first - request.submitted,
         tokens_per_second=more / took if more > 0 and took > 0 else 0.0,
+        cached_tokens=request.cached_tokens,
         logprobs=None if request.params.logprobs is None else tuple(request.logprobs),
     )
     return Event(

@@ -19,8 +19,9 @@ import numpy as np
 
 from dmc_jax.config import ModelConfig
 from dmc_jax.data.tokenizer import Tokenizer
-from dmc_jax.errors import RunFailure
+from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.inference import programs
+from dmc_jax.inference.pages import KV_DTYPES
 from dmc_jax.inference.prefill import check_chunk, chunk_width, usual_chunk
 from dmc_jax.inference.programs import Tally
 from dmc_jax.inference.requests import Event, Request, finish, take_token
@@ -29,6 +30,7 @@ from dmc_jax.inference.snapshot import CachedRows, copy_out
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.policy import Policy
 
+_DTYPES = ("float32", "bfloat16")  # of the forward pass
 _ROOM = 2048  # tokens of a sequence that page tables have room for, until a longer one comes
 
 
@@ -66,8 +68,12 @@ class Scheduler:
             pool: `pages` and `kv_bytes`, as in `programs.init`.
 
         Raises:
-            UserError: as in `programs.init`, or a bad `chunk`.
+            UserError: as in `programs.init`, an unknown dtype, or a bad `chunk`.
         """
+        allowed = {"dtype": (dtype, _DTYPES), "kv_dtype": (kv_dtype, KV_DTYPES)}
+        for name, (given, known) in allowed.items():
+            if given not in known:
+                raise UserError(f"{name}: expected {' or '.join(known)}, got {given!r}")
         self._chunk = usual_chunk() if chunk is None else chunk
         check_chunk(self._chunk)
         params = unstack_layers(params, config, jnp.dtype(dtype))
@@ -196,7 +202,7 @@ class Scheduler:
         left = self._chunk
         while True:
             self._admit()
-            parts, width = self._next_parts(left)
+            parts, width = self._next_parts(left, self._share())
             if not parts:
                 return
             self._read(parts)
@@ -208,6 +214,7 @@ class Scheduler:
             self.tally()  # which empties the seat
             self._queue.popleft()
             self._seats[seat], request.seat = request, seat
+            request.put_back = request.rows is not None
             if request.rows is None:
                 self._unread[request] = 0
                 continue
@@ -220,12 +227,16 @@ class Scheduler:
     def _fits(self, request: Request) -> bool | np.bool_:
         if not self.running():
             return True  # nobody can give it more than all
+        return self._pages_needed(request) <= self.tally().free
+
+    def _pages_needed(self, request: Request) -> float:
+        """Expect so many to be taken before a request that joins can say something."""
         counts = self.tally()
         still = sum(
             max(0.0, self._pages_of(other) - counts.pages[other.seat]) for other in self._unread
         )
         wanted = max(self._pages_of(request), request.pages_wanted)
-        return still + wanted + self._may_take() <= counts.free
+        return still + wanted + self._may_take()
 
     def _pages_of(self, request: Request) -> float:
         """Expect so many pages to be taken by what is known of a sequence."""
@@ -240,17 +251,23 @@ class Scheduler:
         _, rows, most = self._batch.cache.page_table.shape
         return min(expected, rows * most)
 
-    def _next_parts(self, left: int) -> tuple[list[tuple[Request, int]], int]:
+    def _next_parts(
+        self, left: int, waiting: set[Request]
+    ) -> tuple[list[tuple[Request, int]], int]:
         """Choose who reads in the next pass: the oldest, and others of equal width beside it.
 
         Their number is a power of 4, so that few shapes ever compile and no row is padding.
 
+        Args:
+            left: tokens that may still be read.
+            waiting: who does not read now.
+
         Returns:
             (who and from which token on, the width); nobody where `left` tokens are too few.
         """
-        parts = sorted(self._unread.items(), key=lambda part: part[0].id)
+        parts = [part for part in self._by_age() if part[0] not in waiting]
         widths = [
-            chunk_width(len(request.prompt) + len(request.tokens) - begin, self._chunk)
+            chunk_width(request.part_end(begin, self._chunk) - begin, self._chunk)
             for request, begin in parts
         ]
         equal = [part for part, width in zip(parts, widths, strict=True) if width == widths[0]]
@@ -258,6 +275,9 @@ class Scheduler:
         if not most:
             return [], 0
         return equal[: 4 ** ((most.bit_length() - 1) // 2)], widths[0]
+
+    def _by_age(self) -> list[tuple[Request, int]]:
+        return sorted(self._unread.items(), key=lambda part: part[0].id)
 
     def _read(self, parts: list[tuple[Request, int]]) -> None:
         self.tally()  # which empties the seats of those who left
@@ -269,7 +289,8 @@ class Scheduler:
         for place, (request, begin) in enumerate(parts):
             if request not in self._unread or self._sent_away(request):
                 continue
-            self._unread[request] = begin + self._chunk
+            self._unread[request] = request.part_end(begin, self._chunk)
+            self._keep(request)
             if self._unread[request] >= len(request.prompt) + len(request.tokens):
                 del self._unread[request]
                 self._take(request, chosen, place)
@@ -279,7 +300,8 @@ class Scheduler:
         counts = self.tally()
         if not counts.failed[request.seat]:
             return False
-        if len(self.running()) == 1:
+        spared = self._spare(np.inf)
+        if len(self.running()) == 1 and not spared:
             self.end(request, "pages")
             return True
         # With what it may have had it would fail again.
@@ -327,4 +349,18 @@ class Scheduler:
         logprob = chosen.logprob(place, request.params.logprobs)
         self._events.append(take_token(request, token, self._tokenizer, logprob))
         if self._events[-1].finish_reason:
+            self._keep(request)
             self._leave(request)
+
+    # ---- what `BranchingScheduler` does -------------------------------------------------------
+
+    def _share(self) -> set[Request]:
+        """Let prompts begin with what was read before; tell who waits for others to read it."""
+        return set()
+
+    def _keep(self, request: Request) -> None:
+        """Let others go on from what a request has in the cache."""
+
+    def _spare(self, pages: float) -> bool:
+        """Give up what is kept until so many pages are free; tell whether there was something."""
+        return False

@@ -70,6 +70,16 @@ class Snapshot:
             raise UserError(f"the prompt does not begin with the {len(held)} tokens that are held")
         return dataclasses.replace(self, prompt=tuple(prompt), tokens=())
 
+    def check(self, model: Mapping[str, Any]) -> None:
+        """Refuse an engine that was made with something else.
+
+        Raises:
+            UserError: it was.
+        """
+        for name, value in model.items():
+            if (theirs := self.model.get(name)) != value:
+                raise UserError(f"the snapshot's {name} is {theirs}, this engine's is {value}")
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a file, a NumPy archive without pickles.
 

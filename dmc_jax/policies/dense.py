@@ -29,6 +29,7 @@ class Dense(Policy):
     name = "dense"
     chunked = True
     launches = True
+    branches = True
 
     def rotate(self, x, positions, frequencies):
         """Rotate, without the faded part of the decision channel."""
@@ -60,6 +61,10 @@ class Dense(Policy):
         key = self.rotate(tokens.k, tokens.positions, tokens.frequencies)
         slot = lengths[..., None] + jnp.arange(key.shape[1])
         return state, Edit(slot, key, tokens.v)
+
+    def open_slots(self, state, lengths):
+        """None is."""
+        return jnp.zeros((*lengths.shape, 0), jnp.int32)
 
     # ---- a step in one launch -----------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class DMC(Policy):
     name = "dmc"
     chunked = True
     launches = True
+    branches = True
 
     def rotate(self, x, positions, frequencies):
         """Rotate, without the decision channel."""
@@ -87,6 +88,10 @@ class DMC(Policy):
         key = self.rotate(k.astype(tokens.q.dtype), tokens.positions, tokens.frequencies)
         slot = lengths[..., None] - 1 + jnp.cumsum(~merges, axis=1).swapaxes(1, 2)
         return after, Edit(slot, key, v)
+
+    def open_slots(self, state, lengths):
+        """The newest, which the next token may join."""
+        return lengths[..., None] - 1
 
     def _decide(self, q, k):
         """Decisions and importance of tokens [B, T, heads, H]."""

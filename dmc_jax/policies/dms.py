@@ -43,6 +43,7 @@ class DMS(Policy):
 
     name = "dms"
     chunked = True
+    branches = True
 
     def __post_init__(self):
         if self.delay < 1:
@@ -120,3 +121,7 @@ class DMS(Policy):
         key = rotate(tokens.k, tokens.positions, tokens.frequencies)
         until = jnp.where(drops, jnp.arange(T) + delay, T + delay)
         return state, Edit(slot, key, tokens.v, until)
+
+    def open_slots(self, state, lengths):
+        """Those of tokens that are still to be dropped, whose place a later one takes."""
+        return state - 1

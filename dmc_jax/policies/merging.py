@@ -58,6 +58,7 @@ class Merging(Policy):
     settings: DMCSettings
 
     chunked = True
+    branches = True
 
     def __post_init__(self):
         if self.delay < 0:
@@ -200,6 +201,10 @@ class Merging(Policy):
         key = rotate(tokens.k, tokens.positions, tokens.frequencies)
         until, ones = (jnp.broadcast_to(x, joins.swapaxes(1, 2).shape) for x in (t + delay, 1))
         return after, Edit(slots.swapaxes(1, 2), key, tokens.v, until, tokens=ones, also=merged)
+
+    def open_slots(self, state, lengths):
+        """That of the open segment, and those of tokens that have not settled."""
+        return jnp.concatenate([state.tail.slots, state.slot[..., None]], axis=-1)
 
     def _decide(self, tokens):
         """Decisions and weights of tokens [B, *T]."""

@@ -109,6 +109,7 @@ class Policy(abc.ABC):
     )
     watches: ClassVar[bool] = False  # it has an `observe`, which is told the weights of attention
     launches: ClassVar[bool] = False  # it has a `launch`: a kernel of `cache_update` can do a step
+    branches: ClassVar[bool] = False  # tokens decide most of a row for good: it has `open_slots`
 
     @property
     def gamma(self) -> Float[Array, " K"] | None:
@@ -236,6 +237,15 @@ class Policy(abc.ABC):
             state: of the rows [B, K, ...], after all observers.
         """
         raise NotImplementedError(f"{self.name} does not cut prompts")
+
+    def open_slots(self, state: State, lengths: Int[Array, "*rows"]) -> Int[Array, "*rows n"]:
+        """Say which slots may be written to again, -1 being none; what others hold stays.
+
+        Args:
+            state: of the rows.
+            lengths: slots that they have.
+        """
+        raise NotImplementedError(f"{self.name} writes to any slot")
 
     def chunk(
         self, state: State, tokens: Tokens, lengths: Int[Array, "B K"], counts: Int[Array, " B"]
