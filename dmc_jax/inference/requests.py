@@ -44,9 +44,7 @@ class Result:
     dense_cache_bytes: int
     seconds_to_first_token: float | None  # from `submit` or `resume`: with the time in the queue
     tokens_per_second: float  # from it to the last but for compiling; 0 with fewer than two
-    logprobs: tuple[TokenLogprob, ...] | None = (
-        None  # of tokens since `submit`, `resume`, `truncate`
-    )
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of tokens since `submit` or its like
     cached_tokens: int = 0  # of the prompt, that were not read: they had been before
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dmc_jax.config import ModelConfig
 from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.core.dmc import segment_starts
+from dmc_jax.core.noise import decision_noise
 from dmc_jax.core.rope import Llama3Scaling, rotary_frequencies
 from dmc_jax.model.llama import Attend, ModelOutput
 from pallas_kernels.cache_update import api as cache_update
@@ -389,23 +390,12 @@ def attend_whole(
     def attend(q, k, v, x, layer, state):
         noise = None
         if noise_key is not None:
-            noise = _logistic(noise_key, noise_part, layer, k.shape[:3])
+            noise = decision_noise(noise_key, noise_part, layer, k.shape[:3])
         own = policy.of_layer(layer, offsets[layer], k.shape[2])
         attended = own.whole(q, k, v, where, x=x, noise=noise, attention=attention)
         return attended.out, state, attended.record
 
     return attend
-
-
-def _logistic(key: Array, part: tuple, layer: Array, shape: tuple[int, int, int]) -> Array:
-    """Draw the noise of a layer [B, T, K]: the difference of two Gumbel draws is logistic."""
-    B, *rest = shape
-    if key.ndim:
-        own = jax.vmap(jax.random.fold_in, (0, None))(key, layer)
-        return jax.vmap(lambda of_sequence: jax.random.logistic(of_sequence, rest))(own)
-    number, parts = part
-    whole = jax.random.logistic(jax.random.fold_in(key, layer), (B * parts, *rest))
-    return whole.reshape(B, parts, *rest)[:, number]
 
 
 def decision_means(output: ModelOutput) -> Float[Array, "L B"]:

@@ -411,9 +411,7 @@ def save_model(run: RunConfig, trained: Trained, model: LoadedModel, data: Prepa
     folder, steps = Path(run.output, run.name, "model"), run.distill.steps
     params = adapted.adapt(run.gates, model.params, trained["model"])
     about = dataclasses.replace(describe(run, "distill", steps, data), stage="pretrain")
-    there = of_first(
-        lambda: latest(folder)
-    )  # where a run ended after this, and before all was measured
+    there = of_first(lambda: latest(folder))  # a run ended after this, and before all was measured
     with open_for_saving(folder, "pretrain", 1, resumed_step=there and there.step) as saver:
         saver.save(steps, {"params": params}, {}, about)
 

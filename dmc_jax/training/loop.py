@@ -182,7 +182,7 @@ class _Begun(NamedTuple):
 
 
 def _begin_stage(run: RunConfig, stage: str, ready: checks.Ready) -> _Begun:
-    batches = _batches(run, stage, ready)
+    batches = _batches(run, stage, ready.datas, part_of_batches(ready.mesh))
     if stage in GATED:
         state, resumed, step = gated.begin(run, stage, ready.start, ready.datas, ready.mesh)
         teacher, beside = run.model if run.gates.distillation else None, ready.start.params
@@ -300,12 +300,12 @@ def _overdue(run: RunConfig, saved: float) -> bool:
     return of_first(lambda: 0 < run.save_minutes <= (time.monotonic() - saved) / 60)
 
 
-def _batches(run: RunConfig, stage: str, ready: checks.Ready):
+def _batches(run: RunConfig, stage: str, datas: list, share: tuple[int, int] = (0, 1)):
     """The stage's own endless stream of training batches, this host's rows of them."""
-    part, parts = part_of_batches(ready.mesh)
+    part, parts = share
     return iter(
         training_batches(
-            ready.datas,
+            datas,
             length=run.data.length,
             batch=run.data.batch,
             seed=order_seed(run, stage),
