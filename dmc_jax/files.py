@@ -1,12 +1,15 @@
 """A file or a folder that is whole under its name, or not there at all: the one writer of such."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: no mistake of the user's
 
 
 def user_cache(name: str) -> Path:

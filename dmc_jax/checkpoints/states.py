@@ -300,11 +300,16 @@ def describe_mismatch(
 
 
 def quiet_orbax() -> None:
-    """Drop Orbax's informational log lines (many for each save); its warnings still show."""
+    """Drop Orbax's informational log lines (many for each save); its warnings still show.
+
+    So do not the tracebacks that its threads log of a failed save, which is raised here, too.
+    """
     source = os.path.dirname(ocp.__file__) + os.sep
 
     def keeps(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or not record.pathname.startswith(source)
+        if not record.pathname.startswith(source):
+            return True
+        return record.levelno >= logging.WARNING and not record.exc_info
 
     logging.getLogger("absl").addFilter(keeps)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dmc_jax.errors import UserError
 from dmc_jax.evaluation.times import MARK
-from dmc_jax.files import write_text
+from dmc_jax.files import FULL, write_text
 
 # Peak dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; the first match
 # counts. NVIDIA's data sheets print twice this for Hopper, "with sparsity".
@@ -89,6 +89,7 @@ def open_metrics(
 
     Raises:
         UserError: A package that was asked for is missing, or the directory cannot be written.
+        OSError: The disk is full.
     """
     run_dir = Path(run_dir).absolute()
     # Looked up before anything is written: a missing package is known at once.
@@ -100,6 +101,11 @@ def open_metrics(
             lost = _cut_lines_from(run_dir / "metrics.jsonl", first_step)
             file = stack.enter_context(open(run_dir / "metrics.jsonl", "a"))
         except OSError as error:
+            if error.errno in FULL:
+                raise OSError(
+                    f"cannot write {run_dir / 'metrics.jsonl'}: {error.strerror}. Make room, then "
+                    "resume the run."
+                ) from error
             raise UserError(
                 f"cannot write {run_dir / 'metrics.jsonl'}: {error.strerror or error}. Choose a "
                 "run directory that this user may write to."

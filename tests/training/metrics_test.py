@@ -1,6 +1,8 @@
 """Each step is recorded once, and no utilisation is invented."""
 
+import errno
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -63,6 +65,16 @@ def the_half_line_of_a_killed_run_is_dropped_test(tmp_path):
         file.write('{"step": 3, "lo')
     log_steps(tmp_path, [3], first_step=3)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+
+
+def a_full_disk_is_no_mistake_of_the_users_test(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log_steps(tmp_path, [1])
+    monkeypatch.setattr(metrics, "write_text", full)
+    with pytest.raises(OSError, match="metrics.jsonl: No space left on device. Make room, then"):
+        log_steps(tmp_path, [2], first_step=2)
 
 
 def a_run_from_the_start_forgets_the_old_lines_test(tmp_path):
