@@ -153,7 +153,8 @@ def residual_sharding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSh
     Its width is split over tensor where that divides it: products that end in it then scatter
     their sums instead of giving all of them to all.
     """
-    width = "tensor" if config.width % mesh.shape["tensor"] == 0 else None
+    tensor = mesh.shape["tensor"]
+    width = "tensor" if tensor > 1 and config.width % tensor == 0 else None
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, width))
 
 

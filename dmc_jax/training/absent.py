@@ -100,6 +100,14 @@ def prepare() -> str | None:
     version = importlib.metadata.version(package)
     if version != jax.__version__:
         return f"{package} is {version}, jax {jax.__version__}; `make cuda-plugin` installs its own"
+    import jaxlib.gpu_triton
+
+    if not hasattr(jaxlib.gpu_triton, "TritonKernelCall"):  # it looked before the plugin was there
+        importlib.reload(jaxlib.gpu_triton)
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:  # a step without the kernels would be another
+        return f"jax_triton cannot be imported: {error}"
     return None
 
 

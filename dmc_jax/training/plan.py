@@ -36,8 +36,8 @@ _GATHERS_OF_DOWN = 2
 # Passes of activations over `tensor` in a layer.
 _SCATTERED, _GATHERED = 5, 9
 
-# Fitted: numbers held of a layer's parameters, gathered, and for each token of its width, of its
-# queries, and, where tokens merge, of its keys.
+# Fitted, bytes where a number takes 2: of each parameter of a layer, gathered; and of each token,
+# for every channel of its width, of its queries, and, where tokens merge, of its keys.
 _OF_LAYER, _OF_WIDTH, _OF_QUERIES, _OF_KEYS = 5.0, 24.0, 24.0, 30.0
 
 
