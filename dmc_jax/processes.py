@@ -6,6 +6,9 @@ Process 0 asks and writes what only one may, `of_first`; what each must do, all 
 
 import contextlib
 import ctypes
+import functools
+import itertools
+import math
 import os
 import pickle
 import re
@@ -188,6 +191,27 @@ def _say_on_abort(message: str) -> None:
     libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
 
 
+def meet(mesh: Mesh) -> None:
+    """Connect the devices along every axis and axes of a mesh. All processes come here together.
+
+    Gloo gives 30 seconds to that, when a program first needs it: less than programs take to
+    compile, or not, where one process finds them compiled.
+    """
+    if jax.process_count() == 1:
+        return
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    for count in range(1, len(names) + 1):
+        for axes in itertools.combinations(names, count):
+            add = jax.shard_map(
+                functools.partial(jax.lax.psum, axis_name=axes),
+                mesh=mesh,
+                in_specs=PartitionSpec(axes),
+                out_specs=PartitionSpec(),
+            )
+            ones = np.ones(math.prod(mesh.shape[name] for name in axes), np.float32)
+            jax.block_until_ready(jax.jit(add)(ones))
+
+
 def is_lost_peer(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, tells of another process and not of this one."""
     while error is not None:
@@ -211,7 +235,8 @@ def lost_peers_named() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, LostPeer) or not is_lost_peer(error):
             raise
-        raise LostPeer(_GONE) from error
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise LostPeer(f"{_GONE}. What was heard of it: {reason}") from error
 
 
 def of_first(question: Callable[[], T]) -> T:

@@ -63,6 +63,7 @@ def train(run: RunConfig, *, quiet: bool = False) -> Path:
         if begun:
             _keep(directory, stack)
         ready = together(lambda: checks.check(run))
+        processes.meet(ready.mesh)
         contents = of_first(
             lambda: ownership.contents_of(run, ready.datas, ready.start, ready.teacher)
         )

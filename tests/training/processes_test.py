@@ -246,11 +246,11 @@ def a_signal_to_one_stops_both_and_one_process_or_two_go_on_test(run, tmp_path, 
     assert_same_run(directory, alone(run), "pretrain")
 
 
-# Of the run's process DIES: it ends where it is told to, as by `kill -9`.
+# The process of number DIES ends in its second save, as by `kill -9`.
 _DIES = """
-import os, signal, sys
+import importlib, os, signal
 import jax
-from dmc_jax import commands, train
+from dmc_jax import commands
 from dmc_jax.checkpoints import digests, states
 
 def dies(*_):
@@ -264,7 +264,7 @@ def saves(self, step, *rest):
     return done
 
 states.Saver.save = saves
-commands.run(train.main)
+commands.run(importlib.import_module("dmc_jax.train").main)
 """
 _WHERE = {
     "as the save begins": "dies()",
