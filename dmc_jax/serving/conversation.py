@@ -89,11 +89,13 @@ class Conversation:
         try:
             yield from self._reply(sequence, params.max_new_tokens - 1, said, parts)
         finally:
-            self._keep(sequence)
+            parts.append(rest := self._keep(sequence, len(said)))
             if said:
                 reply = "".join(parts)
                 self.messages = [*messages, {"role": "assistant", "content": reply}]
                 self._text, self._ids = rendered + reply, [*prompt, *said]
+        if rest:
+            yield rest
 
     def _prompt(self, rendered: str) -> tuple[list[int], Snapshot | None]:
         """The ids of a text, and what is held of their beginning."""
@@ -132,9 +134,13 @@ class Conversation:
             if not events:
                 yield ""
 
-    def _keep(self, sequence: int) -> None:
-        """Hold what the cache has of a sequence, and end it."""
-        self._held = None
+    def _keep(self, sequence: int, said: int) -> str:
+        """Hold what the cache has of a sequence, and end it.
+
+        Returns:
+            The end of its text of so many tokens, which others might have changed.
+        """
+        self._held, rest = None, ""
         if sequence in self._engine.unfinished:
             snapshot = self._engine.snapshot(sequence)
             self._held = None if snapshot.rows is None else snapshot
@@ -142,6 +148,9 @@ class Conversation:
             for event in self._engine.step():
                 if event.sequence == sequence:
                     self.result = event.result
+                    beyond = set(event.result.tokens[said:])  # EOS has no text; others may have
+                    rest = "" if beyond - set(end_ids(self._engine.tokenizer)) else event.text
+        return rest
 
 
 def cache_in_words(conversation: Conversation) -> str:

@@ -65,7 +65,8 @@ def a_reply_that_is_stopped_counts_as_said_test(tiny, engine, begins):
     part = next(reply) + next(reply) + next(reply)
     reply.close()
     assert "".join(whole).startswith(part) and len(part) < len("".join(whole))
-    assert talk.messages[-1] == {"role": "assistant", "content": part}
+    # And with it what may be a part of a character, which is not shown before it is certain.
+    assert talk.messages[-1]["content"].rstrip("\ufffd") == part.rstrip("\ufffd")
     begins.clear()
     assert list(talk.say("b")) and talk.note is None
     assert begins[0] > 0

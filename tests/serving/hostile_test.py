@@ -242,7 +242,7 @@ def three_answers_at_the_end(live):
     answers = []
     threads = [posted(live.url, LONG | {"stream": bool(x)}, answers) for x in (0, 0, 1)]
     until = time.monotonic() + PATIENCE
-    while len(live.engine.unfinished) < 12 and time.monotonic() < until:
+    while sum(live.thread.state[:2]) < 12 and time.monotonic() < until:
         time.sleep(0.001)
     live.end()
     for thread in threads:

@@ -76,6 +76,7 @@ class Live(NamedTuple):
     url: str
     port: int
     server: Server
+    thread: EngineThread
     engine: Engine
     pages: int  # of an idle engine
     ended: list  # what `serve_on` said
@@ -119,7 +120,7 @@ def serving(tiny, engine, *, queue_size=16, limits=LIMITS, head=PATIENCE, drain=
         until = time.monotonic() + PATIENCE
         while not server.started and time.monotonic() < until:
             time.sleep(0.01)
-        yield Live(f"http://127.0.0.1:{port}/v1", port, server, engine, pages, ended)
+        yield Live(f"http://127.0.0.1:{port}/v1", port, server, thread, engine, pages, ended)
     finally:
         server.should_exit = True
         runs.join(2 * PATIENCE)
