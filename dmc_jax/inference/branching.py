@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dmc_jax.errors import UserError
-from dmc_jax.inference.kept_rows import with_references
+from dmc_jax.inference.kept_rows import pages_of_seats, with_references
 from dmc_jax.inference.paged_cache import PagedCache
 from dmc_jax.inference.prefix_cache import SHORTEST, Prefix, PrefixCache, count_common
 from dmc_jax.inference.requests import Request
@@ -67,8 +67,15 @@ class BranchingScheduler(Scheduler):
         needed, prefix = self._pages_needed(request), None
         if request.rows is None and (prefix := self._prefixes.find(*_as_read(request))):
             needed -= prefix.shared
-        self._spare(needed, but=prefix)
-        return not self.running() or needed <= self.tally().free
+        if not self.running():
+            self._spare(needed, but=prefix)
+            return True
+        if needed > self.tally().free:
+            cache = self._batch.cache
+            if needed > cache.pages.count - int(pages_of_seats(cache)):
+                return False  # whatever is given up
+            self._spare(needed, but=prefix)
+        return needed <= self.tally().free
 
     def _make_room(self) -> None:
         self._spare(self._may_take())
@@ -86,10 +93,10 @@ class BranchingScheduler(Scheduler):
         """
         spared = False
         while len(self._prefixes) > (but is not None):
-            cache = self._batch.cache
-            if self.tally().free >= pages + self._prefixes.pages_beside(cache):
+            free = self.tally().free
+            if free >= pages + self._prefixes.pages_beside(self._batch.cache):
                 break
-            self._change(self._prefixes.evict(cache, but))
+            self._change(self._prefixes.evict(self._batch.cache, but))
             spared = True
         return spared
 

@@ -269,7 +269,9 @@ class Engine:
     def truncate(self, sequence: int, tokens: int, params: SamplingParams | None = None) -> None:
         """Let a sequence forget all but its first tokens, and go on as one that never had more.
 
-        Events have told of the others, which nothing takes back. A few tokens may be read again.
+        Events have told of the others, which nothing takes back. What comes after the last state
+        that is kept is read again: 32 tokens at most, or a chunk within the prompt; more where
+        others needed its pages, and all of a sequence that was resumed.
 
         Args:
             sequence: an id from `submit`.

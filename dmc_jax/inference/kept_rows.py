@@ -91,6 +91,15 @@ def drop(cache: PagedCache, kept: KeptRows) -> PagedCache:
     return give_back(cache, kept.page_table, owned_entries(cache, kept.page_table, kept.lengths))
 
 
+@jax.jit
+def pages_of_seats(cache: PagedCache) -> Int[Array, ""]:
+    """Count the pages that sequences own, each once."""
+    owned = owned_entries(cache, cache.page_table, cache.lengths)
+    ids = jnp.where(owned, cache.page_table, cache.pages.count)
+    there = jnp.zeros(cache.pages.count, bool).at[ids].set(True, mode="drop")
+    return there.sum(dtype=jnp.int32)
+
+
 def _branched(
     cache: PagedCache,
     policy: Policy,

@@ -37,7 +37,7 @@ def model():
 @pytest.fixture
 def build_engine(model):
     """Of equal sizes wherever possible: other ones compile anew."""
-    sizes = {"max_sequences": 4, "pages": 999, "page_size": PAGE, "chunk": 64, "max_length": 128}
+    sizes = {"max_sequences": 4, "pages": FEW, "page_size": PAGE, "chunk": 64, "max_length": 128}
 
     def engine(policy=BRANCHES[QUICK], **changes):
         return Engine(*model, Ids(), policy=policy, **sizes | changes)
@@ -160,7 +160,7 @@ def what_is_kept_gives_way_to_who_runs_and_nothing_leaks_test(build_engine, monk
     params = [SamplingParams(1 + 4 * i, temperature=0.7 * (i % 2), seed=i) for i in range(16)]
     expected = alone(build_engine(), prompts, params)
     monkeypatch.setattr(PrefixCache, "evict", lambda *args: (evicted.append(1), evict(*args))[1])
-    engine = build_engine(pages=FEW, rollback=40)
+    engine = build_engine(rollback=40)
     ids = [engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
     results = {}
     while len(results) < len(ids):
@@ -182,7 +182,7 @@ def what_is_kept_gives_way_to_who_runs_and_nothing_leaks_test(build_engine, monk
 def pages_in_common_are_there_once_test(build_engine):
     """So there is room for four sequences where three would fill the pool."""
     system, nothing_dropped = [1, *some_tokens(95)], {"threshold": 1e3}
-    engine = build_engine(pages=FEW, prefix_cache=True)
+    engine = build_engine(prefix_cache=True)
     engine.generate([[*system, 9]], greedy(1, **nothing_dropped))
     for last in range(4):
         engine.submit([*system, 3 + last], greedy(9, **nothing_dropped))
@@ -269,7 +269,8 @@ def a_sequence_that_goes_back_is_one_that_never_went_further_test(
         both = (engine, sequence), (fresh, other)
         for one, number in both:
             run_until(one, number, 4)
-        assert total[0] - read - keeps <= 32  # all of the fresh one, and what was not kept
+        again = total[0] - read - keeps  # without those of the fresh one
+        assert again <= (32 if keeps > len(prompt) else 64)
         assert_same_cache(*(one.snapshot(number).rows for one, number in both))
         assert result_of(engine, sequence).tokens[-20:] == result_of(fresh, other).tokens
     assert pages_left_once_nothing_is_kept(engine) == free

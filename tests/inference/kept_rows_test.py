@@ -115,7 +115,7 @@ class DenseBranching(Branching):
     policy = "dense"
 
 
-for machine, examples in ((Branching, 20), (DenseBranching, 5)):
+for machine, examples in ((Branching, 12), (DenseBranching, 3)):
     machine.TestCase.settings = hypothesis_settings(
         max_examples=examples, stateful_step_count=16, deadline=None
     )

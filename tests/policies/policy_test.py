@@ -224,6 +224,35 @@ def whole_sequences_are_any_chunks_and_then_one_token_at_a_time_test(policy):
     any_chunks()
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, policy in TABLE.items()
+        if policy.branches
+    ],
+)
+def a_slot_that_is_not_open_stays_as_it_is_test(policy):
+    """So sequences may share it."""
+    params, config = model()
+    tokens, seats = some_tokens(), np.array([0, 1], np.int32)
+    first, second = np.array([16, 11], np.int32), np.array([9, 16], np.int32)
+    cache = empty_cache(config, policy, "float32")
+    cache = read_chunk(params, config, policy, cache, tokens[:, :CHUNK], first, seats)[0]
+    following = np.stack([row[at : at + CHUNK] for row, at in zip(tokens, first, strict=True)])
+    after = read_chunk(params, config, policy, cache, following, second, seats)[0]
+    after, _ = read_rest(params, config, policy, after, tokens, first + second)
+
+    slots = np.arange(T)
+    is_open = (policy.open_slots(cache.state, cache.lengths)[..., None] == slots).any(axis=2)
+    held = [np.asarray(one.pages.read(one.page_table)[0])[:, :, :T] for one in (cache, after)]
+    same = (held[0] == held[1]).all(axis=-1)[:2]  # [2, R, T]
+    there = (slots < cache.lengths[..., None])[:2]
+    assert same[there & ~is_open[:2]].all() and (there & ~is_open[:2]).any()
+    if policy.name != "dense" and getattr(policy, "ratio", 2) > 1:
+        assert not same[there & is_open[:2]].all()
+
+
 @policies(("dmc, window 3", "dmc by gates, delay 5", "tova, 8 slots, without the channel"))
 def pages_of_int8_mean_the_same_in_any_chunks_and_one_token_at_a_time_test(policy):
     params, config = model()
