@@ -38,6 +38,12 @@ _KEY_FILE = flags.DEFINE(
     "is needed.",
 )
 _MAX_SEQUENCES = flags.DEFINE_integer("max_sequences", 16, "That run at a time, at most.", 1)
+_PREFIX_CACHE = flags.DEFINE_bool(
+    "prefix_cache",
+    None,
+    "Whether prompts go on from what was read of others that begin alike; default: where the "
+    "policy's caches branch.",
+)
 _QUEUE = flags.DEFINE_integer("queue", 128, "Sequences that may wait beside them.", 0)
 _MAX_PROMPT = flags.DEFINE_integer(
     "max_prompt_tokens", None, "Of a request; default: what the model has room for.", 1
@@ -72,7 +78,7 @@ def main() -> int:
         compiling.keep_programs()
         compiling.show_compiling()
         model = _ENGINE.find()
-        engine = _ENGINE.engine(model, _MAX_SEQUENCES.value)
+        engine = _ENGINE.engine(model, _MAX_SEQUENCES.value, prefix_cache=_PREFIX_CACHE.value)
         limits = _limits(engine, protocol.Limits)
         kept = metrics.Metrics()
         thread = engine_thread.EngineThread(_warm(engine), kept, queue_size=_QUEUE.value)

@@ -62,7 +62,7 @@ class Engine:
         chunk: int | None = None,
         dtype: str = "float32",
         kv_dtype: str | None = None,
-        prefix_cache: bool = False,
+        prefix_cache: bool | None = False,
         rollback: int = 0,
     ):
         """Allocate the cache.
@@ -84,7 +84,8 @@ class Engine:
             kv_dtype: of keys and values in the pool: float32, bfloat16, or int8 with a scale for
                 each key and each value; None: that of the forward pass.
             prefix_cache: whether prompts go on from what was read of others that begin alike
-                (`Result.cached_tokens`), which is kept as long as nobody needs its pages.
+                (`Result.cached_tokens`), which is kept as long as nobody needs its pages; None:
+                where the policy's caches branch.
             rollback: tokens that `truncate` may take back; above 0 this includes `prefix_cache`.
 
         Raises:
@@ -111,7 +112,7 @@ class Engine:
         self._model = {"model": to_dict(config), "policy": kept, **stored}
         self._model = json.loads(json.dumps(self._model))
         self._rollback, make = rollback, Scheduler
-        if prefix_cache or rollback:
+        if rollback or (policy.branches if prefix_cache is None else prefix_cache):
             make = functools.partial(BranchingScheduler, rollback=rollback)
         self._scheduler = make(
             *(params, config, tokenizer),

@@ -57,12 +57,13 @@ class EngineFlags:
         """What was named, or would be found."""
         return Path(self._checkpoint.value or _DEMO_RUN)
 
-    def engine(self, model: StoredModel, max_sequences: int) -> Engine:
+    def engine(self, model: StoredModel, max_sequences: int, **options: Any) -> Engine:
         """Make the engine.
 
         Args:
             model: from `find`.
             max_sequences: that run at a time.
+            options: of the engine, for which there are no flags here.
 
         Raises:
             UserError: as in `Engine.from_checkpoint`.
@@ -72,6 +73,7 @@ class EngineFlags:
             kv_bytes=parse_bytes(self._kv_bytes.value),
             max_sequences=max_sequences,
             **{name: self._named[name].value for name in _AS_IS},
+            **options,
         )
 
     def tokenizer(self, model: StoredModel) -> Path:

@@ -103,12 +103,13 @@ class Reply:
     def _usage(self, results: Sequence[Result]) -> dict[str, Any]:
         # Choices share their prompt, which thus counts once.
         prompt = sum(result.prompt_tokens for result in results) // self._asked.choices
+        cached = sum(result.cached_tokens for result in results) // self._asked.choices
         new = sum(result.new_tokens for result in results)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": 0},  # every prompt is read whole
+            "prompt_tokens_details": {"cached_tokens": cached},
             "compression": {  # ours
                 "tokens_per_slot": tokens_per_slot(results),
                 "cache_bytes": sum(result.live_cache_bytes for result in results),

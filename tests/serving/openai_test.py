@@ -44,6 +44,22 @@ def chat_ids(tiny, *messages):
     return tiny.tokenizer.encode_special(f"{text}<s>a ")
 
 
+def what_was_read_before_is_not_read_again_and_counted_test(tiny, alone):
+    prompt = "abba" * 20
+    with (
+        serving(tiny, make_engine(tiny, prefix_cache=None)) as live,
+        openai.OpenAI(base_url=live.url, api_key="none", max_retries=0, timeout=PATIENCE) as client,
+    ):
+        said = [
+            client.completions.create(model=MODEL, prompt=prompt, max_tokens=4, temperature=0)
+            for _ in range(3)  # the second keeps what it has in common with the first
+        ]
+    counts = [done.usage.prompt_tokens_details.cached_tokens for done in said]
+    assert counts == [0, 0, said[0].usage.prompt_tokens - 1]
+    expected = alone(prompt, 4, 0, temperature=0.0).text
+    assert [done.choices[0].text for done in said] == [expected] * 3
+
+
 def a_completion_is_what_the_engine_says_alone_test(client, alone, live):
     done = client.completions.create(model=MODEL, prompt="abba", max_tokens=12, seed=3, top_p=0.9)
     expected = alone("abba", 12, 3, top_p=0.9)
