@@ -81,6 +81,10 @@ def bodies(draw):
     return chat, json.dumps(body).encode()
 
 
+# Annotations, which the server's threads run meanwhile, look at random items of lists.
+@pytest.mark.filterwarnings(
+    "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
+)
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.tuples(st.booleans(), st.binary(max_size=20)) | bodies())
 @example((False, b"[" * 9000))
