@@ -13,7 +13,7 @@ from dmc_jax.checkpoints.states import Saver
 from dmc_jax.config import GATED, STAGES, ModelConfig, RunConfig
 from dmc_jax.errors import RunFailure
 from dmc_jax.evaluation.times import MARK
-from dmc_jax.processes import fetch
+from dmc_jax.processes import fetch, of_first
 from dmc_jax.training import metrics, stages
 from dmc_jax.training.flops import model_flops
 from dmc_jax.training.spent import Spent

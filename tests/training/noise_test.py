@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dmc_jax.config import CompressionConfig, MeshConfig
+from dmc_jax.core.noise import decision_noise
 from dmc_jax.data.loader import training_batches
 from dmc_jax.data.prepared import open_data
 from dmc_jax.model.sharding import batch_sharding, make_mesh, shardings
-from dmc_jax.policies.policy import _logistic
 from dmc_jax.training.optimizer import make_optimizer
 from dmc_jax.training.state import init_state
 from dmc_jax.training.step import make_train_step, noise_of
@@ -33,7 +33,7 @@ def a_windows_noise_does_not_depend_on_the_parts_of_its_batch_test(tiny_run, dra
             for layer in range(2):
                 rows = slice(number, None, accumulation)
                 shape = (8 // accumulation, 5, 3)
-                noise[layer, rows] = _logistic(own.key, own.part, jnp.int32(layer), shape)
+                noise[layer, rows] = decision_noise(own.key, own.part, jnp.int32(layer), shape)
         return noise
 
     whole = drawn(1)
