@@ -7,7 +7,10 @@ at random: SIGKILL at any moment, SIGKILL while a checkpoint is written, a limit
 files that stands for a full disk; between two processes, a flipped bit in the newest checkpoint.
 Then another run begins. Lost would be: parameters, losses or figures that differ in one bit from
 those of a run that nothing happened to; a run that goes on from an older checkpoint than the newest
-whole one; a flipped bit that nobody noticed; an end that is no kill and no error in one line.
+whole one; a flipped bit that nobody noticed; an end that is no kill and no error in a last line.
+
+`flips_noticed` counts checkpoints that were set aside; a second bit of one, flipped before any
+process had looked, is noticed with the first.
 """
 
 import argparse
