@@ -29,11 +29,14 @@ TOLERANCE = 5e-7
 
 
 @pytest.fixture(scope="module", autouse=True)
-def four_devices():
-    """This process has as many as two others together."""
+def as_many_devices():
+    """This process takes as many as two others together."""
+
+    def some(config):
+        return make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor])
+
     with pytest.MonkeyPatch.context() as patch:
-        four = jax.devices()[:4]
-        patch.setattr("dmc_jax.training.checks.make_mesh", lambda config: make_mesh(config, four))
+        patch.setattr("dmc_jax.training.checks.make_mesh", some)
         yield
 
 
@@ -113,8 +116,8 @@ def told_by_slurm():
 
 def two_tasks_of_slurm_train_what_one_process_does_test(run, tmp_path):
     two_steps = StageConfig(steps=2, learning_rate=1e-3)
-    run = dataclasses.replace(run, pretrain=two_steps, mesh=MeshConfig(data=4))
-    said = trained(run, tmp_path / "said", environment=told_by_slurm())
+    run = dataclasses.replace(run, pretrain=two_steps, mesh=MeshConfig(data=2), save_every=9)
+    said = trained(run, tmp_path / "said", devices=1, environment=told_by_slurm())
     assert "report: " in said[0] and "report: " not in said[1]
     assert_same_run(directory_of(run), alone(run), "pretrain")
 
