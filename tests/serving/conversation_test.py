@@ -30,7 +30,7 @@ def begins(monkeypatch):
 
 @pytest.fixture(scope="module")
 def engine(tiny):
-    return make_engine(tiny, max_sequences=1)
+    return make_engine(tiny)
 
 
 def turns_go_on_from_what_is_held_and_say_what_a_fresh_reading_says_test(tiny, engine, begins):

@@ -9,19 +9,19 @@ import pytest
 
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.inference.scheduler import Scheduler
-from tests.serving.live import MODEL, PATIENCE, make_engine, serving
+from tests.serving.live import MODEL, PAGES, PATIENCE, make_engine, serving
 
-ROWS = 4  # of the tiny model
-TINY = 6 * ROWS  # pages, so few that sequences get into each other's way
-PREFIXES = ("ab", "ab é€ ab a", "b" * 12)
+PREFIXES = ("ab", "ab é", "bbb")
 
 
 def some_requests(count):
     """Bodies, a third of them alike in their beginnings, and when their client vanishes."""
     rng = random.Random(count)
     for number in range(count):
-        prompt = rng.choice(PREFIXES) + "".join(rng.choices("ab é", k=rng.randint(0, 6)))
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": rng.randint(1, 16), "seed": number}
+        prompt = rng.choice(PREFIXES) + "".join(rng.choices("ab ", k=rng.randint(0, 2)))
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": rng.randint(20, 24)}
+        # Of 23 tokens or more, four fill more pages than there are, though four short prompts fit.
+        body |= {"ignore_eos": True, "seed": number}
         body |= {"temperature": rng.choice([0, 1]), "stream": rng.random() < 0.6}
         yield body, rng.choice([None, None, None, "at once", "later"])
 
@@ -71,7 +71,7 @@ def every_client_gets_what_it_would_get_alone_and_no_page_is_lost_test(
         lambda scheduler, request: (departures.append(request.id), requeue(scheduler, request)),
     )
     requests, crowded = list(some_requests(count)), []
-    with serving(tiny, make_engine(tiny, pages=TINY), queue_size=count) as live:
+    with serving(tiny, make_engine(tiny), queue_size=count) as live:
 
         def few_are_there():
             if len(live.engine.unfinished) > 5:
@@ -81,7 +81,7 @@ def every_client_gets_what_it_would_get_alone_and_no_page_is_lost_test(
         hold_steps(few_are_there)
         texts = asyncio.run(ask_all(f"{live.url}/completions", requests))
         metrics = live.wait_until_idle()
-        assert live.pages == TINY
+        assert live.pages == PAGES
     assert departures  # the pool was too small for all
     stayed = [
         (body, text) for (body, leaves), text in zip(requests, texts, strict=True) if leaves is None
@@ -90,7 +90,10 @@ def every_client_gets_what_it_would_get_alone_and_no_page_is_lost_test(
     alone = make_engine(tiny)
     for body, text in stayed:
         params = SamplingParams(
-            body["max_tokens"], temperature=float(body["temperature"]), seed=body["seed"]
+            body["max_tokens"],
+            temperature=float(body["temperature"]),
+            seed=body["seed"],
+            ignore_eos=True,
         )
         [expected] = alone.generate([body["prompt"]], params)
         assert text == expected.text, body

@@ -21,13 +21,14 @@ from dmc_jax.serving.protocol import Limits
 from dmc_jax.serving.server import Server, listen
 from tests.tiny_llama import build, some_gates
 
+PAGES = 40  # of an engine, room for 80 tokens where all take slots
 PATIENCE = 60  # seconds that anything may take
 MODEL = "tiny"
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'][0] }} {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>a {% endif %}"
 )
-LIMITS = Limits(length=128, prompt_tokens=100, new_tokens=64, choices=8, body=10_000)
+LIMITS = Limits(length=128, prompt_tokens=100, new_tokens=40, choices=8, body=10_000)
 
 
 class Tiny(NamedTuple):
@@ -66,8 +67,9 @@ def save_checkpoint(folder):
 
 
 def make_engine(tiny, **changes):
+    """An engine of one shape, whose programs compile once; four long sequences do not fit."""
     gates = some_gates()
-    sizes = {"max_sequences": 4, "pages": 999, "page_size": 8, "policy": gates.policy}
+    sizes = {"max_sequences": 4, "pages": PAGES, "page_size": 8, "policy": gates.policy}
     options = sizes | {"gates": gates} | changes
     return Engine(tiny.params, tiny.config, tiny.tokenizer, **options)
 
