@@ -185,11 +185,8 @@ def difference(cache: PagedCache, expected: PagedCache) -> dict[str, Array]:
 
     def fields_of(cache):
         parts = {name: x for name, x in vars(cache).items() if name not in ("pages", "state")}
-        return (
-            parts
-            | vars(cache.state)
-            | {f"{name}_pages": x for name, x in vars(cache.pages).items() if x is not None}
-        )
+        parts |= vars(cache.state) | {f"{name}_pages": x for name, x in vars(cache.pages).items()}
+        return {name: x for name, x in parts.items() if x is not None}
 
     others = fields_of(expected)
     return {name: largest(x, others[name]) for name, x in fields_of(cache).items()}

@@ -276,7 +276,8 @@ class Decoder:
         self.cache, logits, tally = self.read(
             *(self.setup.params, self.cache, self.tokens, self.active), policy=self.policy
         )
-        self.seen, self.tokens = self.choose(self.seen, logits, self.sampling, self.index)
+        self.seen, chosen = self.choose(self.seen, logits, self.sampling, self.index)
+        self.tokens = chosen.tokens
         return tally
 
     def set_threshold(self) -> float:

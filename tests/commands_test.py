@@ -40,6 +40,8 @@ def helps_exit_code_is_0_and_it_lists_the_flags_test(tmp_path):
         code, out, err = outcome(process)
         assert (code, err) == (0, "")
         source = (ROOT / f"dmc_jax/{command}.py").read_text()
+        if "EngineFlags()" in source:
+            source += (ROOT / "dmc_jax/inference/engine_flags.py").read_text()
         defined = re.findall(r'DEFINE(?:_\w+\(|\(\s*commands.PATH,)\s*"(\w+)"', source)
         defined += re.findall(r"commands\.define_(config)\(", source)
         shown = re.findall(r"^  --(?:\[no\])?(\w+):", out, re.MULTILINE)

@@ -1,6 +1,7 @@
 """The flags of commands that run an engine: a model, what its cache keeps, and how much."""
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 

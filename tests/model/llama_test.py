@@ -258,6 +258,7 @@ def bfloat16_compute_keeps_float32_logits_and_parameters_test():
     assert 0 < np.abs(narrow - wide).max() < 0.1 * np.abs(wide).max()
 
 
+@pytest.mark.slow
 def gradients_of_a_bfloat16_model_are_those_of_float32_leaf_by_leaf_test():
     """With thousands of tokens an id: a sum of them in bfloat16 would be off by several percent."""
     config = dataclasses.replace(TWO_LAYERS, width=32, head_dim=16, mlp_width=64)

@@ -44,6 +44,7 @@ def chat_ids(tiny, *messages):
     return tiny.tokenizer.encode_special(f"{text}<s>a ")
 
 
+@pytest.mark.slow
 def what_was_read_before_is_not_read_again_and_counted_test(tiny, alone):
     prompt = "abba" * 20
     with (

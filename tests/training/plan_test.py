@@ -103,7 +103,8 @@ def state_is_counted_to_the_byte_test(tiny_run, sizes):
     state = abstract_state(run.model, make_optimizer(run.optimizer, 1.0), mesh)
     program = jax.jit(lambda state: jax.tree.map(jnp.copy, state)).lower(state).compile()
     parameters, optimizer, _ = held(run)
-    counted = parameters + optimizer + state.step.dtype.itemsize
+    counts = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves((state.step, state.guard)))
+    counted = parameters + optimizer + counts
     assert program.memory_analysis().argument_size_in_bytes == counted
 
 

@@ -19,6 +19,7 @@ from dmc_jax.config import GatesConfig, MeshConfig, StageConfig
 from dmc_jax.data.prepared import open_data
 from dmc_jax.errors import LostPeer, UserError
 from dmc_jax.evaluation.report import write_report
+from dmc_jax.evaluation.times import MARK
 from dmc_jax.model.sharding import make_mesh
 from dmc_jax.training.loop import train
 from dmc_jax.training.ownership import locked
@@ -73,7 +74,11 @@ def alone(run):
 
 def metrics_of(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if not _is_of_time(k)} for line in lines]
+
+
+def _is_of_time(name):
+    return name.startswith(MARK) or name in ("tokens_per_second", "goodput")
 
 
 def figures_of(directory):
