@@ -33,7 +33,7 @@ def every_request_is_answered_and_counted_test(live, short):
     assert 7 <= found["new_tokens"] <= sum(body["max_tokens"] for body in bodies)
     assert found["prompt_tokens"] > 7 * 4
     assert found["first_token_seconds"]["p99"] >= found["first_token_seconds"]["p50"] > 0
-    assert found["between_parts_seconds"]["p50"] > 0
+    assert found["between_parts_seconds"]["p99"] >= found["between_parts_seconds"]["p50"] >= 0
     with pytest.raises(SystemExit, match="there is no model 'other'"):
         serve.measure(live.url, "other", bodies, clients=1)
 
