@@ -159,6 +159,12 @@ class BranchingScheduler(Scheduler):
                 self._keep(request)
                 self._discard_before(request, read)
 
+    def _room_for_draft(self, request: Request) -> int:
+        room = super()._room_for_draft(request)
+        if self._rollback:  # the next state that is kept is not passed by
+            room = min(room, SHORTEST - 1 - (len(request.known) - 1) % SHORTEST)
+        return room
+
     def _discard_before(self, request: Request, read: int) -> None:
         """Give up the state that a way back does not need any more, if it is none of a prompt."""
         past = read - SHORTEST * (1 - -self._rollback // SHORTEST)

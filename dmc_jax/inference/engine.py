@@ -64,6 +64,7 @@ class Engine:
         kv_dtype: str | None = None,
         prefix_cache: bool | None = False,
         rollback: int = 0,
+        prompt_lookup: int = 0,
     ):
         """Allocate the cache.
 
@@ -87,11 +88,13 @@ class Engine:
                 (`Result.cached_tokens`), which is kept as long as nobody needs its pages; None:
                 where the policy's caches branch.
             rollback: tokens that `truncate` may take back; above 0 this includes `prefix_cache`.
+            prompt_lookup: tokens of a draft at most, of what its sequence said, tried in one pass.
 
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
                 sequence, a length that the model does not know, a bad `chunk`, an unknown dtype, a
-                policy whose caches cannot branch, or what `paged_cache.init` refuses.
+                policy whose caches cannot branch or that cannot try drafts, or what
+                `paged_cache.init` refuses.
         """
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         self.config, self.tokenizer = config, tokenizer
@@ -123,6 +126,7 @@ class Engine:
             kv_bytes=kv_bytes,
             max_length=self.max_length,
             chunk=chunk,
+            prompt_lookup=prompt_lookup,
         )
         self._ids = 0
         self._inboxes: dict[int, collections.deque[Event]] = {}  # of sequences that a stream reads

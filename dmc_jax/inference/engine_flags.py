@@ -17,7 +17,7 @@ flags.disclaim_key_flags()  # they are their command's, whose help lists them
 
 _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo-train` makes
 _AS_IS = ("policy", "page_size", "max_length", "window", "budget", "threshold", "gates", "ratio")
-_AS_IS += ("tokenizer", "add_bos", "dtype", "kv_dtype")  # arguments of the engine
+_AS_IS += ("tokenizer", "add_bos", "dtype", "kv_dtype", "prompt_lookup")  # arguments of the engine
 
 
 class EngineFlags:
@@ -127,6 +127,12 @@ def _model_flags():
     )
     yield flags.DEFINE_bool(
         "add_bos", None, "Whether prompts begin with BOS; default: as the model's files say."
+    )
+    yield flags.DEFINE_integer(
+        "prompt_lookup",
+        0,
+        "Tokens of a draft at most, of what a sequence said before, that one pass tries: the text "
+        "stays the same.",
     )
     yield flags.DEFINE_enum(
         "dtype",

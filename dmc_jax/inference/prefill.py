@@ -83,7 +83,7 @@ def prefill(
     chunk = usual_chunk() if chunk is None else chunk
     _check(cache, prompts, seats, chunk)
     policy = policy.of_prompts(_whole_prompts(cache, prompts, seats))
-    B = _power_of_two(len(prompts))
+    B = power_of_two(len(prompts))
     # The seat after the last: rows that fill up the batch.
     where = np.full(B, cache.position.size, np.int32)
     where[: len(prompts)] = seats
@@ -209,34 +209,57 @@ def attend_chunk(
         return out, cache, None
 
     def attend(q, k, v, x, layer, cache):
-        (_, T, K, _), first = k.shape, offsets[layer]
-        count = jnp.where(_readable(cache, seats), counts, 0)
-        real = jnp.arange(T) < count[:, None]  # [B, T]
-        at = cache.position.at[seats].get(mode="clip")[:, None] + jnp.arange(T)
-        of_layer = functools.partial(take_rows, first=first, heads=K, seats=seats)
+        K, first = k.shape[2], offsets[layer]
         own = policy.of_layer(layer, first, K)
-        state, edits = own.chunk(
-            jax.tree.map(of_layer, cache.state),
-            Tokens(q, k, v, at, frequencies, x),
-            of_layer(cache.lengths),
-            count,
-        )
-        put = functools.partial(put_rows, first=first, seats=seats)
-        cache = dataclasses.replace(cache, state=jax.tree.map(put, cache.state, state))
+        at = cache.position.at[seats].get(mode="clip")[:, None] + jnp.arange(k.shape[1])
+        tokens = Tokens(q, k, v, at, frequencies, x)
+        cache, edits, real = read_into_state(cache, own, tokens, first, counts, seats)
         q = own.rotate(q, at, frequencies)
         if edits.until is not None:
             out = attend_until(q, edits, real, cache, first, seats, own.gamma)
             edits = edits._replace(slot=_once_read(out, edits.slot))
-            return out, _store(cache, edits, real, first, seats)[0], None
-        cache, slot = _store(cache, edits, real, first, seats)
+            return out, store(cache, edits, real, first, seats)[0], None
+        cache, slot = store(cache, edits, real, first, seats)
         out = attend_pages(q, edits.key, edits.value, slot, cache, first, seats)
         if own.observers:
             prompt = _once_read(out, own.prompt - at[:, 0])
-            how = {"prompt": prompt, "counts": count, "first": first, "seats": seats}
+            how = {"prompt": prompt, "counts": real.sum(axis=1), "first": first, "seats": seats}
             out, cache = cut_prompts(out, q, edits, slot, cache, own, **how)
         return out, cache, None
 
     return attend if policy.chunked else by_steps
+
+
+def read_into_state(
+    cache: PagedCache,
+    policy: Policy,
+    tokens: Tokens,
+    first: int | Array,
+    counts: Int[Array, " B"],
+    seats: Int[Array, " B"],
+) -> tuple[PagedCache, Edit, Bool[Array, "B T"]]:
+    """Let what the rows of a layer remember beside their slots read a chunk.
+
+    Args:
+        cache: whose pages stay as they are.
+        policy: of the layer.
+        tokens: of B sequences.
+        first: row of the layer's first KV head.
+        counts: tokens of each that are not padding.
+        seats: of the sequences.
+
+    Returns:
+        (the cache, what is to be written to the pages, which tokens are read: none of sequences
+        that failed).
+    """
+    T, K = tokens.k.shape[1:3]
+    count = jnp.where(_readable(cache, seats), counts, 0)
+    of_layer = functools.partial(take_rows, first=first, heads=K, seats=seats)
+    before = jax.tree.map(of_layer, cache.state)
+    state, edits = policy.chunk(before, tokens, of_layer(cache.lengths), count)
+    put = functools.partial(put_rows, first=first, seats=seats)
+    state = jax.tree.map(put, cache.state, state)
+    return dataclasses.replace(cache, state=state), edits, jnp.arange(T) < count[:, None]
 
 
 def _readable(cache: PagedCache, seats: Int[Array, " B"]) -> Bool[Array, " B"]:
@@ -257,7 +280,7 @@ def _once_read(out: Float[Array, "B T N H"], x: Int[Array, "*any"]) -> Int[Array
 # ---- into the pages ---------------------------------------------------------------------------
 
 
-def _store(
+def store(
     cache: PagedCache,
     edits: Edit,
     real: Bool[Array, "B T"],
@@ -296,7 +319,7 @@ def _store(
 # ---- what comes in ----------------------------------------------------------------------------
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two that is not below `n` >= 1."""
     return 1 << (int(n) - 1).bit_length()
 

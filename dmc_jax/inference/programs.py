@@ -266,7 +266,7 @@ def next_tokens(
         dtype=dtype,
     )
     # A program of its own: another way of choosing must not compile the model again.
-    seen, chosen = choose_tokens(batch.seen, logits, sampling, index)
+    seen, chosen = choose_tokens(batch.seen, logits, sampling, index, active)
     return Batch(cache, seen), chosen, counts
 
 
@@ -338,14 +338,17 @@ def choose_tokens(
     logits: Float[Array, "seats V"],
     sampling: SamplingArrays,
     index: Int[Array, " seats"],
+    active: Bool[Array, " seats"] | None = None,
 ) -> tuple[Bool[Array, "seats V"], Chosen]:
-    """Choose a token after every sequence; see `next_tokens`.
+    """Choose a token after every sequence; see `next_tokens`. Without `active` all are.
 
     Returns:
         (tokens seen, the chosen ones among them; the chosen tokens).
     """
     chosen = sample(logits, sampling, token_keys(sampling.seed, index), seen)
-    seen = seen.at[jnp.arange(chosen.size), chosen].set(True)
+    # Of who is not active, nothing was said: the token means nothing.
+    said = chosen if active is None else jnp.where(active, chosen, seen.shape[1])
+    seen = seen.at[jnp.arange(chosen.size), said].set(True, mode="drop")
     return seen, with_logprobs(chosen, logits) if sampling.logprobs else Chosen(chosen)
 
 

@@ -46,6 +46,8 @@ class Result:
     tokens_per_second: float  # from it to the last but for compiling; 0 with fewer than two
     logprobs: tuple[TokenLogprob, ...] | None = None  # of tokens since `submit` or its like
     cached_tokens: int = 0  # of the prompt, that were not read: they had been before
+    drafted_tokens: int = 0  # that were tried, as `prompt_lookup` foresaw them
+    accepted_tokens: int = 0  # and those of them that are new ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Request:
     put_back: bool = False  # they are there: perhaps not what it would have read by its threshold
     branch: int = 0  # tokens after which another goes on otherwise: a part of the prompt ends there
     cached_tokens: int = 0  # of the prompt, that were not read
+    drafted_tokens: int = 0  # that were tried
+    accepted_tokens: int = 0  # and are its own
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -368,6 +372,8 @@ def _ended(request: Request, reason: str, tokens: tuple[int, ...], text: str) ->
         seconds_to_first_token=None if first is None else first - request.submitted,
         tokens_per_second=more / took if more > 0 and took > 0 else 0.0,
         cached_tokens=request.cached_tokens,
+        drafted_tokens=request.drafted_tokens,
+        accepted_tokens=request.accepted_tokens,
         logprobs=None if request.params.logprobs is None else tuple(request.logprobs),
     )
     return Event(

@@ -21,6 +21,8 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import RunFailure, UserError
 from dmc_jax.inference import programs
+from dmc_jax.inference.drafts import check_drafts, look_up, try_drafts
+from dmc_jax.inference.paged_cache import pages_of
 from dmc_jax.inference.pages import KV_DTYPES
 from dmc_jax.inference.prefill import check_chunk, chunk_width, usual_chunk
 from dmc_jax.inference.programs import Tally
@@ -50,6 +52,7 @@ class Scheduler:
         page_size: int,
         max_length: int,
         chunk: int | None = None,
+        prompt_lookup: int = 0,
         **pool: int | None,
     ):
         """Allocate the cache.
@@ -65,10 +68,11 @@ class Scheduler:
             page_size: slots per page.
             max_length: tokens of a sequence.
             chunk: tokens of prompts that a step reads at most; None: as many as `prefill` usually.
+            prompt_lookup: tokens of a draft at most; 0: there are none.
             pool: `pages` and `kv_bytes`, as in `programs.init`.
 
         Raises:
-            UserError: as in `programs.init`, an unknown dtype, or a bad `chunk`.
+            UserError: as in `programs.init` and `check_drafts`, an unknown dtype, or a bad `chunk`.
         """
         allowed = {"dtype": (dtype, _DTYPES), "kv_dtype": (kv_dtype, KV_DTYPES)}
         for name, (given, known) in allowed.items():
@@ -76,6 +80,8 @@ class Scheduler:
                 raise UserError(f"{name}: expected {' or '.join(known)}, got {given!r}")
         self._chunk = usual_chunk() if chunk is None else chunk
         check_chunk(self._chunk)
+        check_drafts(prompt_lookup, policy)
+        self._most_drafted = prompt_lookup
         params = unstack_layers(params, config, jnp.dtype(dtype))
         params = jax.tree.map(jnp.asarray, params)
         # Loaded parameters are bound to their device, fresh arrays to none, and a program is
@@ -236,7 +242,7 @@ class Scheduler:
             max(0.0, self._pages_of(other) - counts.pages[other.seat]) for other in self._unread
         )
         wanted = max(self._pages_of(request), request.pages_wanted)
-        return still + wanted + self._may_take()
+        return float(still + wanted + self._may_take())
 
     def _pages_of(self, request: Request) -> float:
         """Expect so many pages to be taken by what is known of a sequence."""
@@ -322,19 +328,61 @@ class Scheduler:
 
     def _decode(self) -> None:
         self.tally()  # which empties the slots of those who left
+        speaking, drafts = self._speaking(), self._drafts()
+        if drafts:
+            self._try(drafts)
+        if others := [request for request in speaking if request not in drafts]:
+            self._next_tokens(others)
+
+    def _next_tokens(self, speaking: list[Request]) -> None:
         columns = programs.columns(
-            [None if request in self._unread else request for request in self._seats]
+            [request if request in speaking else None for request in self._seats]
         )
         self._batch, chosen, counts = programs.next_tokens(
             self._params, self._config, self._batch, *columns, **self._options()
         )
         chosen, self._counts = jax.device_get((chosen, counts))
-        for request in self._speaking():
+        for request in speaking:
             if self._counts.failed[request.seat]:
                 # There was room for all but a single sequence, which has the whole pool.
                 self.end(request, "pages")
             else:
                 self._take(request, chosen, request.seat)
+
+    def _drafts(self) -> dict[Request, list[int]]:
+        """Look up drafts, as far as there are pages for them whatever they take."""
+        drafts: dict[Request, list[int]] = {}
+        if not self._most_drafted:
+            return drafts
+        counts, rows = self.tally(), self._config.kv_rows
+        free = counts.free - self._may_take()
+        for request in self._speaking():
+            draft = look_up(request.known, self._room_for_draft(request))
+            slots = self._policy.most_slots(len(request.known) + len(draft))
+            most = rows * pages_of(slots, self._page_size) - counts.pages[request.seat]
+            free -= min(rows * pages_of(len(draft), self._page_size), most)
+            if draft and free >= 0:
+                drafts[request] = draft
+        return drafts
+
+    def _room_for_draft(self, request: Request) -> int:
+        """Count the tokens that a draft may have; one more is chosen after them."""
+        left = request.params.max_new_tokens - len(request.tokens)
+        return min(self._most_drafted, left - 1)
+
+    def _try(self, drafts: dict[Request, list[int]]) -> None:
+        self._counts = None
+        self._batch, chosen, taken, self._counts = try_drafts(
+            *(self._params, self._config, self._batch, drafts),
+            tokenizer=self._tokenizer,
+            width=1 + self._most_drafted,
+            **self._options(),
+        )
+        for place, (request, draft) in enumerate(drafts.items()):
+            request.drafted_tokens += len(draft)
+            request.accepted_tokens += int(taken[place]) - 1
+            for t in range(taken[place]):
+                self._take(request, jax.tree.map(lambda leaf, t=t: leaf[:, t], chosen), place)
 
     def _take(self, request: Request, chosen: Chosen, place: int) -> None:
         token = int(chosen.tokens[place])

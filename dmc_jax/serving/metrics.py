@@ -29,6 +29,8 @@ class Metrics:
         self._accepted = Counter("dmc_sequences_accepted", "That were queued.", **own)
         self._prompt_tokens = Counter("dmc_prompt_tokens", "Tokens of accepted prompts.", **own)
         self._generated = Counter("dmc_generated_tokens", "New tokens.", **own)
+        self._drafted = Counter("dmc_drafted_tokens", "That --prompt_lookup tried.", **own)
+        self._right = Counter("dmc_accepted_draft_tokens", "New tokens among these.", **own)
         self._ended = Counter("dmc_sequences_ended", "By what ended them.", ["reason"], **own)
         self._first = Histogram(
             "dmc_time_to_first_token_seconds",
@@ -75,6 +77,8 @@ class Metrics:
                 self._forget()
         if event.finish_reason:
             self.ended(event.finish_reason)
+            self._drafted.inc(event.result.drafted_tokens)
+            self._right.inc(event.result.accepted_tokens)
             if event.result.ratio is not None:
                 read = event.result.prompt_tokens + event.result.new_tokens
                 self._tokens += read

@@ -401,7 +401,7 @@ def every_slot_of_a_chunk_is_written_once_test(tiny_model, empty_cache, monkeypa
     @jax.jit
     def store(cache):
         slot = jnp.cumsum(opens, axis=1).swapaxes(1, 2) - 1
-        _, slot = prefill._store(cache, Edit(slot, states, states), real, 0, jnp.arange(2))
+        _, slot = prefill.store(cache, Edit(slot, states, states), real, 0, jnp.arange(2))
         return slot, writes
 
     slot, [(slots, where)] = store(empty_cache)
