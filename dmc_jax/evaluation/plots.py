@@ -157,7 +157,8 @@ def quality_by_bytes(rows: list[dict], by: str = "divergence") -> Figure:
     lengths = sorted({row["length"] for row in rows})
     counts = collections.Counter(row["method"] for row in rows if row["method"] != "dense")
     methods = [method for method, _ in counts.most_common()]  # lines before single points
-    figure = Figure(figsize=(2.6 + 4.2 * len(lengths), 3.8), dpi=120, layout="constrained")
+    names_take = 1.0 + 0.08 * max(map(len, methods), default=0)
+    figure = Figure(figsize=(names_take + 4.2 * len(lengths), 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, length in zip(
         figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
