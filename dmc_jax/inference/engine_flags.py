@@ -17,7 +17,14 @@ flags.disclaim_key_flags()  # they are their command's, whose help lists them
 
 _DEMO_RUN = Path("runs/tiny_4x")  # what `make demo-train` makes
 _AS_IS = ("policy", "page_size", "max_length", "window", "budget", "threshold", "gates", "ratio")
-_AS_IS += ("tokenizer", "add_bos", "dtype", "kv_dtype", "prompt_lookup")  # arguments of the engine
+_AS_IS += (
+    "tokenizer",
+    "add_bos",
+    "dtype",
+    "kv_dtype",
+    "prompt_lookup",
+    "chunk",
+)  # arguments of the engine
 
 
 class EngineFlags:
@@ -127,6 +134,12 @@ def _model_flags():
     )
     yield flags.DEFINE_bool(
         "add_bos", None, "Whether prompts begin with BOS; default: as the model's files say."
+    )
+    yield flags.DEFINE_integer(
+        "chunk",
+        None,
+        "Tokens of prompts that are read at most between two tokens of the others, a power of two; "
+        "default: 512, on a GPU 1,024.",
     )
     yield flags.DEFINE_integer(
         "prompt_lookup",

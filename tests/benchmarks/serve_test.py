@@ -1,5 +1,6 @@
 """The load generator counts what a server has said."""
 
+import asyncio
 import json
 import sys
 
@@ -47,3 +48,14 @@ def a_server_of_any_make_is_measured_by_its_address_test(live, short, monkeypatc
     assert [one["clients"] for one in written["servers"]["any"]] == [1, 2]
     assert [one["requests"] for one in written["servers"]["any"]] == [4, 4]
     assert written["prompt_characters"] == [4, 12]
+
+
+def those_who_talk_while_a_long_prompt_is_read_are_timed_test(live, monkeypatch):
+    monkeypatch.setattr(serve, "QUIET", 0.5)
+    monkeypatch.setattr(serve, "TALK", (12, 20))
+    found = asyncio.run(serve.ask_beside(live.url, MODEL, 40, clients=2, key=None))
+    assert found["clients"] == 2 and found["long_prompt_tokens"] >= 40
+    assert found["parts"]["before"] > 4
+    spread = found["between_parts_seconds"]["before"]
+    assert spread["p99"] >= spread["p50"] > 0
+    assert found["its_first_token_seconds"] > 0
