@@ -151,6 +151,25 @@ def others_go_on_from_all_that_a_sequence_has_and_from_no_more_test(build_engine
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("name", [QUICK, "dense", "dmc, window 12"])
+def pages_of_fewer_bits_make_no_difference_to_drafts_or_prefixes_test(build_engine, name, kv_dtype):
+    plain, drafting, sharing = (
+        build_engine(TRIES[name], kv_dtype=kv_dtype, **how)
+        for how in ({}, {"prompt_lookup": DRAFT}, {"prefix_cache": True})
+    )
+    first = [1, *some_tokens(69)]
+    for prompt in (first, [*first[:40], *some_tokens(9, seed=2)], first):
+        [expected], [drafted], [shared] = (
+            engine.generate([prompt], greedy()) for engine in (plain, drafting, sharing)
+        )
+        assert drafted.tokens == shared.tokens == expected.tokens
+        assert drafted.ratio == shared.ratio == expected.ratio
+        assert drafted.accepted_tokens > 0
+    assert shared.cached_tokens >= 40
+
+
+@pytest.mark.slow
 def where_there_are_few_pages_there_are_no_drafts_test(build_engine, monkeypatch):
     """Sequences wait, give their pages back and say what they would alone."""
     params = [greedy(30 + 3 * i) for i in range(4)]
