@@ -93,8 +93,7 @@ class Engine:
         Raises:
             UserError: not one of `pages` and `kv_bytes`, a pool without a page for every row of a
                 sequence, a length that the model does not know, a bad `chunk`, an unknown dtype, a
-                policy whose caches cannot branch or that cannot try drafts, or what
-                `paged_cache.init` refuses.
+                policy that cannot branch or try drafts, or what `paged_cache.init` refuses.
         """
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         self.config, self.tokenizer = config, tokenizer
