@@ -8,10 +8,10 @@
 # seen; and the model answers with the whole cache and with a part of it.
 #
 # As it stands this is for SmolLM2-135M, which comes in a package (98 MB), and for Python's own
-# library. On two CPU cores that is about an hour, by estimate: half of it for 400 steps of
-# distillation, some four seconds each (`steps` is the knob), the rest for the closed form and for
-# what is measured. Stop it when you like: run it again, and it goes on where it was. Output goes to
-# `data/` and `runs/` below the current directory.
+# library. That took 52 minutes of one CPU core: half of it for 400 steps of distillation, some four
+# seconds each (`steps` is the knob), the rest for the closed form and for what is measured. Stop it
+# when you like: run it again, and it goes on where it was. Output goes to `data/` and `runs/` below
+# the current directory.
 #
 #     python experiments/retrofit_on_a_laptop.py --checkpoint=MODEL --text=FOLDER --method=dmc
 
