@@ -18,15 +18,14 @@ from dmc_jax.config import ModelConfig
 from dmc_jax.data.tokenizer import Tokenizer
 from dmc_jax.errors import UserError
 from dmc_jax.inference.prefill import power_of_two
-from dmc_jax.inference.programs import Batch, Tally
+from dmc_jax.inference.programs import NOBODY, Batch, Tally
 from dmc_jax.inference.requests import Request
-from dmc_jax.inference.sampling import Chosen, SamplingParams, stack_params
+from dmc_jax.inference.sampling import Chosen, stack_params
 from dmc_jax.inference.text import extend_text
 from dmc_jax.inference.trial import choose_each, take_tried, try_tokens
 from dmc_jax.policies.policy import Policy
 
 _LONGEST, _SHORTEST = 3, 2  # tokens that are looked for
-_NOBODY = SamplingParams(temperature=0.0)  # fills up the batch
 
 
 def check_drafts(most: int, policy: Policy) -> None:
@@ -100,7 +99,7 @@ def try_drafts(
     nowhere = batch.cache.position.size
     seats = np.array([request.seat for request in requests] + fill * [nowhere], np.int32)
     index = np.array([len(request.tokens) for request in requests] + fill * [0], np.int32)
-    sampling = stack_params([request.params for request in requests] + fill * [_NOBODY])
+    sampling = stack_params([request.params for request in requests] + fill * [NOBODY])
     parts = [[request.tokens[-1], *draft] for request, draft in drafts.items()]
     cache, tried, logits = try_tokens(
         *(params, config, batch.cache, parts + fill * [[]], seats),

@@ -146,6 +146,7 @@ def _model_flags():
         0,
         "Tokens of a draft at most, of what a sequence said before, that one pass tries: the text "
         "stays the same.",
+        0,
     )
     yield flags.DEFINE_enum(
         "dtype",

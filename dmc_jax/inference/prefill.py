@@ -151,10 +151,7 @@ def read_chunk(
     Returns:
         (the cache with the tokens, the residual stream at each sequence's last token).
     """
-    counts = np.array([len(part) for part in parts], np.int32)
-    tokens = np.zeros((len(parts), width), np.int32)
-    for row, part in zip(tokens, parts, strict=True):
-        row[: len(part)] = part
+    tokens, counts = side_by_side(parts, width)
     x, cache = run_layers(
         *(params, config, tokens, cache),
         make_attend=attend_chunk,
@@ -162,6 +159,16 @@ def read_chunk(
         dtype=dtype,
     )
     return _end_chunk(cache, x, counts, seats)
+
+
+def side_by_side(
+    parts: Sequence[Sequence[int] | Integer[np.ndarray, "_"]], width: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Pad the tokens of each sequence to a width; also how many it has."""
+    tokens = np.zeros((len(parts), width), np.int32)
+    for row, part in zip(tokens, parts, strict=True):
+        row[: len(part)] = part
+    return tokens, np.array([len(part) for part in parts], np.int32)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

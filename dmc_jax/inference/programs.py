@@ -29,7 +29,7 @@ from dmc_jax.inference.sampling import (
 from dmc_jax.inference.snapshot import copy_in
 from dmc_jax.policies.policy import Policy
 
-_NOBODY = SamplingParams(temperature=0.0)  # fills the places of seats that are empty
+NOBODY = SamplingParams(temperature=0.0)  # fills the places of seats that are empty, and up a batch
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +224,7 @@ def columns(
     return (
         np.array([request.tokens[-1] if request else 0 for request in seats], np.int32),
         np.array([request is not None for request in seats]),
-        stack_params([request.params if request else _NOBODY for request in seats]),
+        stack_params([request.params if request else NOBODY for request in seats]),
         np.array([len(request.tokens) if request else 0 for request in seats], np.int32),
     )
 

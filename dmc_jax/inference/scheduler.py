@@ -360,9 +360,9 @@ class Scheduler:
             draft = look_up(request.known, self._room_for_draft(request))
             slots = self._policy.most_slots(len(request.known) + len(draft))
             most = rows * pages_of(slots, self._page_size) - counts.pages[request.seat]
-            free -= min(rows * pages_of(len(draft), self._page_size), most)
-            if draft and free >= 0:
-                drafts[request] = draft
+            needed = min(rows * pages_of(len(draft), self._page_size), most)
+            if draft and needed <= free:
+                drafts[request], free = draft, free - needed
         return drafts
 
     def _room_for_draft(self, request: Request) -> int:

@@ -21,7 +21,7 @@ from dmc_jax.core.rope import rotary_frequencies
 from dmc_jax.inference.chunk_attention import attend_until
 from dmc_jax.inference.layers import logits_of, run_layers
 from dmc_jax.inference.paged_cache import PagedCache
-from dmc_jax.inference.prefill import read_into_state, store
+from dmc_jax.inference.prefill import read_into_state, side_by_side, store
 from dmc_jax.inference.programs import Batch, Tally, choose_tokens, tally
 from dmc_jax.inference.sampling import Chosen, SamplingArrays
 from dmc_jax.model.llama import Attend
@@ -55,10 +55,7 @@ def try_tokens(
         (the cache, what `take_tried` asks for, logits after every token).
     """
     B, H = len(parts), config.head_dim
-    counts = np.array([len(part) for part in parts], np.int32)
-    tokens = np.zeros((B, width), np.int32)
-    for row, part in zip(tokens, parts, strict=True):
-        row[: len(part)] = part
+    tokens, counts = side_by_side(parts, width)
     most = config.heads * H + 2 * max(config.kv_heads_by_layer) * H + config.width
     tried = jnp.zeros((config.layers, B, width, most), dtype)
     x, (cache, tried) = run_layers(

@@ -20,13 +20,18 @@ BRANCHES = {name: policy for name, policy in TABLE.items() if policy.branches}
 QUICK = "dms, delay 5"
 
 
-every_policy = pytest.mark.parametrize(
-    "policy",
-    [
-        pytest.param(policy, id=name, marks=[] if name == QUICK else pytest.mark.slow)
-        for name, policy in BRANCHES.items()
-    ],
-)
+def every(policies):
+    """All of them, but for one by `make test-all` only."""
+    return pytest.mark.parametrize(
+        "policy",
+        [
+            pytest.param(policy, id=name, marks=[] if name == QUICK else pytest.mark.slow)
+            for name, policy in policies.items()
+        ],
+    )
+
+
+every_policy = every(BRANCHES)
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,20 @@ from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
 from dmc_jax.model.llama import unstack_layers
 from dmc_jax.policies.choice import POLICIES
-from tests.inference.branching_test import assert_same_cache, run_until, said, some_tokens
+from tests.inference.branching_test import (
+    QUICK,
+    assert_same_cache,
+    every,
+    run_until,
+    said,
+    some_tokens,
+)
 from tests.policies.policy_test import TABLE, Ids
 from tests.tiny_llama import build
 
 ROWS = 4
 TRIES = {name: policy for name, policy in TABLE.items() if policy.chunked}
-QUICK = "dms, delay 5"
 DRAFT = 5
-
-every_policy = pytest.mark.parametrize(
-    "policy",
-    [
-        pytest.param(policy, id=name, marks=[] if name == QUICK else pytest.mark.slow)
-        for name, policy in TRIES.items()
-    ],
-)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,7 @@ def a_draft_is_what_followed_the_newest_tokens_before_test(tokens, draft):
     assert look_up(tokens, 0) == []
 
 
-@every_policy
+@every(TRIES)
 def a_sequence_says_and_holds_what_it_would_without_drafts_test(build_engine, policy, monkeypatch):
     """Its likeliest tokens, and drawn ones, whether drafts are right, wrong or both."""
     plain, engine = build_engine(policy), build_engine(policy, prompt_lookup=DRAFT)
