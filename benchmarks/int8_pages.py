@@ -31,6 +31,7 @@ from dmc_jax.checkpoints.gates import check_base, gates_for
 from dmc_jax.checkpoints.models import open_model
 from dmc_jax.core.attention import causal_attention
 from dmc_jax.data.prepared import open_data
+from dmc_jax.errors import UserError
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.evaluation.side_by_side import joined, measure, single_windows
 from dmc_jax.inference.pages import empty_pages
@@ -84,7 +85,10 @@ def slot_bytes(width: int) -> dict[str, float]:
 
 def quality(options: argparse.Namespace) -> list[dict]:
     """A model with pages of float32 and of int8, dense and with gates."""
-    model = open_model(options.checkpoint)
+    try:
+        model = open_model(options.checkpoint)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     data = [open_data(path) for path in options.data.split(",")]
     share = options.windows // len(data)
     some = joined([single_windows(each, SPLIT, options.length, share) for each in data])

@@ -21,6 +21,7 @@ import time
 import jax
 
 from dmc_jax.checkpoints.models import find_model
+from dmc_jax.errors import UserError
 from dmc_jax.evaluation.machine import machine
 from dmc_jax.inference.engine import Engine
 from dmc_jax.inference.sampling import SamplingParams
@@ -77,7 +78,10 @@ def main() -> None:
         default=pathlib.Path(__file__).with_name("prompt_lookup_cpu.json"),
     )
     options = parser.parse_args()
-    model = find_model(options.checkpoint).load()
+    try:
+        model = find_model(options.checkpoint).load()
+    except UserError as error:
+        parser.error(str(error))
     kinds = {"quoting": quoting(), "free": free()}
     models = {"dense": {"policy": "dense"}}
     if options.gates:
