@@ -3,6 +3,7 @@
 The variables reach the programs that tests start, too. Annotations are run.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import tempfile
@@ -11,17 +12,24 @@ import pytest
 
 from tests import annotations
 
-# XLA reads both once, when jax first starts a backend; what the caller set (a GPU, say) is kept.
+# XLA reads these once, when jax first starts a backend; what the caller set (a GPU, say) is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+_flags = ["--xla_force_host_platform_device_count=8"]
 
 # Most of a test's time is compilation, half of that LLVM's optimizations, which tiny models do not
 # repay. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the machine code is that of real runs.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+        _flags.append("--xla_cpu_parallel_codegen_split_count=1")
+        # The older way to generate code compiles three times as fast; XLA dropped it in 0.11.1.
+        if importlib.metadata.version("jaxlib") in ("0.10.2", "0.11.0"):
+            _flags.append("--xla_cpu_use_fusion_emitters=false")
+
+_set = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_set, *(flag for flag in _flags if flag.partition("=")[0] not in _set)]
+).strip()
 
 # Runs that are resumed, sharded or started over compile the same programs again and again: keep
 # them for the length of this session (and not longer, so that no test depends on an earlier one).
