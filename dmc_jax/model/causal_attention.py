@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from dmc_jax.core.attention import CausalAttention, causal_attention
 from dmc_jax.errors import UserError
+from dmc_jax.model.sharding import batch_axes
 from pallas_kernels.causal_attention import api as kernels
 from pallas_kernels.quantisation import rounded
 
@@ -20,7 +21,7 @@ def choose_attention(
         implementation: "xla", the one of `core.attention`; "triton", the kernels of
             `pallas_kernels.causal_attention`; "auto", the kernels where they can run.
         block: tokens per block of "xla".
-        mesh: devices that share the work, with batches over `data` and `fsdp` and heads over
+        mesh: devices that share the work, with batches over its `batch_axes` and heads over
             `tensor`. Without it "auto" takes the kernels on one device only: XLA does not know how
             to split them.
 
@@ -86,7 +87,7 @@ def _split_over(mesh: Mesh | AbstractMesh, attention: CausalAttention) -> Causal
     def attend(q, k, v, key_bias=None, *, segment_ids=None, spared_bias=None, **how):
         # As in `model.sharding`: heads that do not divide are everywhere.
         heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
-        batch = ("data", "fsdp")
+        batch = batch_axes(mesh)
         given = {"key_bias": key_bias, "spared_bias": spared_bias, "segment_ids": segment_ids}
         of_heads, of_tokens = PartitionSpec(batch, None, heads), PartitionSpec(batch)
         specs = {name: of_tokens if name == "segment_ids" else of_heads for name in given}
@@ -96,6 +97,7 @@ def _split_over(mesh: Mesh | AbstractMesh, attention: CausalAttention) -> Causal
             mesh=mesh,
             in_specs=(of_heads, of_heads, of_heads, {name: specs[name] for name in given}),
             out_specs=of_heads,
+            axis_names={*batch, "tensor"},
             check_vma=False,  # the kernel's outputs do not say over which axes they vary
         )
         return split(q, k, v, given)

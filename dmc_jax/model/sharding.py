@@ -1,6 +1,7 @@
 """Where every array lives: one table of named rules over the mesh `data x fsdp x tensor`."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -147,6 +148,17 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def inner(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    """The mesh as it is to what is traced now: within a `shard_map`, with its axes taken."""
+    here = jax.sharding.get_abstract_mesh()
+    return here if here.manual_axes else mesh
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes that batches [B, ...] are to be split over, but for those that are taken."""
+    return tuple(axis for axis in ("data", "fsdp") if axis not in mesh.manual_axes)
+
+
 def residual_sharding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The residual stream [B, T, D] of training, of which every layer's input is kept.
 
@@ -155,7 +167,33 @@ def residual_sharding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSh
     """
     tensor = mesh.shape["tensor"]
     width = "tensor" if tensor > 1 and config.width % tensor == 0 else None
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, width))
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh), None, width))
+
+
+def own_of_data(function: Callable, mesh: Mesh | AbstractMesh) -> Callable:
+    """Give devices along `data` their own windows of a batch, and add up what each makes of them.
+
+    The sum is taken once, of the result: what is added up within is of a device's own windows.
+
+    Args:
+        function: of a batch and of what all have alike; traced with `data` taken from the mesh.
+        mesh: gives the axis sizes.
+    """
+
+    def own(batch, *alike):
+        return jax.lax.psum(function(batch, *alike), "data")
+
+    def divided(batch, *alike):
+        return jax.shard_map(
+            own,
+            mesh=mesh,
+            in_specs=(PartitionSpec("data"), *(PartitionSpec() for _ in alike)),
+            out_specs=PartitionSpec(),
+            axis_names={"data"},
+            check_vma=False,  # or gradients would be added up where each arises
+        )(batch, *alike)
+
+    return divided
 
 
 def part_of_batches(mesh: Mesh) -> tuple[int, int]:

@@ -256,7 +256,8 @@ def _traffic(run: RunConfig, tokens: int, gradients: int) -> dict[str, int]:
         "reduce-scatter": summed + _SCATTERED * stream,
         "all-reduce": 2 * gradients * (data > 1),
     }
-    return {kind: int(run.accumulation * each) for kind, each in moved.items() if each}
+    times = {"all-reduce": 1 if run.draws > 2 else run.accumulation}
+    return {kind: int(times.get(kind, run.accumulation) * n) for kind, n in moved.items() if n}
 
 
 def _largest_layer(run: RunConfig) -> float:

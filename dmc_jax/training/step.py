@@ -16,7 +16,7 @@ from dmc_jax.core.losses import compression_loss, token_losses
 from dmc_jax.core.schedules import compression_target, decision_channel_scale, learning_rate
 from dmc_jax.model.causal_attention import choose_attention
 from dmc_jax.model.llama import Attend, Llama
-from dmc_jax.model.sharding import residual_sharding, shardings
+from dmc_jax.model.sharding import inner, own_of_data, residual_sharding, shardings
 from dmc_jax.policies.dense import Dense
 from dmc_jax.policies.dmc import DMC
 from dmc_jax.policies.policy import attend_whole, decision_means
@@ -31,6 +31,16 @@ class Noise(NamedTuple):
 
     key: Array  # or one of each window
     part: tuple[Int[Array, ""] | int, int]
+
+
+class Whole(NamedTuple):
+    """What the loss of a part needs to know of its batch."""
+
+    step: Array
+    tokens: Float[Array, ""]  # that are predicted in it, by which every part is weighed
+    parts: int
+    # Fraction of merges in it by layer, where a hinge per layer needs that; None: it has no parts.
+    merges: Float[Array, " L"] | None
 
 
 def make_train_step(
@@ -60,6 +70,8 @@ def make_train_step(
     """
     schedule = run.stage(stage)
     parts = run.accumulation
+    # Who accumulates does it on its own: devices along `data` meet once a step, not once a part.
+    groups = mesh.shape["data"] if parts > 1 and run.draws > 2 else 1
     seed = run.seed if run.draws > 1 else run.seed % 2**32
     stage_key = jax.random.fold_in(key_of(seed), STAGES.index(stage))
 
@@ -67,38 +79,40 @@ def make_train_step(
         key = jax.random.fold_in(stage_key, state.step)
         tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
 
-        def noise(number):
-            if run.draws == 1 and parts > 1:
-                return Noise(jax.random.fold_in(key, number), (0, 1))
-            return noise_of(run, key, number, batch)
+        def over_parts(function, *alike):
+            """Add up `function(part, noise, *alike)` over the parts."""
+
+            def of_own(own, key, *alike):
+                first = jax.lax.axis_index("data") * own["tokens"].shape[0] if groups > 1 else 0
+
+                def of_part(part, number):
+                    if run.draws == 1 and parts > 1:
+                        noise = Noise(jax.random.fold_in(key, number), (0, 1))
+                    else:
+                        noise = noise_of(run, key, number, own, first)
+                    return function(part, noise, *alike)
+
+                return sum_over_parts(of_part, own, parts)
+
+            return (own_of_data(of_own, mesh) if groups > 1 else of_own)(batch, key, *alike)
+
+        def fractions(part, noise, params, step):
+            attend = attention_of(run, stage, mesh, part, step, noise)
+            output = apply_model(run, run.model, mesh, params, part["tokens"], attend)
+            return decision_means(output).mean(axis=1) / (parts * groups)
 
         merges = None
         if stage in MERGING and run.compression.per_layer and parts > 1:
+            merges = over_parts(fractions, state.params, state.step)
 
-            def fractions(part, number):
-                attend = attention_of(run, stage, mesh, part, state.step, noise(number))
-                output = apply_model(run, run.model, mesh, state.params, part["tokens"], attend)
-                return decision_means(output).mean(axis=1) / parts
+        def gradient(part, noise, params, teacher_params, step, tokens, merges):
+            taught = None if teacher is None else (teacher, teacher_params)
+            whole = Whole(step, tokens, parts * groups, merges)
+            loss = functools.partial(_loss, run, stage, mesh)
+            return jax.grad(loss, has_aux=True)(params, part, noise, whole, taught)
 
-            merges = sum_over_parts(fractions, batch, parts)
-
-        def loss(params, part, number):
-            return _loss(
-                run,
-                stage,
-                mesh,
-                params,
-                part,
-                state.step,
-                noise(number),
-                tokens=tokens,
-                merges=merges,
-                teacher=teacher,
-                teacher_params=teacher_params,
-            )
-
-        gradient = functools.partial(jax.grad(loss, has_aux=True), state.params)
-        grads, metrics = sum_over_parts(gradient, batch, parts)
+        alike = state.params, teacher_params, state.step, tokens, merges
+        grads, metrics = over_parts(gradient, *alike)
         rate = rate_at(state.step, schedule)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -109,7 +123,13 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def noise_of(run: RunConfig, key: Array, number: Int[Array, ""] | int, batch: Batch) -> Noise:
+def noise_of(
+    run: RunConfig,
+    key: Array,
+    number: Int[Array, ""] | int,
+    batch: Batch,
+    first: Int[Array, ""] | int = 0,
+) -> Noise:
     """Say what the noise of part `number` of a batch is drawn from: windows have keys of their own.
 
     So it depends neither on the parts nor on the devices that a batch is divided over, and a part
@@ -119,11 +139,12 @@ def noise_of(run: RunConfig, key: Array, number: Int[Array, ""] | int, batch: Ba
         run: the configuration; where it began with fewer `draws`, each part draws that of all.
         key: of the step.
         number: of the part, whose windows are every `run.accumulation`-th from there on.
-        batch: the whole.
+        batch: the whole, or windows of it that follow each other.
+        first: the number in the whole of the first of these.
     """
     if run.draws < 3:
         return Noise(key, (number, run.accumulation))
-    windows = jnp.arange(0, batch["tokens"].shape[0], run.accumulation) + number
+    windows = jnp.arange(0, batch["tokens"].shape[0], run.accumulation) + first + number
     return Noise(jax.vmap(jax.random.fold_in, (None, 0))(key, windows), (0, 1))
 
 
@@ -163,49 +184,44 @@ def _loss(
     mesh: Mesh,
     params: Any,
     batch: Batch,
-    step: Array,
     noise: Noise,
-    *,
-    tokens: Float[Array, ""],
-    merges: Float[Array, " L"] | None,
-    teacher: ModelConfig | None,
-    teacher_params: Any,
+    whole: Whole,
+    taught: tuple[ModelConfig, Any] | None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Loss of (a part of) a batch; loss, gradient and metrics add up over the parts.
 
     Args:
-        run, stage, mesh, params, batch, step, noise: of the part.
-        tokens: predicted in the whole batch, by which every part is weighed.
-        merges: fraction of merge decisions of every layer over the whole batch, where a hinge per
-            layer needs to know it; None: the part is the whole.
-        teacher, teacher_params: of distillation.
+        run, stage, mesh, params, batch, noise: of the part.
+        whole: what it is a part of.
+        taught: sizes and parameters of the teacher of distillation.
     """
-    attend = attention_of(run, stage, mesh, batch, step, noise)
+    attend = attention_of(run, stage, mesh, batch, whole.step, noise)
     output = apply_model(run, run.model, mesh, params, batch["tokens"], attend)
-    taught = None
-    if teacher is not None:
+    teaches = None
+    if taught is not None:
+        teacher, teacher_params = taught
         where = batch["positions"], batch["segment_ids"]
         attend = attend_whole(Dense(), teacher, *where, attention=attention_for(run, mesh))
-        taught = apply_model(run, teacher, mesh, teacher_params, batch["tokens"], attend).prediction
-    nats, divergence = token_losses(output.prediction, batch["targets"], taught)
+        teaches = apply_model(run, teacher, mesh, teacher_params, batch["tokens"], attend).prediction
+    nats, divergence = token_losses(output.prediction, batch["targets"], teaches)
     mask = batch["loss_mask"]
-    loss = jnp.sum(mask * nats) / tokens
+    loss = jnp.sum(mask * nats) / whole.tokens
     metrics = {"loss": loss}
-    if teacher is not None:
-        metrics["distillation"] = jnp.sum(mask * divergence) / tokens
+    if taught is not None:
+        metrics["distillation"] = jnp.sum(mask * divergence) / whole.tokens
         loss += run.compression.distillation * metrics["distillation"]
     if stage in MERGING:
-        at = step if stage == "retrofit" else run.stage(stage).steps
+        at = whole.step if stage == "retrofit" else run.stage(stage).steps
         target, prior = compression_target(at, run.stage(stage).steps, run.compression.ratio)
         means = decision_means(output)
         hinge = compression_loss(means, prior, run.compression.per_layer)
-        if merges is not None:
+        if whole.merges is not None:
             # A hinge is open by the batch's mean, not by the part's; open, it is linear.
-            hinge = jnp.mean(jnp.where(merges < prior, prior - means.mean(axis=1), 0.0))
-        metrics["compression_loss"] = hinge / run.accumulation
-        metrics["target_ratio"] = target / run.accumulation
+            hinge = jnp.mean(jnp.where(whole.merges < prior, prior - means.mean(axis=1), 0.0))
+        metrics["compression_loss"] = hinge / whole.parts
+        metrics["target_ratio"] = target / whole.parts
         appended = [record.appends.mean(axis=(1, 2, 3)) for record in output.records]
-        metrics["merged"] = (1.0 - jnp.concatenate(appended)) / run.accumulation  # [L]
+        metrics["merged"] = (1.0 - jnp.concatenate(appended)) / whole.parts  # [L]
         loss += run.compression.weight * metrics["compression_loss"]
     return loss, metrics
 
@@ -225,7 +241,7 @@ def attention_of(
 
 def attention_for(run: RunConfig, mesh: Mesh) -> CausalAttention:
     """Choose what computes a run's attention, with operands as those of all products."""
-    attention = choose_attention(run.attention, block=run.attention_block, mesh=mesh)
+    attention = choose_attention(run.attention, block=run.attention_block, mesh=inner(mesh))
     if not run.products:
         return attention
 
@@ -241,7 +257,7 @@ def apply_model(run: RunConfig, config: ModelConfig, mesh: Mesh, params, tokens,
         config,
         dtype=jnp.dtype(run.compute_dtype),
         remat=run.remat,
-        sharding=residual_sharding(config, mesh),
+        sharding=residual_sharding(config, inner(mesh)),
         products=jnp.dtype(run.products) if run.products else None,
     )
     return model.apply({"params": params}, tokens, attend=attend)

@@ -16,9 +16,10 @@ from dmc_jax.errors import UserError
 from dmc_jax.model.llama import init_params
 from dmc_jax.model.sharding import batch_sharding, make_mesh, partition_spec, shardings
 from dmc_jax.training import loop
+from dmc_jax.training.absent import bytes_moved
 from dmc_jax.training.optimizer import make_optimizer, zero_decision_rows
 from dmc_jax.training.stages import finish_stage
-from dmc_jax.training.state import init_state, key_of
+from dmc_jax.training.state import abstract_batch, abstract_state, init_state, key_of
 from dmc_jax.training.step import make_train_step
 
 NAMES = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
@@ -92,6 +93,20 @@ def parameters_are_really_sharded_test(tiny_run):
     same = jax.tree.map(lambda s, leaf: s.is_equivalent_to(leaf.sharding, leaf.ndim), before, after)
     assert all(jax.tree.leaves(same))
     assert kernel.is_deleted()  # donated
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def gradients_are_added_up_over_data_once_a_step_test(tiny_run, parts):
+    """Each part after the other would move them as often as there are parts."""
+    run = dataclasses.replace(tiny_run, accumulation=parts)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch=16))
+    mesh, optimizer = mesh_of((4, 1, 1)), make_optimizer(run.optimizer, 1.0)
+    state, batch = abstract_state(run.model, optimizer, mesh), abstract_batch(16, 32, mesh)
+    step = make_train_step(run, "retrofit", mesh, optimizer)
+    moved = bytes_moved(step.lower(state, batch, None).compile().as_text())
+    gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    assert list(moved) == ["all-reduce"]  # which counts twice
+    assert 2 * gradients <= moved["all-reduce"] < 2.1 * gradients
 
 
 @pytest.mark.parametrize(
