@@ -202,7 +202,9 @@ def _loss(
         teacher, teacher_params = taught
         where = batch["positions"], batch["segment_ids"]
         attend = attend_whole(Dense(), teacher, *where, attention=attention_for(run, mesh))
-        teaches = apply_model(run, teacher, mesh, teacher_params, batch["tokens"], attend).prediction
+        teaches = apply_model(
+            run, teacher, mesh, teacher_params, batch["tokens"], attend
+        ).prediction
     nats, divergence = token_losses(output.prediction, batch["targets"], teaches)
     mask = batch["loss_mask"]
     loss = jnp.sum(mask * nats) / whole.tokens

@@ -73,7 +73,12 @@ def compare(estimated, compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model, mesh, accumulation",
-    [("7b", (1, 8, 1), 16), ("70b", (1, 8, 8), 16), ("llama3_8b", (1, 64, 1), 2)],
+    [
+        ("7b", (1, 8, 1), 16),
+        ("7b", (2, 4, 1), 4),
+        ("70b", (1, 8, 8), 16),
+        ("llama3_8b", (1, 64, 1), 2),
+    ],
 )
 def arithmetic_is_near_what_xla_says_of_a_step_compiled_now_test(
     model, mesh, accumulation, tmp_path
