@@ -250,6 +250,7 @@ class RunConfig:
     init_from: str = ""  # checkpoint to start from; empty: fresh weights or this run's own
     output: str = "runs"  # the run is written to OUTPUT/NAME
     seed: int = 0  # 0 or more
+    initializer_range: float = 0.02  # deviation of fresh weights; small models learn by width**-0.5
     draws: int = 3  # how the seed is drawn from; a run that began with fewer keeps those
     compute_dtype: str = "bfloat16"  # float32 | bfloat16; parameters are always float32
     products: str = ""  # dtype of what products and attention multiply; empty: compute_dtype
@@ -303,11 +304,9 @@ class RunConfig:
         ):
             value, told = getattr(self, name), ", ".join(each or "nothing" for each in known)
             _require(value in known, f"{name} is {value!r}; expected one of {told}")
-        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
         _require(self.draws in (1, 2, 3), f"draws is {self.draws}; expected 3, or 1, 2 of old runs")
-        for name in ("eval_every", "save_minutes", "keep_total", "keep_gb"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} must be 0 or more, got {value}")
+        numbers = ("seed", "initializer_range", "eval_every", "save_minutes", "keep_total")
+        _require_numbers(self, "config", *numbers, "keep_gb")
         for name in ("accumulation", "log_every", "save_every", "keep", "attention_block"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")

@@ -61,7 +61,7 @@ logging.set_verbosity(logging.INFO)
 
 # %%
 PRESETS = {
-    "cpu": {"words": 255, "documents": 30_000, "steps": 2_500, "batch": 32, "gates": 300},
+    "cpu": {"words": 191, "documents": 30_000, "steps": 2_000, "batch": 32, "gates": 300},
     "gpu": {"words": 511, "documents": 100_000, "steps": 6_000, "batch": 128, "gates": 1_000},
 }
 RATIOS = 2.0, 4.0, 8.0, 16.0
@@ -89,6 +89,7 @@ if not tokenizer_file.exists():
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
 data = prepare(folder / "data", source=folder / "documents.jsonl", tokenizer=tokenizer_file)
 tokenizer = load_tokenizer(data.tokenizer_path)
+length = sizes["words"] + 2  # of a window: a document between the marks of its ends
 
 # %% [markdown]
 # ## The model, trained until it solves them
@@ -118,10 +119,11 @@ run = dmc.RunConfig(
         shape="cosine",
         warmup=100,
     ),
-    data=DataConfig(path=str(data.path), length=sizes["words"] + 1, batch=sizes["batch"]),
+    data=DataConfig(path=str(data.path), length=length, batch=sizes["batch"]),
+    initializer_range=128**-0.5,  # or attention stays where it is for long
     compute_dtype="float32",
     remat="none",
-    attention_block=sizes["words"] + 1,
+    attention_block=length,
     log_every=100,
     save_every=500,
     eval_windows=64,

@@ -9,7 +9,9 @@ answers were said somewhere before:
     passkey   one key with its value (Mohtashami & Jaggi 2023, arXiv 2305.16300)
     tracking  chains of assignments, of which the first names a value: variable tracking (RULER)
 
-A word is a token. What stands in a document is drawn from its seed alone.
+A fact is a name and what it stands for: a value, or another name of its chain. What is asked for
+stands one word after its name, there as here, or small models would not learn it in minutes. A word
+is a token. What stands in a document is drawn from its seed alone.
 """
 
 import random
@@ -32,8 +34,8 @@ FILLER = (
     "here we go .",
     "there and back again .",
 )
-NAMES = tuple(f"n{i:02}" for i in range(64))
-VALUES = tuple(f"v{i:02}" for i in range(64))
+NAMES = tuple(f"n{i:02}" for i in range(32))
+VALUES = tuple(f"v{i:02}" for i in range(32))
 _BOS, _EOS, _UNKNOWN = "<s>", "</s>", "<unk>"
 _SENTENCE = 6  # words at most of a sentence of filler, and more than of any other
 
@@ -48,7 +50,7 @@ class Question(NamedTuple):
 def recall(rng: random.Random, pairs: int = 12) -> tuple[list[str], Question]:
     """Say values of names, and ask for each in another order."""
     names, values = rng.sample(NAMES, pairs), rng.choices(VALUES, k=pairs)
-    facts = [f"{name} is {value} ." for name, value in zip(names, values, strict=True)]
+    facts = [f"{name} {value} ." for name, value in zip(names, values, strict=True)]
     asked = rng.sample(list(zip(names, values, strict=True)), pairs)
     return facts, _ask(asked)
 
@@ -67,7 +69,7 @@ def tracking(rng: random.Random, chains: int = 3, links: int = 3) -> tuple[list[
         for chain in range(chains):
             name = names[chain * links + step]
             source = values[chain] if step == 0 else names[chain * links + step - 1]
-            facts.append(f"{name} = {source} .")
+            facts.append(f"{name} {source} .")
             known.append((name, values[chain]))
     return facts, _ask(rng.sample(known, len(known)))
 
@@ -75,7 +77,7 @@ def tracking(rng: random.Random, chains: int = 3, links: int = 3) -> tuple[list[
 def _ask(pairs: Sequence[tuple[str, str]]) -> Question:
     words, answers = ["?"], []
     for name, value in pairs:
-        words += [name, "is", value]
+        words += [name, value]
         answers.append(len(words) - 1)
     return Question(words, answers)
 
@@ -122,7 +124,7 @@ def document(task: str, seed: int, length: int) -> tuple[list[str], list[int]]:
 def word_tokenizer() -> WordTokenizer:
     """Make the tokenizer of these documents, a word an id."""
     words = sorted({word for sentence in FILLER for word in sentence.split()})
-    vocabulary = [_UNKNOWN, _BOS, _EOS, *words, "?", "=", *NAMES, *VALUES]
+    vocabulary = [_UNKNOWN, _BOS, _EOS, *words, "?", *NAMES, *VALUES]
     ids = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = WordTokenizer(models.WordLevel(ids, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

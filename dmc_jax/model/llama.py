@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dmc_jax.config import ModelConfig
+from dmc_jax.config import ModelConfig, RunConfig
 from dmc_jax.core.losses import Prediction
 from dmc_jax.core.projection import project
 
@@ -26,7 +26,7 @@ from dmc_jax.core.projection import project
 _SIDE_BY_SIDE = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 # Llama's initialisation: normal, the projections into the residual stream scaled down by depth.
-_INIT_STD = 0.02
+_INIT_STD = RunConfig.initializer_range
 _PRODUCT = "product"
 
 
@@ -224,13 +224,27 @@ class Llama(nn.Module):
         return ModelOutput(Prediction(x, head, c.tied_embeddings), state, tuple(records))
 
 
-def init_params(config: ModelConfig, key: Array) -> dict:
-    """Draw fresh float32 parameters; `abstract_params` gives the shapes alone."""
+def init_params(config: ModelConfig, key: Array, std: float = _INIT_STD) -> dict:
+    """Draw fresh float32 parameters; `abstract_params` gives the shapes alone.
+
+    Args:
+        config: sizes.
+        key: of the draw.
+        std: standard deviation of all matrices, but for those into the residual stream, where it is
+            divided by the root of twice the layers.
+    """
 
     def attend(q, k, v, x, layer, state):  # shapes are all that initialisation needs
         return q, state, None
 
-    return Llama(config).init(key, jnp.zeros((1, 1), jnp.int32), attend=attend)["params"]
+    params = Llama(config).init(key, jnp.zeros((1, 1), jnp.int32), attend=attend)["params"]
+    if std == _INIT_STD:
+        return params
+
+    def scaled(path, x):
+        return x if path[-1].key == "scale" else std / _INIT_STD * x
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
 
 
 def unstack_layers(

@@ -195,7 +195,8 @@ def _settings(run: RunConfig, begun: set[str]) -> dict[str, Any]:
         run: the configuration.
         begun: the stages that have a checkpoint; settings of others may still be mended.
     """
-    kept = {name: getattr(run, name) for name in ("seed", "compute_dtype", "products")}
+    names = ("seed", "initializer_range", "compute_dtype", "products")
+    kept = {name: getattr(run, name) for name in names}
     gated = {"gates"} if begun & set(GATED) else set()
     for group in ("model", "dmc", "compression", "optimizer", *sorted(begun | gated)):
         settings = run.stage(group) if group in STAGES else getattr(run, group)

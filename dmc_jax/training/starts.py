@@ -116,7 +116,7 @@ def start_of_stage(
         return dataclasses.replace(state, step=begun[0], guard=begun[1]), None
     model = initial_model(run)
     if model is None:
-        return init_state(run.model, optimizer, mesh, run.seed), None
+        return init_state(run.model, optimizer, mesh, run.seed, run.initializer_range), None
     logging.info("starting %s from %s (%s)", stage, model.path, model.format)
     for note in model.notes:
         logging.info(note)

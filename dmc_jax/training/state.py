@@ -123,12 +123,16 @@ def order_seed(run: RunConfig, stage: str) -> int:
 
 
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    std: float = RunConfig.initializer_range,
 ) -> TrainState:
     """Fresh parameters and optimizer state, made where they belong: no device holds them all."""
 
     def make(key):
-        return state_of(init_params(config, key), optimizer)
+        return state_of(init_params(config, key, std), optimizer)
 
     return made_on(mesh, make, key_of(seed))
 

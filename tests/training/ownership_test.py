@@ -119,6 +119,7 @@ DECIDING = [
     ("seed", {"seed": 1}),
     ("pretrain.learning_rate", {"pretrain": StageConfig(steps=4, learning_rate=1.0)}),
     ("compute_dtype", {"compute_dtype": "bfloat16"}),
+    ("initializer_range", {"initializer_range": 0.1}),
 ]
 
 

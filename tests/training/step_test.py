@@ -123,6 +123,20 @@ def an_axis_that_does_not_divide_is_left_out_test(path, shape, expected):
     assert tuple(partition_spec(path, shape, mesh_of((1, 2, 4)))) == expected
 
 
+def fresh_weights_have_the_deviation_that_is_asked_for_test(tiny_run):
+    """Those into the residual stream less, by depth; norms begin at 1."""
+    optimizer, mesh = make_optimizer(tiny_run.optimizer, 1.0), mesh_of((1, 1, 1))
+    usual = init_state(tiny_run.model, optimizer, mesh, 0).params
+    wide = init_state(tiny_run.model, optimizer, mesh, 0, 0.1).params
+    assert np.std(usual["embedding"]) == pytest.approx(0.02, rel=0.05)
+    for name in "qkvo":
+        times = np.asarray(wide["run_0"][name]["kernel"] / usual["run_0"][name]["kernel"])
+        np.testing.assert_allclose(times, 5.0, rtol=1e-5)
+    into = (2 * tiny_run.model.layers) ** -0.5
+    assert np.std(wide["run_0"]["down"]["kernel"]) == pytest.approx(0.1 * into, rel=0.05)
+    assert (wide["run_0"]["mlp_norm"]["scale"] == 1).all()
+
+
 def impossible_mesh_is_refused_test():
     with pytest.raises(UserError, match="data 3 x fsdp 1 x tensor 1 does not fit 8 devices"):
         make_mesh(MeshConfig(3, 1, 1))
