@@ -231,7 +231,9 @@ def found_by_depth(rows: list[dict]) -> Figure:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     across = min(4, len(methods))
     down = -(-len(methods) // across)
-    size = 1.1 + across * (0.7 + 0.5 * len(lengths)), 0.6 + down * (0.9 + 0.32 * len(depths))
+    longest = max(len(word) for method in methods for word in method.split())
+    wide = max(0.7 + 0.5 * len(lengths), 0.4 + 0.065 * longest)  # inches, as of the titles' letters
+    size = 1.1 + across * wide, 0.6 + down * (1.05 + 0.32 * len(depths))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
@@ -247,7 +249,7 @@ def found_by_depth(rows: list[dict]) -> Figure:
         drawn = axes.imshow(shares, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         axes.set_yticks(range(len(depths)), [f"{float(depth):g} %" for depth in depths])
-        axes.set_title(method, fontsize="small")
+        axes.set_title(method.replace(" ", "\n", 1), fontsize="small")
         axes.spines[:].set_visible(False)
     figure.colorbar(drawn, ax=figure.axes, label="found", shrink=0.8)
     figure.supxlabel("tokens", fontsize="medium")
