@@ -9,7 +9,8 @@ Starts `python -m dmc_jax.serve` for a checkpoint, dense and with its gates at 4
 32 and as 128 clients, every one of which sends its next request when it has the last one's answer.
 `--against` asks a server that runs already, of any make. All get the same prompts, pieces of
 Python's library, whose lengths are log-uniform, as streams of greedy text. Every server is asked
-once before it is measured, so that nothing is left to compile.
+as many at once before it is measured, so that nothing is left to compile; for other pieces, so that
+nobody has read before what is measured.
 
 With `--prefix` all prompts begin with as many characters alike, and our servers come with and
 without a prefix cache. With `--long` it is about those whose text runs while a prompt of so many
@@ -217,7 +218,7 @@ def main() -> None:
     parser.add_argument("--kv_bytes", default="1GiB", help="of our servers")
     parser.add_argument("--output", type=pathlib.Path, default=None)
     options = parser.parse_args()
-    bodies, results = workload(options.requests, options.prefix), {}
+    results = {}
 
     def run(name, url, model):
         if options.long:
@@ -225,8 +226,12 @@ def main() -> None:
                 asked = ask_beside(url, model, options.long, TALKERS, None)
                 results[name] = asyncio.run(asked)
         else:
-            measure(url, model, bodies, max(options.clients))  # compiles
-            results[name] = [measure(url, model, bodies, count) for count in options.clients]
+            results[name] = []
+            for seed, count in enumerate(options.clients):
+                warm = workload(max(count, options.requests // 4), options.prefix, seed + 1000)
+                measure(url, model, warm, count)
+                bodies = workload(options.requests, options.prefix, seed)
+                results[name].append(measure(url, model, bodies, count))
         print(name, json.dumps(results[name], indent=1), flush=True)
 
     for name, flags in _sides(options).items():

@@ -1,9 +1,12 @@
 """Two processes that are one run: equal to one process, stopped by a signal to either, killed."""
 
+import collections
 import dataclasses
 import json
+import random
 import signal
 import socket
+import time
 from pathlib import Path
 
 import jax
@@ -304,6 +307,34 @@ def a_process_that_dies_in_a_save_is_told_and_costs_no_checkpoint_test(run, tmp_
     assert complete_steps(directory / "pretrain") == [1, 2, 3, 4]
     assert load_metadata(latest(directory)).validation is not None
     assert_same_run(directory, alone(run), "pretrain")
+
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def random_kills_of_either_leave_a_run_bit_equal_test(run, tmp_path):
+    """Some between saves, some within one; a checkpoint more is there before the next."""
+    draw = random.Random(0)
+    run = dataclasses.replace(run, pretrain=StageConfig(steps=8 * KILLS, learning_rate=1e-3))
+    directory, killed = directory_of(run), collections.Counter()
+    while sum(killed.values()) < KILLS:
+        begun, one = latest(directory), draw.randrange(2)
+        with started(run, tmp_path / "said") as both:
+            wait_for(lambda: latest(directory) not in (begun, None), both)  # noqa: B023
+            time.sleep(draw.uniform(0.0, 0.5))
+            both[one].popen.kill()
+            ends = [process.end() for process in both]
+        assert ends[one][0] == -signal.SIGKILL and ends[1 - one][0] == 1, ends
+        assert "another process of this run has died" in ends[1 - one][1].splitlines()[-1], ends
+        assert "damaged" not in ends[1 - one][1]
+        killed[one] += 1
+    assert set(killed) == {0, 1}
+    trained(run, tmp_path / "said")
+    trained(dataclasses.replace(run, name="whole"), tmp_path / "said")
+    assert metrics_of(directory) == metrics_of(directory.with_name("whole"))
+    ours, whole = (open_model(d / "pretrain") for d in (directory, directory.with_name("whole")))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, whole.params)
 
 
 @pytest.mark.slow
