@@ -48,7 +48,8 @@ cuda-plugin: $(STAMP)
 # and whole programs are compiled for one that is only described.
 # So they are for a TPU, by the libtpu that JAX asks for.
 # Both lie apart: wherever JAX finds them, they complain on every start that there is none.
-# Here programs are compiled as in real runs; `make test` leaves out LLVM's optimizations.
+# What `make test` runs is compiled as in real runs here; there, as in the slow tests, LLVM's
+# optimizations are left out.
 test-all: $(STAMP) cuda-plugin
 	$(VENV_PYTHON) -m pip install --quiet --requirement requirements-parity.txt
 	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/cuda-plugin" JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
@@ -58,7 +59,8 @@ test-all: $(STAMP) cuda-plugin
 	  'from importlib.metadata import requires; print(*(x.split(";")[0] for x in requires("jax") if x.startswith("libtpu")))')"
 	PYTHONPATH="$(CURDIR):$(CURDIR)/$(VENV)/libtpu" \
 	  $(VENV_PYTHON) -m pytest tests/pallas_kernels/tpu_program_test.py
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV_PYTHON) -m pytest $(PARALLEL)
+	$(VENV_PYTHON) -m pytest $(PARALLEL) -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV_PYTHON) -m pytest $(PARALLEL) -m "not slow"
 
 # On a machine with an NVIDIA GPU: tests of the kernels on it, then the benchmarks; docs/gpu.md.
 # PYTHON_GPU: an interpreter that has all it needs, then no .venv is made; PACKAGES: a folder of more.
