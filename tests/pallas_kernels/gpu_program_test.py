@@ -39,8 +39,9 @@ def a_step_is_one_graph_and_computes_every_product_once_test(tmp_path, layers, r
     assert found["products"] == 4 * layers + 1
     # Attention takes two kernels, the update of the cache one; the plan of all layers is one.
     assert found["own_kernels"] == 3 * layers + 1
-    # XLA's own are the norms, the sums of the residual stream and what is between gate and up.
-    assert found["launches"] <= 12 * layers + 31
+    # XLA's own are the norms, the sums of the residual stream and what is between gate and up; one
+    # of those outside of layers says how many pages a sequence had before its prompt was cut.
+    assert found["launches"] <= 12 * layers + 32
     assert found["large_copies"] == 0
     assert found["temporary_bytes"] < 0.5e9
 
