@@ -205,7 +205,8 @@ def needs(name):
         for stage in ("zero_out", "retrofit")
     ]
     how = stages.evaluation_options(run, mesh)
-    windows = abstract_batch(how["batch"], how["length"], mesh)
+    rest = -how["batch"] % (mesh.shape["data"] * mesh.shape["fsdp"])  # filled up by `evaluate`
+    windows = abstract_batch(how["batch"] + rest, how["length"], mesh)
     static = run.model, how["dtype"], how["attention"], mesh
     measured = bytes_a_device_needs(
         perplexity._evaluate_batch, *static, state.params, windows, DMC(run.dmc)

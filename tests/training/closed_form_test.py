@@ -105,7 +105,7 @@ def inputs_and_costs(params, config, batches):
         )
     layers = []
     for parts in zip(*found, strict=True):
-        counted = [left >= closed_form._FEWEST for _, _, left in parts]
+        counted = [left >= closed_form.FEWEST for _, _, left in parts]
         x, costs = (
             np.concatenate([part[i][keep] for part, keep in zip(parts, counted, strict=True)])
             for i in (0, 1)

@@ -88,12 +88,12 @@ def figures_of(directory):
     return json.loads((directory / "report" / "report.json").read_text())["stages"]
 
 
-def assert_close(a, b):
+def assert_close(a, b, tolerance=TOLERANCE):
     def close(x, y):
         if isinstance(x, str):
             assert x == y
         else:
-            np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
+            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
     jax.tree.map(close, a, b)
 
@@ -101,7 +101,8 @@ def assert_close(a, b):
 def assert_same_run(a, b, *stages):
     """Metrics, reports and parameters are equal."""
     assert_close(metrics_of(a), metrics_of(b))
-    assert_close(figures_of(a), figures_of(b))
+    # Perplexities are among them: what a loss of some nats is off by, they are so often.
+    assert_close(figures_of(a), figures_of(b), 8 * TOLERANCE)
     for stage in stages:
         assert_close(open_model(a / stage).params, open_model(b / stage).params)
 
@@ -188,7 +189,8 @@ def a_lost_peer_is_no_damage_of_the_checkpoint_that_was_read_test(data, tmp_path
 
 @pytest.mark.slow
 def processes_that_share_windows_train_what_one_does_test(run, tmp_path):
-    run = dataclasses.replace(run, mesh=MeshConfig(data=1, fsdp=1, tensor=4))
+    model = dataclasses.replace(run.model, heads=4)
+    run = dataclasses.replace(run, model=model, mesh=MeshConfig(data=1, fsdp=1, tensor=4))
     trained(run, tmp_path / "said")
     assert_same_run(directory_of(run), alone(run), "pretrain")
 
