@@ -129,7 +129,7 @@ def maps_show_what_was_found_a_panel_a_method_test():
         row(256, {"20": 0.75}, "TOVA", budget="grows", like=4.0),
     ]
     panels = [p for p in found_by_depth(maps(Record(None, {}, rows), "needle")).axes if p.images]
-    assert [p.get_title() for p in panels] == ["dense", "TOVA grows 2x", "TOVA grows 4x"]
+    assert [p.get_title() for p in panels] == ["dense", "TOVA\ngrows 2x", "TOVA\ngrows 4x"]
     dense, tova, _ = (p.images[0].get_array().filled(np.nan) for p in panels)
     np.testing.assert_array_equal(dense, [[1.0, 0.0], [0.5, 1.0]])
     np.testing.assert_array_equal(tova, [[0.25, np.nan], [np.nan, np.nan]])

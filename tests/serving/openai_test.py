@@ -9,7 +9,7 @@ import pytest
 
 from dmc_jax.data.tokenizer import encode_prompt
 from dmc_jax.inference.sampling import SamplingParams
-from tests.serving.live import LIMITS, MODEL, PATIENCE, make_engine, serving
+from tests.serving.live import LIMITS, MODEL, PAGES, PATIENCE, make_engine, serving
 
 SECRET = "abaaba XYZZY"
 
@@ -48,8 +48,8 @@ def chat_ids(tiny, *messages):
 @pytest.mark.slow
 def what_was_read_before_is_not_read_again_and_counted_test(tiny, alone):
     prompt = "abba" * 20
-    with (
-        serving(tiny, make_engine(tiny, prefix_cache=None)) as live,
+    with (  # with pages for what three leave behind
+        serving(tiny, make_engine(tiny, prefix_cache=None, pages=4 * PAGES)) as live,
         openai.OpenAI(base_url=live.url, api_key="none", max_retries=0, timeout=PATIENCE) as client,
     ):
         said = [

@@ -144,7 +144,7 @@ def the_regression_is_that_of_all_tokens_at_once_test(monkeypatch):
     together = np.concatenate([x.reshape(-1) for x in logits])
     rows = np.concatenate([x.mean(axis=0) for x in logits])
     assert abs(rows.mean()) < 1e-3
-    assert together.std() == pytest.approx(1.0, rel=0.2)
+    assert together.std() == pytest.approx(closed_form.SPREAD, rel=0.2)
 
 
 def a_model_drops_what_costs_least_test():
