@@ -305,8 +305,9 @@ class RunConfig:
             value, told = getattr(self, name), ", ".join(each or "nothing" for each in known)
             _require(value in known, f"{name} is {value!r}; expected one of {told}")
         _require(self.draws in (1, 2, 3), f"draws is {self.draws}; expected 3, or 1, 2 of old runs")
-        numbers = ("seed", "initializer_range", "eval_every", "save_minutes", "keep_total")
-        _require_numbers(self, "config", *numbers, "keep_gb")
+        _require(self.initializer_range > 0, "initializer_range must be above 0")
+        numbers = "seed", "initializer_range", "eval_every", "save_minutes", "keep_total", "keep_gb"
+        _require_numbers(self, "config", *numbers)
         for name in ("accumulation", "log_every", "save_every", "keep", "attention_block"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}")

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Recall: what a smaller cache forgets
 #
-# A small model learns three tasks that need memory, from nothing, until it solves them: many keys
-# and their values among filler, one pass key, chains of assignments. Then its cache is compressed,
+# A small model learns three tasks that need memory, from nothing: many keys and their values among
+# filler, one pass key, chains of assignments. In the steps that it takes so far it finds pass keys,
+# and few of the rest, which the end says: that tells little of caches. Its cache is compressed,
 # by what needs no training (TOVA, H2O, StreamingLLM), by gates that drop or merge tokens after a
 # delay, made for the model as it is, and by DMC, for which the model is trained; and every method
-# is asked at ratios up to 16. Under half an hour on two CPU cores; `--preset=gpu` is larger.
+# is asked at ratios up to 16. Over half an hour on two CPU cores; `--preset=gpu` is larger.
 #
 #     python experiments/recall.py
 #
@@ -92,7 +93,7 @@ tokenizer = load_tokenizer(data.tokenizer_path)
 length = sizes["words"] + 2  # of a window: a document between the marks of its ends
 
 # %% [markdown]
-# ## The model, trained until it solves them
+# ## The model
 
 # %%
 run = dmc.RunConfig(

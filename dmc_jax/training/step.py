@@ -70,49 +70,32 @@ def make_train_step(
     """
     schedule = run.stage(stage)
     parts = run.accumulation
-    # Who accumulates does it on its own: devices along `data` meet once a step, not once a part.
-    groups = mesh.shape["data"] if parts > 1 and run.draws > 2 else 1
+    pieces = parts * _groups(run, mesh)
     seed = run.seed if run.draws > 1 else run.seed % 2**32
     stage_key = jax.random.fold_in(key_of(seed), STAGES.index(stage))
+    over_parts = functools.partial(_over_parts, run, mesh)
 
     def train_step(state: TrainState, batch: Batch, teacher_params: Any):
         key = jax.random.fold_in(stage_key, state.step)
         tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
 
-        def over_parts(function, *alike):
-            """Add up `function(part, noise, *alike)` over the parts."""
-
-            def of_own(own, key, *alike):
-                first = jax.lax.axis_index("data") * own["tokens"].shape[0] if groups > 1 else 0
-
-                def of_part(part, number):
-                    if run.draws == 1 and parts > 1:
-                        noise = Noise(jax.random.fold_in(key, number), (0, 1))
-                    else:
-                        noise = noise_of(run, key, number, own, first)
-                    return function(part, noise, *alike)
-
-                return sum_over_parts(of_part, own, parts)
-
-            return (own_of_data(of_own, mesh) if groups > 1 else of_own)(batch, key, *alike)
-
         def fractions(part, noise, params, step):
             attend = attention_of(run, stage, mesh, part, step, noise)
             output = apply_model(run, run.model, mesh, params, part["tokens"], attend)
-            return decision_means(output).mean(axis=1) / (parts * groups)
+            return decision_means(output).mean(axis=1) / pieces
 
         merges = None
         if stage in MERGING and run.compression.per_layer and parts > 1:
-            merges = over_parts(fractions, state.params, state.step)
+            merges = over_parts(fractions, batch, key, state.params, state.step)
 
         def gradient(part, noise, params, teacher_params, step, tokens, merges):
             taught = None if teacher is None else (teacher, teacher_params)
-            whole = Whole(step, tokens, parts * groups, merges)
+            whole = Whole(step, tokens, pieces, merges)
             loss = functools.partial(_loss, run, stage, mesh)
             return jax.grad(loss, has_aux=True)(params, part, noise, whole, taught)
 
         alike = state.params, teacher_params, state.step, tokens, merges
-        grads, metrics = over_parts(gradient, *alike)
+        grads, metrics = over_parts(gradient, batch, key, *alike)
         rate = rate_at(state.step, schedule)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -121,6 +104,40 @@ def make_train_step(
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _groups(run: RunConfig, mesh: Mesh) -> int:
+    """In how many groups devices add up parts of their own, to meet once a step: along `data`."""
+    return mesh.shape["data"] if run.accumulation > 1 and run.draws > 2 else 1
+
+
+def _over_parts(
+    run: RunConfig, mesh: Mesh, function: Callable, batch: Batch, key: Array, *alike: Any
+) -> Any:
+    """Add up `function(part, its noise, *alike)` over the parts of a batch.
+
+    Args:
+        run, mesh: of the step.
+        function: traced where its part lies; what else it is to know of arrays is in `alike`.
+        batch: the whole.
+        key: of the step's noise.
+        alike: what all parts are given.
+    """
+    groups = _groups(run, mesh)
+
+    def of_own(own, key, *alike):
+        first = jax.lax.axis_index("data") * own["tokens"].shape[0] if groups > 1 else 0
+
+        def of_part(part, number):
+            if run.draws == 1 and run.accumulation > 1:
+                noise = Noise(jax.random.fold_in(key, number), (0, 1))
+            else:
+                noise = noise_of(run, key, number, own, first)
+            return function(part, noise, *alike)
+
+        return sum_over_parts(of_part, own, run.accumulation)
+
+    return (own_of_data(of_own, mesh) if groups > 1 else of_own)(batch, key, *alike)
 
 
 def noise_of(

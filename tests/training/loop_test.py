@@ -381,6 +381,8 @@ def bad_fields_get_one_clear_message_test(cls, values, message):
         ({"compute_dtype": "float8"}, "expected one of float32, bfloat16"),
         ({"accumulation": 3}, "multiple of accumulation"),
         ({"seed": -1}, "seed must be 0 or more"),
+        ({"initializer_range": 0.0}, "initializer_range must be above 0"),
+        ({"initializer_range": float("inf")}, "initializer_range must be 0 or more, got inf"),
         ({"eval_every": -1}, "eval_every must be 0 or more"),
         ({"draws": 4}, "draws is 4"),
     ],
